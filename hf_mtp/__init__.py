@@ -1,0 +1,38 @@
+"""hf_mtp: any causal language model of the Hub generates several tokens per forward pass, with unchanged output.
+
+Importing the package registers its adapter type with PEFT. The trainer, which needs `trl`, loads when first used.
+"""
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+
+from .config import GatedLoraConfig
+from .decoding import MTPGenerateOutput
+from .registration import register
+from .statistics import MTPStatistics
+from .tuner import GatedLoraModel
+
+try:
+    __version__ = version("hf_mtp")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_LAZY = {"MTPConfig": ".training_config", "MTPTrainer": ".trainer"}
+
+__all__ = [
+    "GatedLoraConfig",
+    "GatedLoraModel",
+    "MTPConfig",
+    "MTPGenerateOutput",
+    "MTPStatistics",
+    "MTPTrainer",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

@@ -1,0 +1,107 @@
+"""The model card of an adapter."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from .config import GatedLoraConfig
+
+MARK = "<!-- This card was written by hf_mtp. -->"
+PAPER = "https://huggingface.co/papers/2507.11851"
+
+_TEXT = """---
+{metadata}
+---
+
+# {title}
+
+{mark}
+
+A multi-token prediction adapter for {base_link}, made with [hf_mtp](https://pypi.org/project/hf-mtp/) after
+[Your LLM Knows the Future]({paper}). With it the base model generates up to {most} tokens per forward pass. The text
+is the base model's own: every token is verified by the base before it is returned.
+
+```python
+# pip install hf_mtp
+import hf_mtp
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+inputs = tokenizer("Your prompt", return_tensors="pt")
+output = model.generate(**inputs, mtp=True, do_sample=False, max_new_tokens=128)
+print(tokenizer.decode(output[0]), model.mtp_statistics.tokens_per_step)
+```
+
+| | |
+|---|---|
+| base model | {base_link} |
+| mask tokens (k) | {k} |
+| LoRA rank | {r} |
+| sampler head | {sampler} |
+| training recipe | {recipe} |
+| training data | {data} |
+
+## Tokens per forward pass
+
+{measured}
+
+## Limits
+
+The adapter fits this base, its vocabulary and its tokenizer, and refuses others. It cannot be merged into the base. In
+half precision a longer forward pass may flip a near-tie between two tokens.
+"""
+
+
+def render_model_card(config: "GatedLoraConfig", repo: str) -> ModelCard:
+    """The card of an adapter.
+
+    Args:
+        config ([`GatedLoraConfig`]): All that the card says.
+        repo (`str`): The name that the example loads.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+    """
+    base = config.base_model_name_or_path or "the base model"
+    on_hub = base.count("/") <= 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    metadata = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["hf_mtp", "multi-token-prediction", "speculative-decoding", "lora"],
+        datasets=[name for name in config.train_datasets if "/" in name] or None,
+    )
+    measured = "Not measured."
+    if config.tokens_per_step:
+        rows = "\n".join(f"| {domain} | {value:.2f} |" for domain, value in config.tokens_per_step.items())
+        measured = f"| domain | tokens per step |\n|---|---|\n{rows}"
+    return ModelCard(
+        _TEXT.format(
+            metadata=metadata.to_yaml(),
+            title=repo.rpartition("/")[2],
+            mark=MARK,
+            base=base,
+            base_link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+            paper=PAPER,
+            repo=repo,
+            most=config.k + 1,
+            k=config.k,
+            r=config.r,
+            sampler="yes" if config.sampler else "no",
+            recipe=config.recipe or "not recorded",
+            data=", ".join(config.train_datasets) or "not recorded",
+            measured=measured,
+        )
+    )
+
+
+def is_replaceable(readme: Path) -> bool:
+    """Whether a README is missing, was written by us, or is the template that PEFT or TRL fills in."""
+    if not readme.is_file():
+        return True
+    text = readme.read_text(encoding="utf-8")
+    return MARK in text or "[More Information Needed]" in text or "It has been trained using [TRL]" in text

@@ -1,0 +1,151 @@
+"""What an adapter is: [`GatedLoraConfig`]."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from .card import is_replaceable, render_model_card
+from .peft_type import ExtensionPeftType
+
+# Fields of LoraConfig that, when set, change what the base computes for regular tokens.
+_CHANGE_THE_BASE = {
+    "bias": "none",
+    "modules_to_save": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "kasa_config": None,
+    "target_parameters": None,
+}
+# Initialisations that keep the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ ...) rewrite them.
+_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def _require_positive_int(name: str, value: object, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1 ({meaning}), but got {value!r}.")
+
+
+@dataclass
+class GatedLoraConfig(LoraConfig):
+    """Configuration of a multi-token prediction adapter: gated LoRA, k mask tokens and a sampler head.
+
+    Every field of [`~peft.LoraConfig`] means here what it means there; these have other defaults or are new.
+
+    Args:
+        k (`int`, *optional*, defaults to `8`):
+            Number of mask tokens, that is, of tokens drafted per forward pass.
+        r (`int`, *optional*, defaults to `128`):
+            Rank of the LoRA matrices.
+        lora_alpha (`int`, *optional*, defaults to `256`):
+            Numerator of the LoRA scale, `lora_alpha / r`.
+        target_modules (`str | list[str]`, *optional*, defaults to `"all-linear"`):
+            Layers that get a gated LoRA.
+        sampler (`bool`, *optional*, defaults to `True`):
+            Whether drafts come from a sampler head that sees the draft before. Without it, each draft is what the
+            unembedding makes of its mask alone.
+        sampler_residual (`bool`, *optional*, defaults to `True`):
+            Whether the sampler head refines the mask's hidden state instead of replacing it, as the paper does.
+        base_hidden_size, base_vocab_size (`int`, *optional*):
+            Filled in from the base model. An adapter refuses a base that differs.
+        tokenizer_fingerprint (`str`, *optional*):
+            Filled in by [`MTPTrainer`]. An adapter refuses a base whose tokenizer differs.
+        recipe (`str`, *optional*), train_datasets (`list[str]`, *optional*):
+            Filled in by [`MTPTrainer`], for the model card.
+        tokens_per_step (`dict[str, float]`, *optional*):
+            Measured tokens per forward pass, by domain, for the model card. Yours to fill in.
+
+    Raises:
+        ValueError: `k` or `r` is not a positive integer, or a field would change the output of regular tokens.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from hf_mtp import GatedLoraConfig
+
+    >>> model = get_peft_model(base, GatedLoraConfig(k=8, r=16))
+    ```
+    """
+
+    r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=256, metadata={"help": "Numerator of the LoRA scale, lora_alpha / r."})
+    target_modules: str | list[str] | None = field(
+        default="all-linear", metadata={"help": "Layers that get a gated LoRA."}
+    )
+    k: int = field(default=8, metadata={"help": "Number of mask tokens, that is, of tokens drafted per forward pass."})
+    sampler: bool = field(
+        default=True, metadata={"help": "Whether drafts come from a sampler head that sees the draft before."}
+    )
+    sampler_residual: bool = field(
+        default=True, metadata={"help": "Whether the sampler head refines the mask's hidden state or replaces it."}
+    )
+    base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
+    base_vocab_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
+    tokenizer_fingerprint: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
+    recipe: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
+    train_datasets: list[str] = field(default_factory=list, metadata={"help": "Filled in by MTPTrainer."})
+    tokens_per_step: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Measured tokens per forward pass, by domain, for the model card."}
+    )
+
+    def __post_init__(self):
+        _require_positive_int("k", self.k, "the number of mask tokens")
+        _require_positive_int("r", self.r, "the rank of the LoRA matrices")
+        super().__post_init__()
+        self.peft_type = ExtensionPeftType.GATED_LORA
+        if self.task_type is None:
+            self.task_type = TaskType.CAUSAL_LM
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ValueError(f"`task_type` must be 'CAUSAL_LM', since masks stand for next tokens; got {self.task_type!r}.")
+        for name, neutral in _CHANGE_THE_BASE.items():
+            value = getattr(self, name, neutral)
+            if value != neutral and value:
+                raise ValueError(
+                    f"`{name}={value!r}` changes what the base model computes for regular tokens, but a gated adapter "
+                    f"leaves the base's output as it is. Leave `{name}` at {neutral!r}."
+                )
+        if self.init_lora_weights not in _KEEP_THE_BASE:
+            raise ValueError(
+                f"`init_lora_weights={self.init_lora_weights!r}` rewrites the base model's weights, but a gated adapter "
+                f"leaves them as they are. Use one of {', '.join(map(repr, _KEEP_THE_BASE))}."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """Loads the configuration of an adapter, refusing a folder whose weights are a pickle.
+
+        Args and returned value are those of [`~peft.PeftConfig.from_pretrained`].
+
+        Raises:
+            ValueError: The local folder has `adapter_model.bin` and no `adapter_model.safetensors`.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when loaded. Adapters are "
+                f"loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the `safetensors` library."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Saves the configuration, and the adapter's model card beside it.
+
+        Args are those of [`~peft.PeftConfig.save_pretrained`]. [`~peft.PeftModel.save_pretrained`] and `push_to_hub`
+        come through here last, when the folder has all else.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        self.write_model_card(save_directory)
+
+    def write_model_card(self, folder: str | Path, repo: str | None = None) -> None:
+        """Writes `README.md` into `folder`, unless one is there that somebody wrote by hand.
+
+        Args:
+            folder (`str` or `Path`): The adapter's folder.
+            repo (`str`, *optional*): Name that the card's example loads; the folder's by default.
+        """
+        readme = Path(folder, "README.md")
+        if is_replaceable(readme):
+            render_model_card(self, repo or Path(folder).resolve().name).save(readme)

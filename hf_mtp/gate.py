@@ -1,0 +1,144 @@
+"""The gate: LoRA acts on mask columns and on nothing else.
+
+This module knows LoRA layers and the columns of the running forward pass. It knows nothing of losses or decoding.
+Every forward pass puts regular tokens first and masks after them, so the gate is one column number, and what the
+gate does is one slice: no index tensor, no synchronisation, no multiplication by zero (which would leak NaN and -0).
+
+Shapes: B batch, N columns (regular tokens, then masks), D features.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+
+
+@dataclass(frozen=True)
+class MaskColumns:
+    """The columns of one forward pass that hold masks.
+
+    Args:
+        first (`int`): The first mask column. Columns before it hold regular tokens, this one and all after it masks.
+        index (`torch.LongTensor` of shape `(B, M)`): Which mask, 0..k-1, stands in each of the M mask columns.
+        adapter (`str`): The adapter whose mask embeddings and LoRA weights the masks use.
+    """
+
+    first: int
+    index: torch.LongTensor
+    adapter: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N) of the whole forward pass, regular columns included."""
+        batch, masks = self.index.shape
+        return batch, self.first + masks
+
+
+class Gate(threading.local):
+    """Says, to every LoRA layer of one model, which columns of the running forward pass are masks.
+
+    State is per thread, so that two threads may generate from one model, and so that a layer that autograd runs again
+    on a thread of its own (gradient checkpointing) sees the gate of *its* forward pass and not the latest one.
+    """
+
+    columns: MaskColumns | None = None
+
+    @contextmanager
+    def open(self, columns: MaskColumns | None) -> Iterator[None]:
+        """Opens the gate at `columns` (closes it for `None`) and restores it on exit, also when the body raises."""
+        before, self.columns = self.columns, columns
+        try:
+            yield
+        finally:
+            self.columns = before
+
+    def checkpoint_contexts(self):
+        """`context_fn` of [`torch.utils.checkpoint.checkpoint`]: the recomputation sees the gate of the forward.
+
+        Backward runs a checkpointed layer again long after `open` was left, perhaps after another forward pass.
+        """
+        return nullcontext(), self.open(self.columns)
+
+    def __reduce__(self):
+        # Per-thread state is not part of a copied or pickled model.
+        return Gate, ()
+
+
+class GatedVariant(LoraVariant):
+    """A [`LoraVariant`] that lets the wrapped variant (or plain LoRA) see and change mask columns only.
+
+    y = W x for regular tokens, y = W x + s B A x for masks (Samragh et al., arXiv 2507.11851, eq. 3).
+
+    Args:
+        gate ([`Gate`]): The gate of the model.
+        inner ([`LoraVariant`], *optional*): A variant that PEFT chose for the layer, such as DoRA's. Plain LoRA if
+            `None`.
+    """
+
+    def __init__(self, gate: Gate, inner: LoraVariant | None = None):
+        self.gate = gate
+        self.inner = inner
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        columns = self.gate.columns
+        if columns is None or columns.adapter != active_adapter:
+            return result
+        masks_x, masks_y = self._mask_rows(x, columns), self._mask_rows(result, columns)
+        if self.inner is not None:
+            masks_y.copy_(self.inner.forward(module, active_adapter=active_adapter, x=masks_x, result=masks_y.clone()))
+        else:
+            masks_x = module.lora_dropout[active_adapter](masks_x)
+            delta = module.lora_B[active_adapter](module.lora_A[active_adapter](masks_x))
+            masks_y.add_(delta, alpha=module.scaling[active_adapter])
+        return result
+
+    @staticmethod
+    def _mask_rows(x: torch.Tensor, columns: MaskColumns) -> torch.Tensor:
+        """The mask rows of `(B, N, D)`, or of `(B * N, D)` as mixture-of-experts layers pass it: a view of `x`."""
+        batch, length = columns.shape
+        if x.dim() == 2 and x.shape[0] == batch * length:
+            x = x.view(batch, length, -1)
+        if x.dim() != 3 or x.shape[1] != length:
+            raise ValueError(
+                f"A gated LoRA layer got an input of shape {tuple(x.shape)}, but the forward pass has {batch} rows of "
+                f"{length} tokens: the layer sees a selection of tokens (an expert, say) and the gate cannot tell "
+                "masks from regular tokens in it. Exclude it: GatedLoraConfig(exclude_modules=...)."
+            )
+        return x[:, columns.first :]
+
+    def _refuse_merge(self, *args, **kwargs):
+        raise NotImplementedError(
+            "A gated LoRA cannot be merged: it acts on mask tokens only, and one merged weight would change regular "
+            "tokens too. Keep the adapter, or use `unload()` to get the base model back."
+        )
+
+    merge_safe = merge_unsafe = unmerge = _refuse_merge
+
+
+def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) -> None:
+    """Puts one LoRA layer of PEFT behind the gate.
+
+    Args:
+        layer ([`~peft.tuners.lora.LoraLayer`]): The layer that PEFT made.
+        adapter_name (`str`): The adapter to gate.
+        gate ([`Gate`]): The gate of the model.
+        name (`str`): The name of the layer in the model, for the error.
+
+    Raises:
+        ValueError: The layer class applies its LoRA without asking for a variant (AWQ, AQLM, EETQ, INC and
+            TransformerEngine layers do, in silence), or is not a linear layer.
+    """
+    if "lora_variant" not in type(layer).forward.__code__.co_names or adapter_name not in layer.lora_A:
+        raise ValueError(
+            f"`{name}` became a PEFT layer of type {type(layer).__module__}.{type(layer).__name__}, which cannot be "
+            "gated: its LoRA would act on regular tokens as well and change the base model's output. Target linear "
+            "layers only (`target_modules='all-linear'`), or load the base in another quantization format."
+        )
+    layer.lora_variant[adapter_name] = GatedVariant(gate, inner=layer.lora_variant.get(adapter_name))

@@ -1,0 +1,108 @@
+"""The four losses and the measure they serve, as functions of tensors.
+
+Knows nothing of models, layouts or configs. R rows (supervised masks), D features, V vocabulary, L layers.
+
+References: Samragh et al., arXiv 2507.11851, section 3.3 (base and sampler cross-entropy, latent consistency).
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Rows whose logits exist at one time: 1024 rows of a 128k vocabulary are half a gigabyte in float32.
+ROWS_PER_CHUNK = 1024
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Loss and gradient of each chunk of rows in one go: its logits are gone before those of the next are made."""
+
+    @staticmethod
+    def forward(ctx, hidden_RD, target_R, unembedding):
+        losses, tops, gradients = [], [], []
+        for hidden, target in zip(hidden_RD.split(ROWS_PER_CHUNK), target_R.split(ROWS_PER_CHUNK), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
+                logits = unembedding(hidden).float()
+                loss = F.cross_entropy(logits, target, reduction="none")
+                if ctx.needs_input_grad[0]:
+                    gradients.append(torch.autograd.grad(loss.sum(), hidden)[0])
+            losses.append(loss.detach())
+            tops.append(logits.detach().argmax(dim=-1))
+        top_R = torch.cat(tops)
+        ctx.mark_non_differentiable(top_R)
+        ctx.save_for_backward(*gradients)
+        return torch.cat(losses), top_R
+
+    @staticmethod
+    def backward(ctx, loss_gradient_R, _):
+        gradient_RD = torch.cat(ctx.saved_tensors)
+        return gradient_RD * loss_gradient_R[:, None].to(gradient_RD.dtype), None, None
+
+
+def cross_entropy(
+    unembedding: torch.nn.Module, hidden_RD: torch.Tensor, target_R: torch.LongTensor
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Cross-entropy of `unembedding(hidden)` against the targets, a chunk of rows at a time.
+
+    The unembedding is frozen, so that the gradient of a row depends on that row alone and is computed with its loss:
+    at most [`ROWS_PER_CHUNK`] rows of logits exist at one time and none is made twice.
+    (`torch.nn.functional.linear_cross_entropy`, in torch since 2.13, takes a bare weight: no bias, no quantization.)
+
+    Args:
+        unembedding (`torch.nn.Module`): The base model's output layer, D -> V, frozen.
+        hidden_RD (`torch.Tensor` of shape `(R, D)`): Features to unembed.
+        target_R (`torch.LongTensor` of shape `(R,)`): Token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`, nats, float32; and `torch.LongTensor` of shape `(R,)`, the likeliest tokens.
+    """
+    return _ChunkedCrossEntropy.apply(hidden_RD, target_R, unembedding)
+
+
+@torch.no_grad()
+def likeliest_tokens(unembedding: torch.nn.Module, hidden_RD: torch.Tensor) -> torch.LongTensor:
+    """`(R,)`: the argmax of `unembedding(hidden)`, a chunk of rows at a time."""
+    return torch.cat([unembedding(hidden).argmax(dim=-1) for hidden in hidden_RD.split(ROWS_PER_CHUNK)])
+
+
+def latent_consistency(mask_RD: torch.Tensor, regular_RD: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance between masks' states and the regular states that predict the same token.
+
+    Args:
+        mask_RD (`torch.Tensor` of shape `(R, D)`): Last hidden states of masks.
+        regular_RD (`torch.Tensor` of shape `(R, D)`): Last hidden states of the regular tokens they stand for. No
+            gradient flows into them.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`, float32.
+    """
+    return (mask_RD.float() - regular_RD.detach().float()).pow(2).mean(dim=-1)
+
+
+def feature_consistency(mask_LRD: torch.Tensor, regular_LRD: torch.Tensor) -> torch.Tensor:
+    """The same over intermediate layers, each measured in units of the regular state's own mean square.
+
+    Raw states grow by orders of magnitude with depth; the unit makes every layer count.
+
+    Args:
+        mask_LRD, regular_LRD (`torch.Tensor` of shape `(L, R, D)`): States after L of the layers.
+
+    Returns:
+        `torch.Tensor` of shape `(R,)`, float32, dimensionless.
+    """
+    regular_LRD = regular_LRD.detach().float()
+    distance_LR = (mask_LRD.float() - regular_LRD).pow(2).mean(dim=-1)
+    unit_LR = regular_LRD.pow(2).mean(dim=-1).clamp(min=1e-6)
+    return (distance_LR / unit_LR).mean(dim=0)
+
+
+def simulated_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
+    """1 + sum_i prod_{j<=i} accept_j, averaged over blocks: what decoding would return per forward pass.
+
+    Args:
+        accepted_CK (`torch.BoolTensor` of shape `(C, K)`): Whether each draft of each of C blocks is the base's own
+            choice. False where the text ends before.
+
+    Returns:
+        `torch.Tensor`, a scalar between 1 and K + 1.
+    """
+    return 1 + accepted_CK.float().cumprod(dim=1).sum(dim=1).mean()

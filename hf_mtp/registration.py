@@ -1,0 +1,21 @@
+"""Makes PEFT know the adapter type, so that its own functions make, save and load gated adapters."""
+
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+
+from .config import GatedLoraConfig
+from .peft_type import ExtensionPeftType
+from .tuner import GatedLoraModel
+
+
+def register() -> None:
+    """Adds GATED_LORA to PEFT's tables. Safe to call twice.
+
+    `peft.utils.register_peft_method` takes members of PEFT's own enum only, which no other package can add to.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[ExtensionPeftType.GATED_LORA] = GatedLoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[ExtensionPeftType.GATED_LORA] = GatedLoraModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[ExtensionPeftType.GATED_LORA] = "lora_"

@@ -1,0 +1,82 @@
+"""How an adapter is trained: [`MTPConfig`]."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .recipe import Recipe, get_recipe
+
+
+@dataclass
+class MTPConfig(SFTConfig):
+    r"""
+    Configuration class for the [`MTPTrainer`].
+
+    This class includes only the parameters that are specific to multi-token prediction. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] and [`~trl.SFTConfig`] documentation. Note that
+    default values in this class may differ from those in [`~trl.SFTConfig`].
+
+    Args:
+        > Parameters that control the objective
+
+        recipe (`str`, *optional*, defaults to `"default"`):
+            Named set of loss weights and targets: `"default"`, or `"paper"` for those of Samragh et al.,
+            arXiv 2507.11851. The parameters below override single entries of it.
+        targets (`str`, *optional*):
+            What masks learn to predict: `"model"`, the base's own likeliest token, which is what a draft must match to
+            be accepted; or `"data"`, the token of the text.
+        base_weight, sampler_weight, lcm_weight, auxiliary_weight (`float`, *optional*):
+            Weights of the four losses.
+        position_decay (`float`, *optional*):
+            Weight of each mask relative to the one before it.
+
+        > Parameters that control the layout
+
+        anchors_per_sequence (`int`, *optional*, defaults to `128`):
+            How many tokens of each sequence get a block of masks at most, drawn anew each time the sequence is seen.
+            Attention grows with the square of length + anchors x k. `None` for all tokens inside the loss.
+
+    Raises:
+        ValueError: An unknown recipe, negative weights, or anchors below 1.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
+    recipe: str = field(default="default", metadata={"help": "Named set of loss weights and targets."})
+    targets: str | None = field(
+        default=None, metadata={"help": "What masks learn to predict: 'model' or 'data'.", "choices": ["model", "data"]}
+    )
+    base_weight: float | None = field(default=None, metadata={"help": "Weight of the base cross-entropy."})
+    sampler_weight: float | None = field(default=None, metadata={"help": "Weight of the sampler cross-entropy."})
+    lcm_weight: float | None = field(default=None, metadata={"help": "Weight of the latent consistency loss."})
+    auxiliary_weight: float | None = field(default=None, metadata={"help": "Weight of the auxiliary loss."})
+    position_decay: float | None = field(
+        default=None, metadata={"help": "Weight of each mask relative to the one before it."}
+    )
+    anchors_per_sequence: int | None = field(
+        default=128, metadata={"help": "How many tokens of each sequence get a block of masks at most."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("base_weight", "sampler_weight", "lcm_weight", "auxiliary_weight", "position_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` must not be negative, but got {value}.")
+        if self.targets not in (None, "model", "data"):
+            raise ValueError(f"`targets` must be 'model' or 'data', but got {self.targets!r}.")
+        if self.anchors_per_sequence is not None and self.anchors_per_sequence < 1:
+            raise ValueError(
+                f"`anchors_per_sequence` must be at least 1, or None for all, but got {self.anchors_per_sequence}."
+            )
+        self.resolved_recipe()
+
+    def resolved_recipe(self) -> Recipe:
+        """The [`Recipe`] named by `recipe`, with the overrides given here."""
+        return get_recipe(self.recipe).with_overrides(
+            base=self.base_weight,
+            sampler=self.sampler_weight,
+            lcm=self.lcm_weight,
+            auxiliary=self.auxiliary_weight,
+            targets=self.targets,
+            position_decay=self.position_decay,
+        )

@@ -1,0 +1,363 @@
+"""The upgraded model: a frozen base, gated LoRA on its linear layers, mask embeddings and a sampler head.
+
+Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, tuner-level modules for the two heads.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+from transformers import Cache
+
+from .config import GatedLoraConfig
+from .fingerprint import refuse_other_base
+from .gate import Gate, MaskColumns, gate_lora_layer
+from .generation import MTPGenerationMixin
+from .layout import BlockLayout, segments, training_layout
+from .masks import attention_kinds, attention_masks
+from .objective import Objective, multi_token_objective
+from .recipe import Recipe
+from .sampler import SamplerHead
+from .support import refuse_attention_without_masks, refuse_unsupported
+
+
+class GatedLoraModel(MTPGenerationMixin, LoraModel):
+    """A causal language model that predicts several tokens at mask positions.
+
+    Made by [`~peft.get_peft_model`] from a [`GatedLoraConfig`], or by [`~peft.PeftModel.from_pretrained`]; not meant to
+    be made by hand. Regular tokens are computed by the base alone. Mask tokens have ids V..V+k-1, above the base's V
+    ids, and stand after all regular tokens of an input.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base, frozen.
+        config ([`GatedLoraConfig`]): The adapter.
+        adapter_name (`str`): Its name.
+
+    Attributes:
+        vocab_size (`int`): V, ids of the base's vocabulary.
+        active_mtp_config ([`GatedLoraConfig`]): Configuration of the active adapter.
+        mtp_statistics ([`MTPStatistics`]): Counts of the latest `generate(mtp=True)`.
+    """
+
+    # ---------------------------------------------------------------- building
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, low_cpu_mem_usage: bool = False, **kwargs):
+        config: GatedLoraConfig = self.peft_config[adapter_name]
+        refuse_unsupported(model)
+        refuse_other_base(config, model)
+        if "gate" not in self.__dict__:
+            self.gate = Gate()
+            self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
+            embedding = model.get_input_embeddings()
+            self._embedding_hooks = (
+                embedding.register_forward_pre_hook(self._embed_regular_ids),
+                embedding.register_forward_hook(self._append_mask_embeddings),
+            )
+        super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
+            self._add_heads(adapter_name, config)
+        self._sync_heads()
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        gate_lora_layer(getattr(parent, target_name), adapter_name, self.gate, name=current_key)
+
+    def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
+        """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""
+        table = self.model.get_input_embeddings().weight
+        masks = nn.Embedding(config.k, table.shape[1])
+        if masks.weight.device.type != "meta" and table.device.type != "meta":
+            sample = table.detach()[:: max(1, len(table) // 4096)].float().cpu()
+            nn.init.normal_(masks.weight)
+            masks.weight.data.mul_(sample.std(dim=0)).add_(sample.mean(dim=0))
+        self.lora_mask_embeddings[adapter_name] = masks
+        if config.sampler:
+            self.lora_sampler_heads[adapter_name] = SamplerHead(
+                table.shape[1], config.base_hidden_size, residual=config.sampler_residual
+            )
+
+    def _sync_heads(self) -> None:
+        """Places the heads and lets gradients into those of active adapters that are not for inference."""
+        device = self.model.get_output_embeddings().weight.device
+        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
+            for name, head in heads.items():
+                trainable = name in self.active_adapters and not self.peft_config[name].inference_mode
+                head.requires_grad_(trainable)
+                if device.type != "meta" and all(p.device.type != "meta" for p in head.parameters()):
+                    head.to(device)
+
+    # ---------------------------------------------------------------- what PEFT asks of a tuner
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._sync_heads()
+        if inference_mode:
+            self.lora_mask_embeddings.requires_grad_(False)
+            self.lora_sampler_heads.requires_grad_(False)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
+                if name in heads:
+                    heads[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
+            heads.pop(adapter_name) if adapter_name in heads else None
+        self._sync_heads()
+
+    @property
+    def adapters_disabled(self) -> bool:
+        """Whether the adapter layers are switched off, as in `with model.disable_adapter():`."""
+        return any(m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer))
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
+        if merge:
+            self._refuse_merge()
+        for hook in self._embedding_hooks:
+            hook.remove()
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+    def _refuse_merge(self, *args, **kwargs):
+        """A gated LoRA cannot be merged.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "A gated LoRA cannot be merged: it acts on mask tokens only, and one merged weight would change regular "
+            "tokens, and so the base model's output, too. Keep the adapter; `unload()` gives the base back as it was."
+        )
+
+    merge_adapter = add_weighted_adapter = _refuse_merge
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """As the base's own, with the gate restored wherever the backward pass runs a layer again.
+
+        Raises:
+            ValueError: Reentrant checkpointing is asked for, which cannot restore it.
+        """
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "Gated LoRA layers need `use_reentrant=False`: reentrant checkpointing runs layers again without the "
+                "gate of their forward pass. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        options["context_fn"] = self.gate.checkpoint_contexts
+        self.model.activation_checkpointing_enable(options, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """The older name of [`GatedLoraModel.activation_checkpointing_enable`]."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Refuses weights that are not a whole adapter; PEFT would leave what is missing at its random start."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            key: tensor.shape for key, tensor in model.state_dict().items() if "lora_" in key and f".{adapter_name}." in key
+        }
+        missing, unknown = sorted(expected.keys() - remapped.keys()), sorted(remapped.keys() - expected.keys())
+        wrong = [key for key, shape in expected.items() if key in remapped and remapped[key].shape != shape]
+        broken = [key for key in expected if key in remapped and not torch.isfinite(remapped[key]).all()]
+        for problem, keys in (
+            ("lack", missing),
+            ("have the unknown", unknown),
+            ("have the wrong shape for", wrong),
+            ("have values that are not finite in", broken),
+        ):
+            if keys:
+                raise ValueError(
+                    f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is truncated, was "
+                    "changed, or belongs to another base or config. Download it again, or train again."
+                )
+        return remapped
+
+    # ---------------------------------------------------------------- masks in the input
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def active_mtp_config(self) -> GatedLoraConfig:
+        if len(self.active_adapters) != 1:
+            raise ValueError(
+                f"Masks belong to one adapter, but {len(self.active_adapters)} are active: {self.active_adapters}. "
+                "Choose one with `set_adapter`."
+            )
+        return self.peft_config[self.active_adapters[0]]
+
+    def sampler_head(self) -> SamplerHead | None:
+        """The sampler head of the active adapter, if it has one."""
+        name = self.active_adapters[0]
+        return self.lora_sampler_heads[name] if name in self.lora_sampler_heads else None
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """All trainable parameters: LoRA weights, mask embeddings, sampler head."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    @contextmanager
+    def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
+        """Within, inputs hold mask tokens `index_BM` in the columns from `first` on, and LoRA acts there."""
+        with self.gate.open(MaskColumns(first, index_BM, self.active_adapters[0]) if index_BM.shape[1] else None):
+            yield
+
+    def _embed_regular_ids(self, embedding: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook: the base embeds regular ids only; it has no row for a mask."""
+        columns = self.gate.columns
+        return None if columns is None else (args[0][:, : columns.first], *args[1:])
+
+    def _append_mask_embeddings(self, embedding: nn.Module, args: tuple, regular: torch.Tensor) -> torch.Tensor | None:
+        """Forward hook: the masks' own embeddings follow."""
+        columns = self.gate.columns
+        if columns is None:
+            return None
+        masks = self.lora_mask_embeddings[columns.adapter](columns.index)
+        return torch.cat([regular, masks.to(regular.dtype)], dim=1)
+
+    # ---------------------------------------------------------------- forward passes
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        *args,
+        mtp_recipe: Recipe | None = None,
+        mtp_anchors: int | None = None,
+        mtp_generator: torch.Generator | None = None,
+        **kwargs,
+    ):
+        """The base's forward pass, in which ids V..V+k-1 are mask tokens; or, with a recipe, the training objective.
+
+        Masks stand after all regular tokens, in the same columns of every row. The caller gives the attention mask and
+        position ids that a layout needs; without, the input is a plain causal sequence.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, N)`): Token ids.
+            mtp_recipe ([`Recipe`], *optional*): If given, the result is an [`Objective`], and `kwargs` may have
+                `labels`, `attention_mask` (2-D, of right-padded rows) and `position_ids`.
+            mtp_anchors, mtp_generator: See [`training_layout`].
+            args, kwargs: What the base's `forward` takes.
+
+        Raises:
+            ValueError: Ids above V+k-1, a regular token after a mask, or a column with masks in some rows only.
+        """
+        if mtp_recipe is not None:
+            return self._objective(input_ids, mtp_recipe, mtp_anchors, mtp_generator, **kwargs)
+        if input_ids is None or not (is_mask_BN := input_ids >= self.vocab_size).any():
+            return self.model(input_ids, *args, **kwargs)
+        index_BN = input_ids - self.vocab_size
+        first = int((~is_mask_BN).sum(dim=1).max())
+        if index_BN.max() >= self.active_mtp_config.k or is_mask_BN[:, :first].any() or not is_mask_BN[:, first:].all():
+            raise ValueError(
+                f"Got token ids up to {input_ids.max().item()}. Ids {self.vocab_size} to "
+                f"{self.vocab_size + self.active_mtp_config.k - 1} are mask tokens and must stand after all regular "
+                "tokens, in the same columns of every row; there are none above."
+            )
+        with self.masks_in_columns(first, index_BN[:, first:]):
+            return self.model(input_ids, *args, **kwargs)
+
+    def _objective(
+        self, input_ids, recipe, anchors, generator, labels=None, attention_mask=None, position_ids=None, **kwargs
+    ) -> Objective:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        labels = input_ids if labels is None else labels
+        segment_BT = segments(attention_mask, position_ids)
+        layout = training_layout(labels, position_ids, segment_BT, self.active_mtp_config.k, anchors, generator)
+        return multi_token_objective(self, input_ids, labels, layout, recipe)
+
+    def masked_states(
+        self, input_ids_BT: torch.LongTensor, layout: BlockLayout, all_layers: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states of regular tokens and masks, for training.
+
+        Args:
+            input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
+            layout ([`BlockLayout`]): The blocks that follow them.
+            all_layers (`bool`, *optional*, defaults to `False`): Whether to return the states between layers too.
+
+        Returns:
+            Tuple of `torch.Tensor` of shape `(B, N, D)`, in the order of the layers. The last one is what the base's
+            unembedding reads.
+
+        Raises:
+            ValueError: The base's attention implementation takes no 4-D mask.
+        """
+        refuse_attention_without_masks(self.model)
+        device_type = input_ids_BT.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.model.dtype
+        with self.masks_in_columns(input_ids_BT.shape[1], layout.index_BM):
+            outputs = self.model.get_decoder()(
+                input_ids=self._with_mask_ids(input_ids_BT, layout),
+                attention_mask=attention_masks(layout, 0, self._attention_kinds(), dtype),
+                position_ids=layout.position_BN,
+                use_cache=False,
+                output_hidden_states=all_layers,
+            )
+        inner = outputs.hidden_states[:-1] if all_layers else ()
+        return (*inner, outputs.last_hidden_state)
+
+    def masked_step(
+        self, input_ids_1T: torch.LongTensor, layout: BlockLayout, cache: Cache, logits_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward pass of decoding, which adds all its columns to the cache.
+
+        Args:
+            input_ids_1T (`torch.LongTensor` of shape `(1, T)`): Regular tokens.
+            layout ([`BlockLayout`]): The blocks that follow them. A single block on the last token makes a plain
+                causal sequence, which needs no 4-D mask.
+            cache ([`~transformers.Cache`]): All tokens before.
+            logits_rows (`int`): R, the last regular tokens whose logits are wanted.
+
+        Returns:
+            Logits, `torch.Tensor` of shape `(R, V)`; last hidden states of the masks, `(A, k, D)`.
+        """
+        regular, anchors = input_ids_1T.shape[1], layout.anchor_BA.shape[1]
+        wanted = torch.arange(regular - logits_rows, regular, device=input_ids_1T.device)
+        inputs = {
+            "input_ids": self._with_mask_ids(input_ids_1T, layout),
+            "position_ids": layout.position_BN,
+            "logits_to_keep": wanted,
+        }
+        if anchors > 1 and layout.k:
+            past = cache.get_seq_length()
+            inputs["attention_mask"] = attention_masks(layout, past, self._attention_kinds(), self.model.dtype)
+        known = inspect.signature(self.model.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in known}
+        with self.masks_in_columns(regular, layout.index_BM), self._captured_states() as states:
+            logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits[0]
+        if "logits_to_keep" not in known:
+            logits = logits[wanted]
+        return logits, states[0][0, regular:].unflatten(0, (anchors, layout.k))
+
+    @contextmanager
+    def _captured_states(self) -> Iterator[list[torch.Tensor]]:
+        """Within, the decoder's last hidden states land in the list: what the unembedding reads, at all columns."""
+        states = []
+        hook = self.model.get_decoder().register_forward_hook(
+            lambda decoder, args, outputs: states.append(outputs.last_hidden_state)
+        )
+        try:
+            yield states
+        finally:
+            hook.remove()
+
+    def _with_mask_ids(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> torch.LongTensor:
+        return torch.cat([input_ids_BT, layout.index_BM + self.vocab_size], dim=1)
+
+    def _attention_kinds(self):
+        return attention_kinds(self.model.config.get_text_config(decoder=True))
+
+    def positions_left(self, used: int) -> int:
+        """How many positions the model has after the first `used`; a large number if it has no maximum."""
+        maximum = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return (maximum or 2**31) - used
