@@ -1,5 +1,6 @@
 """The model card of an adapter."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,9 @@ from huggingface_hub import ModelCard, ModelCardData
 if TYPE_CHECKING:
     from .config import GatedLoraConfig
 
-MARK = "<!-- This card was written by hf_mtp. -->"
+README = "README.md"
+MARK = "<!-- Written by hf_mtp. Delete this line to keep your own changes when the adapter is saved again. -->"
+TAGS = ("hf_mtp", "multi-token-prediction", "speculative-decoding", "lora")
 PAPER = "https://huggingface.co/papers/2507.11851"
 
 _TEXT = """---
@@ -56,12 +59,13 @@ half precision a longer forward pass may flip a near-tie between two tokens.
 """
 
 
-def render_model_card(config: "GatedLoraConfig", repo: str) -> ModelCard:
+def render_model_card(config: "GatedLoraConfig", repo: str, tags: Iterable[str] = ()) -> ModelCard:
     """The card of an adapter.
 
     Args:
         config ([`GatedLoraConfig`]): All that the card says.
         repo (`str`): The name that the example loads.
+        tags (`Iterable[str]`, *optional*): Tags beside our own.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -72,7 +76,7 @@ def render_model_card(config: "GatedLoraConfig", repo: str) -> ModelCard:
         base_model=base if on_hub else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["hf_mtp", "multi-token-prediction", "speculative-decoding", "lora"],
+        tags=list(dict.fromkeys([*TAGS, *tags])),
         datasets=[name for name in config.train_datasets if "/" in name] or None,
     )
     measured = "Not measured."
@@ -100,8 +104,16 @@ def render_model_card(config: "GatedLoraConfig", repo: str) -> ModelCard:
 
 
 def is_replaceable(readme: Path) -> bool:
-    """Whether a README is missing, was written by us, or is the template that PEFT or TRL fills in."""
+    """Whether a README is missing, was written by us, or is what PEFT or TRL writes by itself."""
     if not readme.is_file():
         return True
     text = readme.read_text(encoding="utf-8")
-    return MARK in text or "[More Information Needed]" in text or "It has been trained using [TRL]" in text
+    return MARK in text or "It has been trained using [TRL]" in text or _is_empty_template(text)
+
+
+def _is_empty_template(text: str) -> bool:
+    """Whether a card is the Hub's template with nothing filled in but metadata and PEFT's version."""
+    body = text.split("---", 2)[-1] if text.startswith("---") else text
+    template = ModelCard.from_template(ModelCardData()).text.splitlines()
+    added = [line for line in body.splitlines() if line not in template]
+    return bool(body.strip()) and all(line.startswith(("### Framework versions", "- PEFT ")) for line in added)

@@ -1,12 +1,14 @@
 """What an adapter is: [`GatedLoraConfig`]."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
 from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from .card import is_replaceable, render_model_card
+from .card import README, is_replaceable, render_model_card
 from .peft_type import ExtensionPeftType
 
 # Fields of LoraConfig that, when set, change what the base computes for regular tokens.
@@ -26,6 +28,25 @@ _KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 def _require_positive_int(name: str, value: object, meaning: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1 ({meaning}), but got {value!r}.")
+
+
+def _files_of(
+    name: str,
+    subfolder: str | None = None,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs,
+) -> Callable[[str], bool]:
+    """Tells which files an adapter has: in its folder, in its repository, or, offline, in the cache of that."""
+    folder = Path(name, subfolder or "")
+    if folder.is_dir():
+        return lambda file: (folder / file).is_file()
+    inside = f"{subfolder}/" if subfolder else ""
+    if is_offline_mode():
+        return lambda file: isinstance(try_to_load_from_cache(name, inside + file, cache_dir, revision), str)
+    return lambda file: file_exists(name, inside + file, revision=revision, token=token)
 
 
 @dataclass
@@ -99,7 +120,9 @@ class GatedLoraConfig(LoraConfig):
         if self.task_type is None:
             self.task_type = TaskType.CAUSAL_LM
         if self.task_type != TaskType.CAUSAL_LM:
-            raise ValueError(f"`task_type` must be 'CAUSAL_LM', since masks stand for next tokens; got {self.task_type!r}.")
+            raise ValueError(
+                f"`task_type` must be 'CAUSAL_LM', since masks stand for next tokens; got {self.task_type!r}."
+            )
         for name, neutral in _CHANGE_THE_BASE.items():
             value = getattr(self, name, neutral)
             if value != neutral and value:
@@ -115,20 +138,22 @@ class GatedLoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Loads the configuration of an adapter, refusing a folder whose weights are a pickle.
+        """Loads the configuration of an adapter, refusing one whose weights are a pickle.
 
         Args and returned value are those of [`~peft.PeftConfig.from_pretrained`].
 
         Raises:
-            ValueError: The local folder has `adapter_model.bin` and no `adapter_model.safetensors`.
+            ValueError: The folder or repository has `adapter_model.bin` and no `adapter_model.safetensors`.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        has_file = _files_of(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        if not has_file(SAFETENSORS_WEIGHTS_NAME) and has_file(WEIGHTS_NAME):
             raise ValueError(
-                f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when loaded. Adapters are "
-                f"loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the `safetensors` library."
+                f"{pretrained_model_name_or_path} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when "
+                f"loaded. Adapters are loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the `safetensors` "
+                "library."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Saves the configuration, and the adapter's model card beside it.
@@ -139,13 +164,14 @@ class GatedLoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         self.write_model_card(save_directory)
 
-    def write_model_card(self, folder: str | Path, repo: str | None = None) -> None:
+    def write_model_card(self, folder: str | Path, repo: str | None = None, tags: Iterable[str] | None = None) -> None:
         """Writes `README.md` into `folder`, unless one is there that somebody wrote by hand.
 
         Args:
             folder (`str` or `Path`): The adapter's folder.
             repo (`str`, *optional*): Name that the card's example loads; the folder's by default.
+            tags (`Iterable[str]`, *optional*): Tags of the card beside our own.
         """
-        readme = Path(folder, "README.md")
+        readme = Path(folder, README)
         if is_replaceable(readme):
-            render_model_card(self, repo or Path(folder).resolve().name).save(readme)
+            render_model_card(self, repo or Path(folder).resolve().name, tags or ()).save(readme)

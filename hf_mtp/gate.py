@@ -91,6 +91,8 @@ class GatedVariant(LoraVariant):
         if columns is None or columns.adapter != active_adapter:
             return result
         masks_x, masks_y = self._mask_rows(x, columns), self._mask_rows(result, columns)
+        if not torch.is_autocast_enabled(x.device.type):
+            masks_x = masks_x.to(module.lora_A[active_adapter].weight.dtype)
         if self.inner is not None:
             masks_y.copy_(self.inner.forward(module, active_adapter=active_adapter, x=masks_x, result=masks_y.clone()))
         else:
@@ -141,4 +143,6 @@ def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) 
             "gated: its LoRA would act on regular tokens as well and change the base model's output. Target linear "
             "layers only (`target_modules='all-linear'`), or load the base in another quantization format."
         )
+    # PEFT would cast every token to the dtype of the LoRA weights; the variant does so for masks only.
+    layer.cast_input_dtype_enabled = False
     layer.lora_variant[adapter_name] = GatedVariant(gate, inner=layer.lora_variant.get(adapter_name))

@@ -1,6 +1,7 @@
 """`generate(mtp=True)`: checks what was asked for and hands the decode loop to transformers' own `generate`."""
 
 import warnings
+from copy import deepcopy
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
@@ -70,9 +71,10 @@ class MTPGenerationMixin:
         def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             _refuse_generation_config(generation_config)
             _refuse_inputs(input_ids, self.vocab_size, model_kwargs)
-            transcript, cache, self.mtp_statistics = decode_greedily(
+            transcript, cache, statistics = decode_greedily(
                 self, input_ids, k, strategy, logits_processor, stopping_criteria, generation_config, streamer
             )
+            self.mtp_statistics = statistics
             if not generation_config.return_dict_in_generate:
                 return transcript.sequence
             return MTPGenerateOutput(
@@ -80,7 +82,7 @@ class MTPGenerationMixin:
                 scores=transcript.scores,
                 logits=transcript.logits,
                 past_key_values=cache,
-                mtp_statistics=self.mtp_statistics,
+                mtp_statistics=statistics,
             )
 
         return self.model.generate(*args, custom_generate=decode, **kwargs)
@@ -125,10 +127,16 @@ def _refuse_arguments(kwargs: dict) -> None:
 
 def _stop_strings_to_criteria(kwargs: dict) -> None:
     """Turns `stop_strings` and `tokenizer` into the criterion that transformers would make of them."""
-    tokenizer, stop_strings = kwargs.pop("tokenizer", None), kwargs.get("stop_strings")
-    if tokenizer is not None and stop_strings is not None:
-        criterion = StopStringCriteria(tokenizer, kwargs.pop("stop_strings"))
-        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+    tokenizer, config = kwargs.pop("tokenizer", None), kwargs.get("generation_config")
+    stop_strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
+    if tokenizer is None or stop_strings is None:
+        return
+    kwargs.pop("stop_strings", None)
+    if config is not None:
+        kwargs["generation_config"] = deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+    criterion = StopStringCriteria(tokenizer, stop_strings)
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
 
 
 def _refuse_generation_config(config: GenerationConfig) -> None:

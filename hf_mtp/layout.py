@@ -81,6 +81,23 @@ class BlockLayout:
         block_M = torch.arange(anchors, device=device).repeat_interleave(self.k)
         return torch.cat([torch.full((self.position_BT.shape[1],), -1, device=device), block_M])
 
+    def split_rows(self, blocks: int) -> "BlockLayout":
+        """The same blocks with at most `blocks` to a row, each row repeated as often as that takes.
+
+        Returns:
+            [`BlockLayout`] of `B * ceil(A / blocks)` rows; the last row of each input row is filled up with its last
+            block.
+        """
+        batch, anchors = self.anchor_BA.shape
+        parts = -(-anchors // blocks)
+        filled = torch.cat([self.anchor_BA, self.anchor_BA[:, -1:].expand(-1, parts * blocks - anchors)], dim=1)
+        return BlockLayout(
+            filled.reshape(batch * parts, blocks),
+            self.position_BT.repeat_interleave(parts, dim=0),
+            self.segment_BT.repeat_interleave(parts, dim=0),
+            self.k,
+        )
+
     def target_columns(self, labels_BT: torch.LongTensor) -> torch.LongTensor:
         """The regular column of the token that each mask is to predict.
 

@@ -43,7 +43,9 @@ def attention_kinds(config) -> list[AttentionKind]:
     return [by_name.get(name, AttentionKind(name)) for name in sorted(set(layer_types))]
 
 
-def allowed_attention(layout: BlockLayout, past: int = 0, kind: AttentionKind = AttentionKind()) -> torch.BoolTensor:
+def allowed_attention(
+    layout: BlockLayout, past: int = 0, kind: AttentionKind = AttentionKind(), queries: int | None = None
+) -> torch.BoolTensor:
     """The attention rule.
 
     A regular token attends to the regular tokens of its document up to itself. A mask attends to the regular tokens of
@@ -54,25 +56,25 @@ def allowed_attention(layout: BlockLayout, past: int = 0, kind: AttentionKind = 
         past (`int`, *optional*, defaults to 0): P, regular tokens in the cache, at positions 0..P-1. If not 0, all
             columns belong to one document.
         kind ([`AttentionKind`], *optional*): Window or chunk that the layer is limited to.
+        queries (`int`, *optional*): Q, the last columns whose rows are wanted; all N if `None`.
 
     Returns:
-        `torch.BoolTensor` of shape `(B, N, P + N)`.
+        `torch.BoolTensor` of shape `(B, Q, P + N)`.
     """
-    position_BN, segment_BN = layout.position_BN, layout.segment_BN
-    column_N = torch.arange(position_BN.shape[1], device=position_BN.device)
-    block_N = layout.block_N
-    is_regular_S = block_N < 0
-    to_regular = column_N <= layout.reach_BN[:, :, None]
-    to_own_block = (block_N == block_N[:, None]) & (column_N <= column_N[:, None])
-    same_document = segment_BN[:, None, :] == segment_BN[:, :, None]
-    allowed = torch.where(is_regular_S, to_regular, to_own_block) & same_document
-    # A row of padding may attend to itself: a row that may attend to nothing turns into NaN in some kernels.
-    allowed = allowed & (segment_BN[:, None, :] >= 0) | torch.eye(len(column_N), dtype=torch.bool, device=allowed.device)
+    position_BN, segment_BN, reach_BN, block_N = layout.position_BN, layout.segment_BN, layout.reach_BN, layout.block_N
+    column_N = torch.arange(len(block_N), device=block_N.device)
+    q = slice(0 if queries is None else len(block_N) - queries, None)
+    to_regular = column_N <= reach_BN[:, q, None]
+    to_own_block = (block_N == block_N[q, None]) & (column_N <= column_N[q, None])
+    same_document = (segment_BN[:, None, :] == segment_BN[:, q, None]) & (segment_BN[:, None, :] >= 0)
+    allowed = torch.where(block_N < 0, to_regular, to_own_block) & same_document
+    # Padding may attend to itself: a query that may attend to nothing turns into NaN in some kernels.
+    allowed |= column_N == column_N[q, None]
     if past:
         allowed = torch.cat([allowed.new_ones(*allowed.shape[:2], past), allowed], dim=2)
     if kind.reaches_back() is not None:
         past_BP = torch.arange(past, device=position_BN.device).expand(position_BN.shape[0], -1)
-        allowed &= within_reach(position_BN, torch.cat([past_BP, position_BN], dim=1), kind)
+        allowed &= within_reach(position_BN[:, q], torch.cat([past_BP, position_BN], dim=1), kind)
     return allowed
 
 
@@ -91,7 +93,7 @@ def additive(allowed_BQS: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attention_masks(
-    layout: BlockLayout, past: int, kinds: list[AttentionKind], dtype: torch.dtype
+    layout: BlockLayout, past: int, kinds: list[AttentionKind], dtype: torch.dtype, queries: int | None = None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """What to pass to a model as `attention_mask`.
 
@@ -100,15 +102,15 @@ def attention_masks(
         past (`int`): Regular tokens in the cache.
         kinds (`list[AttentionKind]`): See [`attention_kinds`].
         dtype (`torch.dtype`): The model's.
+        queries (`int`, *optional*): Q, the last columns that attend; all N if `None`.
 
     Returns:
-        One additive mask of shape `(B, 1, N, P + N)` while no window or chunk is exceeded or all layers are of one kind,
+        One additive mask of shape `(B, 1, Q, P + N)` while no window or chunk is exceeded or all layers are of one kind,
         and a mask per kind otherwise, under the name that transformers gives the kind.
     """
     longest = past + layout.position_BT.shape[1] + layout.k
     limited = [kind for kind in kinds if kind.reaches_back() is not None and kind.reaches_back() < longest]
     if not limited:
-        return additive(allowed_attention(layout, past), dtype)
-    if len(kinds) == 1:
-        return additive(allowed_attention(layout, past, kinds[0]), dtype)
-    return {kind.name: additive(allowed_attention(layout, past, kind), dtype) for kind in kinds}
+        return additive(allowed_attention(layout, past, queries=queries), dtype)
+    masks = {kind.name: additive(allowed_attention(layout, past, kind, queries), dtype) for kind in kinds}
+    return masks if len(masks) > 1 else masks[kinds[0].name]

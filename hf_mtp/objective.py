@@ -60,17 +60,15 @@ def multi_token_objective(
     row_R, mask_R = (target_column_BM != IGNORE).nonzero(as_tuple=True)
     if not len(row_R):
         return Objective(sum(p.sum() for p in model.head_parameters()) * 0.0, {}, 0)
-    length = input_ids_BT.shape[1]
     target_column_R = target_column_BM[row_R, mask_R]
     column_R = target_column_R - 1  # the token that the mask stands for
     step_R = layout.step_M[mask_R]
 
-    states_LBND = model.masked_states(input_ids_BT, layout, all_layers=recipe.auxiliary > 0)
-    hidden_BND = states_LBND[-1]
-    mask_RD, regular_RD = hidden_BND[row_R, length + mask_R], hidden_BND[row_R, column_R]
+    regular_LBTD, masks_LBMD = model.masked_states(input_ids_BT, layout, all_layers=recipe.auxiliary > 0)
+    regular_RD, mask_RD = regular_LBTD[-1][row_R, column_R], masks_LBMD[-1][row_R, mask_R]
 
     unembedding = model.model.get_output_embeddings()
-    base_choice_R = _base_choices(unembedding, hidden_BND[:, :length], row_R, column_R)
+    base_choice_R = _base_choices(unembedding, regular_LBTD[-1], row_R, column_R)
     target_R = base_choice_R if recipe.targets == "model" else input_ids_BT[row_R, target_column_R]
 
     losses = {}
@@ -81,10 +79,9 @@ def multi_token_objective(
         losses["sampler"], draft_R = cross_entropy(unembedding, sampler(previous_RE, mask_RD), target_R)
     losses["lcm"] = latent_consistency(mask_RD, regular_RD)
     if recipe.auxiliary > 0:
-        inner_LBND = states_LBND[1:-1]
         losses["auxiliary"] = feature_consistency(
-            torch.stack([states[row_R, length + mask_R] for states in inner_LBND]),
-            torch.stack([states[row_R, column_R] for states in inner_LBND]),
+            torch.stack([states[row_R, mask_R] for states in masks_LBMD[1:-1]]),
+            torch.stack([states[row_R, column_R] for states in regular_LBTD[1:-1]]),
         )
 
     weight_R = recipe.position_decay ** (step_R - 1).float()

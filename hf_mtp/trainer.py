@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from .deadline import TICKS, Deadline
 from .fingerprint import tokenizer_fingerprint
 from .interrupt import SaveOnInterrupt
 from .layout import IGNORE
@@ -69,6 +70,7 @@ class MTPTrainer(SFTTrainer):
             args = MTPConfig(output_dir="mtp_output")
         if kwargs.get("peft_config") is None:
             _gated(model)
+        self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         tuner = _gated(self.model)
         k = tuner.active_mtp_config.k
@@ -83,6 +85,8 @@ class MTPTrainer(SFTTrainer):
         # The loss is a mean over masks, not a sum over label tokens: let Trainer average accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.add_callback(SaveOnInterrupt())
+        if self.deadline is not None:
+            self.add_callback(self.deadline)
 
     def _refuse_nothing_to_learn(self) -> None:
         """Raises unless some sequence has a token inside the loss with one more two tokens on."""
@@ -106,6 +110,13 @@ class MTPTrainer(SFTTrainer):
         name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
         if name and name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, name]
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.deadline is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(TICKS, optimizer)
+        self.deadline.drive(scheduler)
+        return scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         generator = None
@@ -147,7 +158,7 @@ class MTPTrainer(SFTTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the adapter's own model card into `output_dir`."""
         if self.is_world_process_zero():
-            _gated(self.model).active_mtp_config.write_model_card(self.args.output_dir)
+            _gated(self.model).active_mtp_config.write_model_card(self.args.output_dir, repo=self.hub_model_id)
 
 
 def _gated(model) -> GatedLoraModel:

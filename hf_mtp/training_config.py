@@ -34,7 +34,13 @@ class MTPConfig(SFTConfig):
 
         anchors_per_sequence (`int`, *optional*, defaults to `128`):
             How many tokens of each sequence get a block of masks at most, drawn anew each time the sequence is seen.
-            Attention grows with the square of length + anchors x k. `None` for all tokens inside the loss.
+            `None` for all tokens inside the loss.
+
+        > Parameters that control the length of the training
+
+        max_minutes (`float`, *optional*):
+            Ends training after this time, if epochs or `max_steps` do not end it before, and makes the learning rate
+            schedule follow the clock. For budgets that are time and not steps.
 
     Raises:
         ValueError: An unknown recipe, negative weights, or anchors below 1.
@@ -56,6 +62,10 @@ class MTPConfig(SFTConfig):
         default=128, metadata={"help": "How many tokens of each sequence get a block of masks at most."}
     )
 
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "Ends training after this time; the learning rate follows the clock."}
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("base_weight", "sampler_weight", "lcm_weight", "auxiliary_weight", "position_decay"):
@@ -68,6 +78,8 @@ class MTPConfig(SFTConfig):
             raise ValueError(
                 f"`anchors_per_sequence` must be at least 1, or None for all, but got {self.anchors_per_sequence}."
             )
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes}.")
         self.resolved_recipe()
 
     def resolved_recipe(self) -> Recipe:

@@ -4,13 +4,15 @@ Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, 
 """
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from .config import GatedLoraConfig
 from .fingerprint import refuse_other_base
@@ -22,6 +24,10 @@ from .objective import Objective, multi_token_objective
 from .recipe import Recipe
 from .sampler import SamplerHead
 from .support import refuse_attention_without_masks, refuse_unsupported
+
+# Training attends from this many blocks at a time to the tokens before them and to each other: more blocks mean more
+# attention from block to block, all of it masked out; fewer mean more copies of the keys and values before them.
+BLOCKS_PER_ROW = 16
 
 
 class GatedLoraModel(MTPGenerationMixin, LoraModel):
@@ -60,6 +66,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
             self._add_heads(adapter_name, config)
         self._sync_heads()
+        if getattr(model, "is_activation_checkpointing", False):  # switched on before the upgrade: once more, with gate
+            self.activation_checkpointing_enable()
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         super()._create_and_replace(
@@ -276,8 +284,12 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     def masked_states(
         self, input_ids_BT: torch.LongTensor, layout: BlockLayout, all_layers: bool = False
-    ) -> tuple[torch.Tensor, ...]:
-        """Hidden states of regular tokens and masks, for training.
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Hidden states of regular tokens and of masks, for training.
+
+        Regular tokens depend on frozen weights only. They run first, without a graph, and masks read their keys and
+        values from a cache, a few blocks per row. Layers under gradient checkpointing take no cache: then both run in
+        one pass.
 
         Args:
             input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
@@ -285,26 +297,46 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             all_layers (`bool`, *optional*, defaults to `False`): Whether to return the states between layers too.
 
         Returns:
-            Tuple of `torch.Tensor` of shape `(B, N, D)`, in the order of the layers. The last one is what the base's
-            unembedding reads.
+            Two lists, in the order of the layers, of `torch.Tensor` of shape `(B, T, D)` and `(B, M, D)`. The last of
+            each is what the base's unembedding reads.
 
         Raises:
             ValueError: The base's attention implementation takes no 4-D mask.
         """
         refuse_attention_without_masks(self.model)
-        device_type = input_ids_BT.device.type
+        length = input_ids_BT.shape[1]
+        if self.model.training and self.model.is_activation_checkpointing:
+            with self.masks_in_columns(length, layout.index_BM):
+                states = self._decoder_states(self._with_mask_ids(input_ids_BT, layout), layout, None, all_layers)
+            return [state[:, :length] for state in states], [state[:, length:] for state in states]
+
+        cache = DynamicCache()
+        with torch.no_grad():
+            regular = self._decoder_states(input_ids_BT, replace(layout, k=0), cache, all_layers)
+        split = layout.split_rows(BLOCKS_PER_ROW)
+        cache.batch_repeat_interleave(len(split.anchor_BA) // len(layout.anchor_BA))
+        with self.masks_in_columns(0, split.index_BM):
+            masks = self._decoder_states(split.index_BM + self.vocab_size, split, cache, all_layers)
+        # Rows were filled up to whole ones with repeated blocks, which are dropped here.
+        wanted = layout.index_BM.shape[1]
+        return regular, [state.reshape(len(input_ids_BT), -1, state.shape[-1])[:, :wanted] for state in masks]
+
+    def _decoder_states(
+        self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, all_layers: bool
+    ) -> list[torch.Tensor]:
+        """States, `(B, Q, D)` each, of the last Q columns of a layout; the cache has the columns before."""
+        queries, device_type = input_ids_BQ.shape[1], input_ids_BQ.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.model.dtype
-        with self.masks_in_columns(input_ids_BT.shape[1], layout.index_BM):
-            outputs = self.model.get_decoder()(
-                input_ids=self._with_mask_ids(input_ids_BT, layout),
-                attention_mask=attention_masks(layout, 0, self._attention_kinds(), dtype),
-                position_ids=layout.position_BN,
-                use_cache=False,
-                output_hidden_states=all_layers,
-            )
-        inner = outputs.hidden_states[:-1] if all_layers else ()
-        return (*inner, outputs.last_hidden_state)
+        outputs = self.model.get_decoder()(
+            input_ids=input_ids_BQ,
+            attention_mask=attention_masks(layout, 0, self._attention_kinds(), dtype, queries=queries),
+            position_ids=layout.position_BN[:, -queries:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=all_layers,
+        )
+        return [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
 
     def masked_step(
         self, input_ids_1T: torch.LongTensor, layout: BlockLayout, cache: Cache, logits_rows: int
@@ -342,10 +374,13 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     @contextmanager
     def _captured_states(self) -> Iterator[list[torch.Tensor]]:
         """Within, the decoder's last hidden states land in the list: what the unembedding reads, at all columns."""
-        states = []
-        hook = self.model.get_decoder().register_forward_hook(
-            lambda decoder, args, outputs: states.append(outputs.last_hidden_state)
-        )
+        states, thread = [], threading.get_ident()
+
+        def keep(decoder: nn.Module, args: tuple, outputs) -> None:
+            if threading.get_ident() == thread:  # another one may be generating too
+                states.append(outputs.last_hidden_state)
+
+        hook = self.model.get_decoder().register_forward_hook(keep)
         try:
             yield states
         finally:

@@ -1,0 +1,50 @@
+# `make help` lists the targets. All but `help` make `.venv` first, if it is missing or older than setup.py.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+PATHS := hf_mtp tests examples docs setup.py
+# A build that some machines offer for CPUs only. Without the pin, pip may fetch gigabytes of CUDA packages.
+TORCH := torch==2.13.0
+# One thread for each of the two test processes; nothing asks the Hub.
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: help quickstart test style quality bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+quickstart: $(VENV)/quickstart.stamp  ## upgrade, train and measure a small model, offline, in minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart/quickstart.py
+
+test: quality  ## style checks and all tests, offline
+	$(OFFLINE) $(BIN)/python -m pytest -n 2
+
+quality: $(VENV)/test.stamp  ## style checks
+	$(BIN)/ruff check $(PATHS)
+	$(BIN)/ruff format --check $(PATHS)
+
+style: $(VENV)/test.stamp  ## rewrite the files in the style that `quality` checks
+	$(BIN)/ruff check --fix $(PATHS)
+	$(BIN)/ruff format $(PATHS)
+
+bench: $(VENV)/quickstart.stamp  ## train and measure the reference adapter: make bench BASE=... DATA=...
+	@test -n "$(BASE)" -a -n "$(DATA)" || { echo "usage: make bench BASE=<folder or Hub id> DATA=<folder>, see docs/benchmarks.md"; exit 2; }
+	$(BIN)/python examples/benchmarks/train_reference.py --base "$(BASE)" --data "$(DATA)" --output out/reference
+
+clean:  ## remove .venv and what tools left behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hf_mtp needs Python 3.10 or newer; this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/torch.stamp: | $(BIN)/python
+	$(PIP) "$(TORCH)" || { echo "$(TORCH) is not on offer for this machine: taking the newest torch"; $(PIP) torch; }
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/torch.stamp setup.py
+	$(PIP) -e ".[$*]"
+	@touch $@

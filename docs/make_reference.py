@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Write docs/reference.md from the docstrings of the package.
+
+    python docs/make_reference.py            # writes it
+    python docs/make_reference.py --check    # exits with 1 if it is out of date
+"""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("reference.md")
+# What users call first, then what the parts are made of.
+SECTIONS = {
+    "Configuration": {"hf_mtp.config": ["GatedLoraConfig"]},
+    "Training": {
+        "hf_mtp.training_config": ["MTPConfig"],
+        "hf_mtp.trainer": ["MTPTrainer"],
+        "hf_mtp.recipe": ["Recipe"],
+        "hf_mtp.objective": ["multi_token_objective", "Objective"],
+    },
+    "Generation": {
+        "hf_mtp.generation": ["MTPGenerationMixin.generate"],
+        "hf_mtp.decoding": ["MTPGenerateOutput"],
+        "hf_mtp.statistics": ["MTPStatistics"],
+        "hf_mtp.support": ["takes_branches"],
+        "hf_mtp.measuring": ["decode_both_ways", "summarize", "tokens_per_step", "Record"],
+    },
+    "The upgraded model": {
+        "hf_mtp.tuner": [
+            "GatedLoraModel",
+            "GatedLoraModel.forward",
+            "GatedLoraModel.masked_states",
+            "GatedLoraModel.masked_step",
+        ],
+        "hf_mtp.gate": ["Gate", "GatedVariant", "MaskColumns"],
+        "hf_mtp.sampler": ["SamplerHead"],
+    },
+    "Functions of tensors": {
+        "hf_mtp.layout": ["BlockLayout", "training_layout", "decoding_layout", "segments"],
+        "hf_mtp.masks": ["allowed_attention", "attention_masks", "attention_kinds"],
+        "hf_mtp.losses": [
+            "cross_entropy",
+            "latent_consistency",
+            "feature_consistency",
+            "simulated_tokens_per_step",
+        ],
+        "hf_mtp.drafting": ["draft_greedily"],
+        "hf_mtp.verification": ["verify_greedily", "Transcript"],
+    },
+}
+
+
+def render() -> str:
+    """The whole page."""
+    lines = ["# Package reference", "", "Made from the docstrings by `docs/make_reference.py`.", ""]
+    for section, modules in SECTIONS.items():
+        lines += [f"## {section}", ""]
+        for module, names in modules.items():
+            for name in names:
+                lines += [*entry(module, name), ""]
+    return "\n".join(lines)
+
+
+def entry(module: str, name: str) -> list[str]:
+    """Heading, signature and docstring of one name."""
+    target = importlib.import_module(module)
+    for part in name.split("."):
+        target = getattr(target, part)
+    signature = "" if inspect.isclass(target) else str(inspect.signature(target))
+    return [f"### `{module}.{name}`", "", *(["```python", f"{name}{signature}", "```", ""] if signature else []),
+            "```text", inspect.getdoc(target), "```"]  # fmt: skip
+
+
+def main() -> None:
+    page = render()
+    if "--check" in sys.argv[1:]:
+        sys.exit(PAGE.read_text(encoding="utf-8") != page and "docs/reference.md is out of date: run this script")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Packaging of hf_mtp. Settings of tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# The one place that holds the version: hf_mtp.__version__ reads it back through importlib.metadata.
+VERSION = "0.1.0"
+
+TEST = ["pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6"]
+QUICKSTART = ["matplotlib>=3.9", "rich>=13.9"]
+
+readme = Path(__file__).with_name("README.md")
+
+setup(
+    name="hf_mtp",
+    version=VERSION,
+    description="Any causal language model of the Hub generates several tokens per forward pass, same output.",
+    long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
+    long_description_content_type="text/markdown",
+    author="The hf_mtp contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="multi-token prediction, speculative decoding, LoRA, PEFT, transformers, TRL",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=["hf_mtp"],
+    package_data={"hf_mtp": ["py.typed"]},
+    # Floors only. The last releases of transformers and trl for Python 3.10 are 5.20 and 1.14.
+    install_requires=[
+        "torch>=2.4",
+        "transformers>=5.20",
+        "peft>=0.21.2",
+        "trl>=1.14",
+        "accelerate>=1.10.1",
+        "datasets>=4.7",
+        "huggingface_hub>=1.31",
+        "safetensors>=0.8",
+    ],
+    extras_require={"test": TEST, "quickstart": QUICKSTART},
+)

@@ -1,0 +1,87 @@
+"""What two people do with a Hub, each in a process and with a cache of their own. Run by test_hub.py.
+
+Each ends by printing one JSON document: what they saw.
+"""
+
+import hashlib
+import json
+import socket
+import sys
+
+
+def only_loopback() -> None:
+    """Lets no connection out of this machine."""
+    connect = socket.socket.connect
+
+    def checked(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"A test reached outside: {address}")
+        return connect(self, address)
+
+    socket.socket.connect = checked
+
+
+def author() -> dict:
+    """Upgrades `me/base` and shares three adapters of it."""
+    from tiny_models import randomised
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    model = randomised(upgrade(base)).eval()
+    model.push_to_hub("me/my-model-mtp", tags=["tiny"])
+    model.push_to_hub("me/by-hand")
+    model.push_to_hub("me/on-a-branch", revision="trial", commit_message="A trial")
+    return seen(model)
+
+
+def upgrade(base):
+    """An adapter as MTPTrainer would leave it."""
+    from peft import get_peft_model
+    from transformers import AutoTokenizer
+
+    from hf_mtp import GatedLoraConfig
+    from hf_mtp.fingerprint import tokenizer_fingerprint
+
+    config = GatedLoraConfig(k=3, r=4, recipe="default", train_datasets=["openai/gsm8k", "notes"])
+    config.tokenizer_fingerprint = tokenizer_fingerprint(AutoTokenizer.from_pretrained("me/base"))
+    config.tokens_per_step = {"maths": 3.456}
+    return get_peft_model(base, config)
+
+
+def reader() -> dict:
+    """Loads what the author shared, and what should be refused."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import hf_mtp  # noqa: F401
+
+    document = seen(AutoPeftModelForCausalLM.from_pretrained("me/my-model-mtp"))
+    branch = AutoPeftModelForCausalLM.from_pretrained("me/on-a-branch", revision="trial")
+    document["branch"] = seen(branch)
+    for name, base in (("me/pickled", "me/base"), ("me/my-model-mtp", "me/other-base")):
+        try:
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), name)
+        except ValueError as error:
+            document[f"{name} on {base}"] = str(error)
+    return document
+
+
+def seen(model) -> dict:
+    """Weights and text of an upgraded model."""
+    from tiny_models import adapter_parameters, generate, prompt
+
+    weights = hashlib.sha256()
+    for name, parameter in sorted(adapter_parameters(model).items()):
+        weights.update(name.encode() + parameter.detach().numpy().tobytes())
+    plain, upgraded = generate(model, prompt()), generate(model, prompt(), mtp=True)
+    return {
+        "weights": weights.hexdigest(),
+        "plain": plain.tolist(),
+        "upgraded": upgraded.tolist(),
+        "forward_passes": model.mtp_statistics.forward_passes,
+    }
+
+
+if __name__ == "__main__":
+    only_loopback()
+    print(json.dumps({"author": author, "reader": reader}[sys.argv[1]]()))

@@ -1,0 +1,332 @@
+"""Bad input gets an error that says what was passed, what is needed or what to do; and nothing is lost."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB, generate, prompt, tiny_base, upgraded
+from tiny_text import tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GenerationConfig,
+)
+
+from hf_mtp import GatedLoraConfig
+
+# ---------------------------------------------------------------- GatedLoraConfig
+
+
+@pytest.mark.parametrize("name", ["k", "r"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3", None])
+def test_sizes_must_be_positive_integers(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer of at least 1 .*got {value!r}"):
+        GatedLoraConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["lm_head"]),
+        ("layer_replication", [(0, 2), (1, 2)]),
+        ("trainable_token_indices", [3]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+    ],
+)
+def test_fields_that_change_the_base_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"`{field}=.*changes what the base model computes.*Leave `{field}` at"):
+        GatedLoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+def test_initialisations_that_rewrite_the_base_are_refused(start):
+    with pytest.raises(
+        ValueError, match=f"`init_lora_weights={start!r}` rewrites the base model's weights.*Use one of True"
+    ):
+        GatedLoraConfig(init_lora_weights=start)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_other_initialisations_are_taken(start):
+    model = upgraded("llama", init_lora_weights=start)
+    assert torch.equal(model(prompt()).logits, tiny_base("llama")(prompt()).logits)
+
+
+def test_other_tasks_are_refused():
+    with pytest.raises(ValueError, match="`task_type` must be 'CAUSAL_LM'.*got 'SEQ_CLS'"):
+        GatedLoraConfig(task_type="SEQ_CLS")
+
+
+# ---------------------------------------------------------------- bases that cannot be upgraded
+
+
+def test_encoder_decoder_is_refused():
+    config = AutoConfig.for_model("t5", vocab_size=VOCAB, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model.*decoder-only"):
+        get_peft_model(AutoModelForSeq2SeqLM.from_config(config), GatedLoraConfig(target_modules=["q"]))
+
+
+def test_recurrent_model_is_refused():
+    config = AutoConfig.for_model("mamba", vocab_size=VOCAB, hidden_size=32, state_size=4, num_hidden_layers=1)
+    with pytest.raises(NotImplementedError, match="MambaForCausalLM has recurrent layers.*attention layers only"):
+        get_peft_model(AutoModelForCausalLM.from_config(config), GatedLoraConfig(target_modules=["in_proj"]))
+
+
+# ---------------------------------------------------------------- generate(mtp=True)
+
+
+@pytest.mark.parametrize("mtp_k", [0, -1, 4, 1.5, True, "2"])
+def test_mtp_k_out_of_range(mtp_k):
+    with pytest.raises(
+        ValueError, match=f"`mtp_k` must be an integer from 1 to 3, the adapter's `k`, but got {mtp_k!r}"
+    ):
+        generate(upgraded("llama", 3), prompt(), mtp=True, mtp_k=mtp_k)
+
+
+def test_unknown_strategy():
+    with pytest.raises(ValueError, match="must be one of 'quadratic', 'linear', 'auto', got 'cubic'"):
+        generate(upgraded("llama"), prompt(), mtp=True, mtp_strategy="cubic")
+
+
+@pytest.mark.parametrize("bad", [VOCAB, VOCAB + 2, 10_000, -1])
+def test_ids_outside_the_vocabulary(bad):
+    input_ids = torch.tensor([[5, 6, bad]])
+    with pytest.raises(
+        ValueError, match=rf"token ids from {min(5, bad)} to {max(6, bad)}.*ids 0 to 96.*own tokenizer"
+    ):
+        generate(upgraded("llama"), input_ids, mtp=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_beams": 4},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"prompt_lookup_num_tokens": 3},
+        {"guidance_scale": 1.5},
+        {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=5)},
+    ],
+)
+def test_modes_that_are_not_token_by_token(arguments):
+    name = next(iter(arguments)) if "generation_config" not in arguments else "num_beams"
+    with pytest.raises(ValueError, match=f"{name}.*(Drop `{name}`, or `mtp=True`|two ways)"):
+        upgraded("llama").generate(prompt(), mtp=True, **{"max_new_tokens": 5, **arguments})
+
+
+@pytest.mark.parametrize("strategy", ["quadratic", "linear"])
+def test_beams_of_the_models_own_generation_config(strategy):
+    base = tiny_base("llama")
+    base.generation_config.num_beams = 3
+    with pytest.raises(ValueError, match="`num_beams=3`"):
+        upgraded(base).generate(prompt(), mtp=True, mtp_strategy=strategy, max_new_tokens=5)
+
+
+def test_two_ways_to_draft():
+    with pytest.raises(ValueError, match="`assistant_model` and `mtp=True` are two ways"):
+        generate(upgraded("llama"), prompt(), mtp=True, assistant_model=tiny_base("llama"))
+    with pytest.raises(ValueError, match="`custom_generate` and `mtp=True` are two ways"):
+        generate(upgraded("llama"), prompt(), mtp=True, custom_generate=lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("do_sample=True", {"do_sample": True}),
+        ("num_return_sequences=2", {"num_return_sequences": 2, "do_sample": True}),
+        ("cache_implementation='static'", {"cache_implementation": "static"}),
+        ("use_cache=False", {"use_cache": False}),
+        ("output_hidden_states=True", {"output_hidden_states": True, "return_dict_in_generate": True}),
+        ("output_attentions=True", {"output_attentions": True, "return_dict_in_generate": True}),
+        ("`past_key_values`", {"past_key_values": DynamicCache()}),
+        ("`inputs_embeds`", {"inputs_embeds": torch.zeros(1, 4, 32)}),
+        ("batch of 2", {"input_ids": prompt(rows=2)}),
+        ("Padding", {"attention_mask": torch.tensor([[0, 0, *[1] * 9]])}),
+        ("`position_ids`", {"position_ids": torch.arange(3, 14)[None]}),
+        ("prefill_chunk_size=4", {"prefill_chunk_size": 4}),
+    ],
+)
+def test_what_is_to_come_is_refused(name, arguments):
+    inputs = {} if "inputs_embeds" in arguments else {"input_ids": prompt()}
+    with pytest.raises(NotImplementedError, match=f"{name}.*not implemented yet"):
+        upgraded("llama").generate(mtp=True, **{**inputs, "max_new_tokens": 5, **arguments})
+
+
+def test_refused_call_leaves_the_model_as_it_was():
+    model = upgraded("llama")
+    with pytest.raises(NotImplementedError):
+        model.generate(prompt(), mtp=True, do_sample=True)
+    assert model.mtp_statistics is None
+    assert torch.equal(generate(model, prompt(), mtp=True), generate(model, prompt()))
+
+
+def test_disabled_adapter_warns_and_decodes_plainly():
+    model = upgraded("llama")
+    expected = generate(model, prompt())
+    with model.disable_adapter(), pytest.warns(UserWarning, match="adapter is disabled: decoding plainly") as caught:
+        output = generate(model, prompt(), mtp=True)
+    assert len(caught) == 1
+    assert torch.equal(output, expected)
+    assert model.mtp_statistics is None
+
+
+def test_generation_says_nothing_when_all_is_well():
+    model = upgraded("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, prompt(), mtp=True)
+
+
+def test_base_that_was_never_upgraded_knows_no_mtp():
+    with pytest.raises(ValueError, match="mtp"):
+        generate(tiny_base("llama"), prompt(), mtp=True)
+
+
+def test_plain_lora_knows_no_mtp():
+    model = get_peft_model(tiny_base("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    with pytest.raises(ValueError, match="mtp"):
+        generate(model, prompt(), mtp=True)
+
+
+def test_base_without_branches_names_the_way_out():
+    with pytest.raises(NotImplementedError, match="BloomForCausalLM.*Use mtp_strategy='linear' or 'auto'"):
+        generate(upgraded("bloom"), prompt(), mtp=True)
+
+
+def test_attention_that_takes_no_masks():
+    model = upgraded("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'.*sdpa.*mtp_strategy='linear'"):
+        generate(model, prompt(), mtp=True)
+
+
+# ---------------------------------------------------------------- adapters on disk
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Folder of an adapter for the tiny Llama."""
+    upgraded("llama").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_base_of_another_hidden_size(adapter):
+    base = tiny_base("llama", hidden_size=48, num_attention_heads=6)
+    with pytest.raises(ValueError, match="trained for a base of hidden size 32, but LlamaForCausalLM has 48"):
+        PeftModel.from_pretrained(base, adapter)
+
+
+def test_base_of_another_vocabulary(adapter):
+    with pytest.raises(ValueError, match="vocabulary size 97, but LlamaForCausalLM has 101"):
+        PeftModel.from_pretrained(tiny_base("llama", vocab_size=101), adapter)
+
+
+def test_base_of_another_depth(adapter):
+    with pytest.raises(ValueError, match=r"adapter's weights lack 14 tensor\(s\).*another base"):
+        PeftModel.from_pretrained(tiny_base("llama", num_hidden_layers=3), adapter)
+
+
+def with_fingerprint(adapter, base_folder, tokenizer):
+    """Lets the adapter record its tokenizer, and saves a base with another one."""
+    from hf_mtp.fingerprint import tokenizer_fingerprint
+
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config["tokenizer_fingerprint"] = tokenizer_fingerprint(tiny_tokenizer())
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tiny_base("llama").save_pretrained(base_folder)
+    tokenizer.save_pretrained(base_folder)
+    return AutoModelForCausalLM.from_pretrained(base_folder)
+
+
+def test_base_with_another_tokenizer(adapter, tmp_path):
+    base = with_fingerprint(adapter, tmp_path / "base", tiny_tokenizer(96))
+    with pytest.raises(ValueError, match="trained with a tokenizer of fingerprint .*its token ids mean other text"):
+        PeftModel.from_pretrained(base, adapter)
+
+
+def test_base_with_the_same_tokenizer(adapter, tmp_path):
+    base = with_fingerprint(adapter, tmp_path / "base", tiny_tokenizer())
+    assert PeftModel.from_pretrained(base, adapter).peft_config["default"].tokenizer_fingerprint
+
+
+def test_base_without_a_tokenizer_is_taken(adapter):
+    with_fingerprint(adapter, adapter.parent / "base", tiny_tokenizer(96))
+    assert PeftModel.from_pretrained(tiny_base("llama"), adapter)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_file(adapter, share):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(Exception, match=r"(?i)header|incomplete|invalid|truncated|buffer") as caught:
+        PeftModel.from_pretrained(tiny_base("llama"), adapter)
+    assert "adapter_model.safetensors" in str(caught.value)
+
+
+def tampered(adapter, change) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+MASKS = "base_model.lora_mask_embeddings.weight"
+TAMPERING = {
+    "lack": lambda tensors: tensors.pop(MASKS),
+    "have the unknown": lambda tensors: tensors.update({"base_model.model.lora_extra.weight": torch.zeros(2)}),
+    "have the wrong shape": lambda tensors: tensors.update({MASKS: torch.zeros(4, 32)}),
+    "have values that are not finite": lambda tensors: tensors[MASKS].fill_(torch.inf),
+}
+
+
+@pytest.mark.parametrize("problem", TAMPERING)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_tampered_file(adapter, problem, low_cpu_mem_usage):
+    tampered(adapter, TAMPERING[problem])
+    with pytest.raises(ValueError, match=rf"adapter's weights {problem}.* 1 tensor\(s\), such as .*Download it again"):
+        PeftModel.from_pretrained(tiny_base("llama"), adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_weights_of_the_base_in_the_file(adapter):
+    tampered(adapter, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.zeros(VOCAB, 32)}))
+    base, fresh = tiny_base("llama"), tiny_base("llama")
+    with pytest.raises(ValueError, match="have the unknown 1 tensor"):
+        PeftModel.from_pretrained(base, adapter)
+    assert torch.equal(base.lm_head.weight, fresh.lm_head.weight)
+
+
+def test_pickled_weights_are_refused(adapter):
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.bin, a pickle.*adapter_model\.safetensors only: convert it"):
+        PeftModel.from_pretrained(tiny_base("llama"), adapter)
+
+
+def test_adapter_is_not_taken_for_a_plain_lora(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "GATED_LORA"
+
+
+def test_failed_load_leaves_a_loaded_adapter_usable(adapter, tmp_path):
+    model = upgraded("llama", seed=5)
+    expected = generate(model, prompt(), mtp=True)
+    shutil.copytree(adapter, tmp_path / "bad")
+    tampered(tmp_path / "bad", TAMPERING["lack"])
+    with pytest.raises(ValueError, match="weights lack"):
+        model.load_adapter(tmp_path / "bad", adapter_name="second")
+    model.set_adapter("default")
+    assert torch.equal(generate(model, prompt(), mtp=True), expected)
+
+
+def test_two_active_adapters_have_no_masks():
+    model = upgraded("llama")
+    model.add_adapter("second", GatedLoraConfig(k=2, r=2))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 are active: .*Choose one with `set_adapter`"):
+        generate(model, prompt(), mtp=True)

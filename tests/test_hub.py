@@ -1,0 +1,301 @@
+"""Adapters go to the Hub and to folders, and come back the same: weights, card, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hub_stand_in import TOKEN, HubStandIn
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base, upgraded
+from tiny_text import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_mtp import GatedLoraConfig
+from hf_mtp.card import MARK
+from hf_mtp.fingerprint import tokenizer_fingerprint
+
+TESTS = Path(__file__).parent
+BY_HAND = "---\nlibrary_name: peft\n---\n\n# My own words\n"
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def saved_base(folder: Path, **overrides) -> Path:
+    """A tiny Llama and its tokenizer in a folder."""
+    tiny_base(**overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def session(name: str, hub: HubStandIn, home: Path) -> dict:
+    """Runs a session of hub_sessions.py in a process whose Hub is the stand-in."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    result = subprocess.run(
+        [sys.executable, TESTS / "hub_sessions.py", name],
+        env={
+            **keep,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",
+            "NO_PROXY": "*",
+            "PYTHONPATH": str(TESTS.parent),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- the Hub
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The stand-in after an author has shared adapters, and what the author and a reader saw."""
+    home = tmp_path_factory.mktemp("hub")
+    pickled = home / "pickled"
+    upgraded(saved_base_model(home)).save_pretrained(pickled)
+    with HubStandIn() as hub:
+        hub.add_folder("me/base", home / "base")
+        hub.add_folder("me/other-base", saved_base(home / "other", hidden_size=48, num_attention_heads=6))
+        hub.add("me/by-hand", {"README.md": BY_HAND.encode()})
+        hub.add(
+            "me/pickled",
+            {"adapter_config.json": (pickled / "adapter_config.json").read_bytes(), "adapter_model.bin": b"pickle"},
+        )
+        author = session("author", hub, home / "author")
+        yield hub, author, session("reader", hub, home / "reader")
+
+
+def saved_base_model(home: Path):
+    """The base of the shared adapters, loaded from its folder."""
+    return AutoModelForCausalLM.from_pretrained(saved_base(home / "base"))
+
+
+def latest(hub: HubStandIn, name: str, branch: str = "main"):
+    return hub.repositories[name].at(branch)
+
+
+def test_an_adapter_comes_back_from_the_hub_the_same(shared):
+    _, author, reader = shared
+    assert {name: reader[name] for name in author} == author
+    assert author["upgraded"] == author["plain"]
+
+
+def test_an_adapter_is_three_files_in_one_commit(shared):
+    hub, *_ = shared
+    repository = hub.repositories["me/my-model-mtp"]
+    assert set(latest(hub, "me/my-model-mtp").files) == ADAPTER_FILES | {".gitattributes"}
+    assert len(repository.commits) == 2, "the Hub's own first commit, and one of ours"
+
+
+def test_the_shared_card_says_what_the_adapter_is(shared):
+    hub, *_ = shared
+    text = latest(hub, "me/my-model-mtp").files["README.md"].decode()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "me/base"
+    assert metadata["library_name"] == "peft"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert {"hf_mtp", "multi-token-prediction", "tiny"} <= set(metadata["tags"])
+    assert metadata["datasets"] == ["openai/gsm8k"], "names without an owner are no data set of the Hub"
+    for line in (
+        "# my-model-mtp",
+        'AutoPeftModelForCausalLM.from_pretrained("me/my-model-mtp")',
+        'AutoTokenizer.from_pretrained("me/base")',
+        "| mask tokens (k) | 3 |",
+        "| LoRA rank | 4 |",
+        "| training recipe | default |",
+        "| training data | openai/gsm8k, notes |",
+        "| maths | 3.46 |",
+    ):
+        assert line in text
+
+
+def test_a_card_written_by_hand_stays_on_the_hub(shared):
+    hub, *_ = shared
+    files = latest(hub, "me/by-hand").files
+    assert files["README.md"].decode() == BY_HAND
+    assert "adapter_model.safetensors" in files
+
+
+def test_a_revision_gets_the_adapter_and_main_does_not(shared):
+    hub, author, reader = shared
+    assert "adapter_model.safetensors" not in latest(hub, "me/on-a-branch").files
+    assert latest(hub, "me/on-a-branch", "trial").message == "A trial"
+    assert reader["branch"] == author
+
+
+def test_a_repository_with_a_pickle_only_is_refused(shared):
+    assert "adapter_model.safetensors only" in shared[2]["me/pickled on me/base"]
+
+
+def test_a_shared_adapter_refuses_another_base(shared):
+    assert "hidden size 32" in shared[2]["me/my-model-mtp on me/other-base"]
+
+
+def test_the_stand_in_has_an_answer_to_all_that_was_asked(shared):
+    hub, *_ = shared
+    assert hub.unknown == []
+    assert any(request.startswith("PUT /storage/") for request in hub.requests), "weights go through Git LFS"
+
+
+def test_a_pickle_is_not_even_downloaded(shared):
+    hub, *_ = shared
+    assert "HEAD /me/pickled/resolve/main/adapter_model.bin" in hub.requests
+    assert "GET /me/pickled/resolve/main/adapter_model.bin" not in hub.requests
+
+
+def test_adapters_of_other_types_are_shared_as_before(monkeypatch):
+    calls = []
+    monkeypatch.setattr("transformers.utils.PushToHubMixin.push_to_hub", lambda *args, **kw: calls.append((args, kw)))
+    model = get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model.push_to_hub("me/plain-lora", private=True)
+    assert calls == [((model, "me/plain-lora"), {"private": True})]
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter saved in `adapter`, whose base is in `base`."""
+    base = saved_base_model(tmp_path)
+    model = upgraded(base)
+    model.peft_config["default"].tokenizer_fingerprint = tokenizer_fingerprint(tiny_tokenizer())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def load(folder: Path, way: str) -> PeftModel:
+    if way == "auto":
+        return AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    return PeftModel.from_pretrained(saved_base_model(folder), folder / "adapter")
+
+
+@pytest.mark.parametrize("way", ["auto", "base given"])
+def test_an_adapter_comes_back_from_a_folder_the_same(folder, way):
+    expected = upgraded(saved_base_model(folder))
+    model = load(folder, way)
+    assert {path.name for path in (folder / "adapter").iterdir()} == ADAPTER_FILES
+    assert not model.training
+    found = adapter_parameters(model)
+    for name, parameter in adapter_parameters(expected).items():
+        assert torch.equal(found[name], parameter), name
+    assert torch.equal(generate(model, prompt(), mtp=True), generate(expected, prompt(), mtp=True))
+
+
+def test_a_saved_config_knows_itself(folder):
+    config = PeftConfig.from_pretrained(folder / "adapter")
+    assert isinstance(config, GatedLoraConfig)
+    assert (config.k, config.r, config.base_hidden_size, config.base_vocab_size) == (3, 4, 32, 97)
+
+
+def test_a_folder_with_a_pickle_only_is_refused(folder):
+    (folder / "adapter" / "adapter_model.safetensors").rename(folder / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match="adapter_model.safetensors only"):
+        load(folder, "auto")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"hidden_size": 48, "num_attention_heads": 6}, "hidden size 32, but base has 48"),
+        ({"vocab_size": 101}, "vocabulary size 97, but base has 101"),
+    ],
+)
+def test_a_base_of_another_size_is_refused(folder, overrides, complaint):
+    saved_base(folder / "base", **overrides)
+    with pytest.raises(ValueError, match=complaint):
+        load(folder, "auto")
+
+
+def test_a_base_with_another_tokenizer_is_refused(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder / "base")
+    with pytest.raises(ValueError, match="fingerprint"):
+        load(folder, "auto")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a tensor less"])
+def test_a_damaged_file_is_refused(folder, damage):
+    file = folder / "adapter" / "adapter_model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        save_file(dict(list(load_file(file).items())[1:]), file)
+    with pytest.raises((ValueError, SafetensorError)):
+        load(folder, "auto")
+
+
+# ---------------------------------------------------------------- cards
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "adapter" / "README.md").read_text()
+
+
+def save_again(folder: Path, readme: str | None = None) -> str:
+    """The card after `readme` was put into the adapter's folder and the adapter saved there again."""
+    if readme is not None:
+        (folder / "adapter" / "README.md").write_text(readme)
+    randomised(load(folder, "base given"), seed=5).save_pretrained(folder / "adapter")
+    return card_of(folder)
+
+
+def test_the_card_of_a_folder_keeps_local_paths_out_of_its_metadata(folder):
+    metadata = yaml.safe_load(card_of(folder).split("---")[1])
+    assert metadata["library_name"] == "peft"
+    assert "base_model" not in metadata, "the Hub takes names of repositories only"
+
+
+def test_a_card_of_ours_is_written_anew(folder):
+    old = card_of(folder)
+    assert MARK in old
+    assert save_again(folder, old.replace("| LoRA rank | 4 |", "| LoRA rank | 5 |")) == old
+
+
+def test_the_template_of_peft_is_replaced(folder):
+    (folder / "adapter" / "README.md").unlink()
+    load(folder, "base given").create_or_update_model_card(folder / "adapter")
+    assert "[More Information Needed]" in card_of(folder)
+    assert MARK in save_again(folder)
+
+
+@pytest.mark.parametrize("change", ["by hand", "our card, mark deleted", "a half-filled template"])
+def test_a_card_written_by_hand_is_kept(folder, change):
+    if change == "our card, mark deleted":
+        readme = card_of(folder).replace(MARK, "") + "\n## My own words\n"
+    elif change == "a half-filled template":
+        (folder / "adapter" / "README.md").unlink()
+        load(folder, "base given").create_or_update_model_card(folder / "adapter")
+        readme = card_of(folder).replace("[More Information Needed]", "My own words", 1)
+    else:
+        readme = BY_HAND
+    assert "My own words" in readme
+    after = save_again(folder, readme)
+    assert "My own words" in after
+    assert MARK not in after
+
+
+def test_a_card_without_measurements_says_so(folder):
+    assert "Not measured." in card_of(folder)
+
+
+def test_a_card_has_a_table_of_what_was_measured(folder):
+    config = GatedLoraConfig.from_pretrained(folder / "adapter")
+    config.tokens_per_step = {"maths": 3.0, "code": 2.352}
+    config.write_model_card(folder / "adapter", repo="me/named")
+    card = card_of(folder)
+    assert "| domain | tokens per step |\n|---|---|\n| maths | 3.00 |\n| code | 2.35 |" in card
+    assert 'from_pretrained("me/named")' in card

@@ -1,0 +1,220 @@
+"""The losses and the measure, against the plainest way to compute them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import VOCAB, adapter_parameters, prompt, upgraded
+from torch import nn
+
+from hf_mtp import losses
+from hf_mtp.layout import IGNORE, segments, training_layout
+from hf_mtp.objective import multi_token_objective
+from hf_mtp.recipe import Recipe, get_recipe
+from hf_mtp.sampler import SamplerHead
+
+ROWS, SIZE = 23, 8
+
+
+@pytest.fixture(params=[1, 5, 23, 100])
+def rows_per_chunk(request, monkeypatch):
+    monkeypatch.setattr(losses, "ROWS_PER_CHUNK", request.param)
+
+
+def frozen_unembedding(bias: bool) -> nn.Linear:
+    unembedding = nn.Linear(SIZE, VOCAB, bias=bias).requires_grad_(False)
+    if bias:
+        nn.init.normal_(unembedding.bias)
+    return unembedding
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_cross_entropy(bias, rows_per_chunk):
+    unembedding, target = frozen_unembedding(bias), torch.randint(VOCAB, (ROWS,))
+    hidden = torch.randn(ROWS, SIZE, requires_grad=True)
+    reference = hidden.detach().clone().requires_grad_()
+    weight = torch.rand(ROWS)
+    loss, top = losses.cross_entropy(unembedding, hidden, target)
+    expected = F.cross_entropy(unembedding(reference), target, reduction="none")
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(top, unembedding(hidden).argmax(dim=-1))
+    (loss * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(hidden.grad, reference.grad)
+
+
+def test_cross_entropy_never_has_more_logits_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(losses, "ROWS_PER_CHUNK", 5)
+    unembedding, seen = frozen_unembedding(bias=False), []
+    unembedding.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    hidden = torch.randn(ROWS, SIZE, requires_grad=True)
+    losses.cross_entropy(unembedding, hidden, torch.zeros(ROWS, dtype=torch.long))[0].sum().backward()
+    losses.likeliest_tokens(unembedding, hidden)
+    assert seen == [5, 5, 5, 5, 3] * 2
+
+
+def test_cross_entropy_in_half_precision(rows_per_chunk):
+    unembedding = frozen_unembedding(bias=False).bfloat16()
+    hidden = torch.randn(ROWS, SIZE, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(VOCAB, (ROWS,))
+    loss, _ = losses.cross_entropy(unembedding, hidden, target)
+    torch.testing.assert_close(loss, F.cross_entropy(unembedding(hidden).float(), target, reduction="none"))
+    loss.sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_cross_entropy_without_gradient(rows_per_chunk):
+    unembedding, hidden, target = frozen_unembedding(False), torch.randn(ROWS, SIZE), torch.randint(VOCAB, (ROWS,))
+    with torch.no_grad():
+        loss, _ = losses.cross_entropy(unembedding, hidden, target)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(unembedding(hidden), target, reduction="none"))
+
+
+def test_likeliest_tokens(rows_per_chunk):
+    unembedding, hidden = frozen_unembedding(bias=True), torch.randn(ROWS, SIZE)
+    assert torch.equal(losses.likeliest_tokens(unembedding, hidden), unembedding(hidden).argmax(dim=-1))
+
+
+def test_latent_consistency():
+    masks, regular = torch.randn(ROWS, SIZE, requires_grad=True), torch.randn(ROWS, SIZE, requires_grad=True)
+    loss = losses.latent_consistency(masks, regular)
+    for row in range(ROWS):
+        expected = sum((masks[row, i] - regular[row, i]) ** 2 for i in range(SIZE)) / SIZE
+        torch.testing.assert_close(loss[row], expected)
+    loss.sum().backward()
+    assert regular.grad is None
+    torch.testing.assert_close(masks.grad, 2 * (masks - regular).detach() / SIZE)
+
+
+def test_feature_consistency():
+    masks, regular = (
+        torch.randn(4, ROWS, SIZE),
+        torch.randn(4, ROWS, SIZE) * torch.tensor([1, 10, 100, 1e3])[:, None, None],
+    )
+    masks.requires_grad_(), regular.requires_grad_()
+    loss = losses.feature_consistency(masks, regular)
+    for row in range(ROWS):
+        by_layer = [
+            F.mse_loss(masks[layer, row], regular[layer, row]) / regular[layer, row].square().mean()
+            for layer in range(4)
+        ]
+        torch.testing.assert_close(loss[row], sum(by_layer) / 4)
+    loss.sum().backward()
+    assert regular.grad is None
+    assert masks.grad.abs().sum() > 0
+
+
+def test_simulated_tokens_per_step():
+    accepted = torch.rand(50, 4) < 0.7
+    total = 0
+    for block in accepted.tolist():
+        total += 1
+        for draft in block:
+            if not draft:
+                break
+            total += 1
+    torch.testing.assert_close(losses.simulated_tokens_per_step(accepted), torch.tensor(total / 50))
+    assert losses.simulated_tokens_per_step(torch.ones(3, 4, dtype=torch.bool)) == 5
+    assert losses.simulated_tokens_per_step(torch.zeros(3, 4, dtype=torch.bool)) == 1
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_sampler_head(residual):
+    head = SamplerHead(6, SIZE, residual)
+    nn.init.normal_(head.blocks[-1].weight)
+    previous, hidden = torch.randn(ROWS, 6), torch.randn(ROWS, SIZE)
+    first, _, norm, second, _, last_norm = head.blocks
+    inner = norm(F.silu(first(torch.cat([previous, hidden], dim=-1))))
+    outer = last_norm(F.silu(second(inner)))
+    torch.testing.assert_close(head(previous, hidden), outer + hidden if residual else outer)
+
+
+# ---------------------------------------------------------------- the whole objective
+
+
+def slow_objective(model, input_ids, labels, layout, recipe) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loops over masks, one at a time: (loss, measures)."""
+    tuner = model.base_model
+    regular, masks = tuner.masked_states(input_ids, layout, all_layers=True)
+    unembedding, embedding = tuner.model.get_output_embeddings(), tuner.model.get_input_embeddings()
+    terms, weights, right = {}, [], {}
+    for row, columns in enumerate(layout.target_columns(labels).tolist()):
+        for mask, target_column in enumerate(columns):
+            if target_column == IGNORE:
+                continue
+            column, step = target_column - 1, mask % layout.k + 1
+            choice = unembedding(regular[-1][row, column]).argmax()
+            target = choice if recipe.targets == "model" else input_ids[row, target_column]
+            state = masks[-1][row, mask]
+            logits = unembedding(tuner.sampler_head()(embedding(input_ids[row, column]), state))
+            distance = F.mse_loss(masks[1][row, mask], regular[1][row, column])
+            of_mask = {
+                "base": F.cross_entropy(unembedding(state), target),
+                "sampler": F.cross_entropy(logits, target),
+                "lcm": F.mse_loss(state, regular[-1][row, column]),
+                "auxiliary": distance / regular[1][row, column].square().mean(),
+            }
+            for name, value in of_mask.items():
+                terms.setdefault(name, []).append(value)
+            weights.append(recipe.position_decay ** (step - 1))
+            right.setdefault((row, mask // layout.k), {})[step] = bool(logits.argmax() == choice)
+    weights = torch.tensor(weights) / sum(weights)
+    means = {name: (torch.stack(values) * weights).sum() for name, values in terms.items()}
+    loss = sum(getattr(recipe, name) * mean for name, mean in means.items())
+    measures = {f"loss_{name}": mean.item() for name, mean in means.items()}
+    for step in range(1, layout.k + 1):
+        of_step = [block[step] for block in right.values() if step in block]
+        measures[f"accuracy_{step}"] = sum(of_step) / max(1, len(of_step))
+    accepted = [[block.get(step, False) for step in range(1, layout.k + 1)] for block in right.values()]
+    measures["tokens_per_step"] = losses.simulated_tokens_per_step(torch.tensor(accepted)).item()
+    return loss, measures
+
+
+@pytest.mark.parametrize("targets", ["model", "data"])
+@pytest.mark.parametrize("position_decay", [1.0, 0.7])
+def test_objective(targets, position_decay):
+    model = upgraded("llama", k=3, dtype=torch.float64).double()
+    recipe = Recipe(base=0.5, sampler=2.0, lcm=0.3, auxiliary=0.7, targets=targets, position_decay=position_decay)
+    input_ids = prompt(12, rows=2) % 7 + 5  # few different ones, so that some drafts are right
+    labels = input_ids.clone()
+    labels[0, :4] = IGNORE
+    positions = torch.arange(12).expand(2, -1)
+    layout = training_layout(labels, positions, segments(None, positions), k=3)
+    objective = multi_token_objective(model.base_model, input_ids, labels, layout, recipe)
+    expected, measures = slow_objective(model, input_ids, labels, layout, recipe)
+    torch.testing.assert_close(objective.loss.double(), expected.double(), rtol=1e-5, atol=0)
+    assert {name: value.item() for name, value in objective.metrics.items()} == pytest.approx(measures, rel=1e-5)
+    assert objective.rows == (layout.target_columns(labels) != IGNORE).sum()
+    gradients = [
+        torch.autograd.grad(loss, list(adapter_parameters(model).values())) for loss in (objective.loss, expected)
+    ]
+    for fast, slow in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-7)
+
+
+def test_objective_without_a_target_is_zero_and_has_gradients():
+    model = upgraded("llama", k=3)
+    objective = model(input_ids=prompt(), labels=torch.full_like(prompt(), IGNORE), mtp_recipe=Recipe())
+    assert (objective.loss.item(), objective.metrics, objective.rows) == (0.0, {}, 0)
+    objective.loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in adapter_parameters(model).values())
+
+
+def test_padding_changes_nothing():
+    model = upgraded("llama", k=3)
+    input_ids = prompt(10)
+    padded = torch.cat([input_ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    labels = torch.cat([input_ids, torch.full((1, 4), IGNORE)], dim=1)
+    attention_mask = torch.tensor([[1] * 10 + [0] * 4])
+    recipe = Recipe(auxiliary=1.0)
+    alone = model(input_ids=input_ids, mtp_recipe=recipe)
+    with_padding = model(input_ids=padded, labels=labels, attention_mask=attention_mask, mtp_recipe=recipe)
+    torch.testing.assert_close(with_padding.loss, alone.loss)
+    assert with_padding.metrics == {name: pytest.approx(value) for name, value in alone.metrics.items()}
+
+
+def test_recipes():
+    paper = get_recipe("paper")
+    assert (paper.base, paper.sampler, paper.lcm, paper.auxiliary, paper.targets) == (1.0, 1.0, 1.0, 0.0, "data")
+    assert paper.with_overrides(lcm=0.0, sampler=None).lcm == 0.0
+    assert paper.with_overrides(lcm=0.0, sampler=None).sampler == 1.0

@@ -1,0 +1,210 @@
+"""The attention rule, against a loop over pairs of tokens; and that models obey it."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_layout import batch
+from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, tiny_base, upgraded
+
+from hf_mtp import tuner
+from hf_mtp.layout import decoding_layout, segments, training_layout
+from hf_mtp.masks import AttentionKind, allowed_attention, attention_kinds, attention_masks
+
+KINDS = [
+    AttentionKind(),
+    AttentionKind("sliding_attention", window=1),
+    AttentionKind("sliding_attention", window=4),
+    AttentionKind("chunked_attention", chunk=3),
+]
+
+
+def may_attend(layout, past: int, kind: AttentionKind, row: int, query: int, key: int) -> bool:
+    """The rule for one query column and one key, of which the first `past` are cached regular tokens."""
+    key_position = key if key < past else layout.position_BN[row, key - past].item()
+    query_position = layout.position_BN[row, query].item()
+    if kind.window is not None and query_position - key_position >= kind.window:
+        return False
+    if kind.chunk is not None and query_position // kind.chunk != key_position // kind.chunk:
+        return False
+    if key < past:
+        return True
+    key -= past
+    if key == query:
+        return True  # also padding, which nobody reads
+    if layout.segment_BN[row, key] != layout.segment_BN[row, query] or layout.segment_BN[row, key] < 0:
+        return False
+    regular = layout.position_BT.shape[1]
+    if key < regular:  # a mask reads what its anchor reads
+        anchor = query if query < regular else layout.anchor_BM[row, query - regular]
+        return key <= anchor
+    return layout.block_N[query] == layout.block_N[key] and key < query
+
+
+def by_loop(layout, past: int, kind: AttentionKind) -> torch.Tensor:
+    rows, columns = layout.position_BN.shape
+    return torch.tensor(
+        [
+            [
+                [bool(may_attend(layout, past, kind, row, query, key)) for key in range(past + columns)]
+                for query in range(columns)
+            ]
+            for row in range(rows)
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_training_attention(seed, kind):
+    labels, positions, documents = batch(seed, rows=2, length=11)
+    layout = training_layout(labels, positions, documents, k=2)
+    expected = by_loop(layout, 0, kind)
+    assert torch.equal(allowed_attention(layout, 0, kind), expected)
+    masks = layout.index_BM.shape[1]
+    assert torch.equal(allowed_attention(layout, 0, kind, queries=masks), expected[:, -masks:])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("anchors", [1, 4])
+@pytest.mark.parametrize("past", [0, 6])
+def test_decoding_attention(past, anchors, kind):
+    layout = decoding_layout(4, past, anchors, k=3, device=torch.device("cpu"))
+    assert torch.equal(allowed_attention(layout, past, kind), by_loop(layout, past, kind))
+
+
+def test_the_rule_by_eye():
+    # a b | m1 m2 after a | m1 m2 after b
+    layout = decoding_layout(2, past=0, anchors=2, k=2, device=torch.device("cpu"))
+    assert allowed_attention(layout)[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [1, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_additive_mask(dtype):
+    layout = decoding_layout(3, past=2, anchors=3, k=2, device=torch.device("cpu"))
+    mask = attention_masks(layout, 2, [AttentionKind()], dtype)
+    assert mask.dtype == dtype
+    assert mask.shape == (1, 1, 9, 11)
+    assert torch.equal(mask[:, 0] == 0, allowed_attention(layout, 2))
+    assert mask.min() == torch.finfo(dtype).min
+
+
+def test_one_mask_until_the_window_is_exceeded_and_then_one_per_kind():
+    kinds = [AttentionKind(), AttentionKind("sliding_attention", window=10)]
+    for past, expected in ((5, torch.Tensor), (6, dict)):
+        layout = decoding_layout(3, past, anchors=3, k=2, device=torch.device("cpu"))
+        assert isinstance(attention_masks(layout, past, kinds, torch.float32), expected)
+    masks = attention_masks(layout, 6, kinds, torch.float32)
+    assert masks.keys() == {"full_attention", "sliding_attention"}
+    assert torch.equal(masks["sliding_attention"][:, 0] == 0, allowed_attention(layout, 6, kinds[1]))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {("full_attention", None, None)}),
+        ({"sliding_window": 7}, {("sliding_attention", 7, None)}),
+        ({"sliding_window": 7, "layer_types": ["full_attention"] * 2}, {("full_attention", None, None)}),
+        (
+            {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+            {("full_attention", None, None), ("sliding_attention", 7, None)},
+        ),
+        (
+            {"attention_chunk_size": 4, "layer_types": ["chunked_attention"]},
+            {("chunked_attention", None, 4)},
+        ),
+    ],
+)
+def test_attention_kinds_of_a_config(config, expected):
+    kinds = attention_kinds(SimpleNamespace(**config))
+    assert {(kind.name, kind.window, kind.chunk) for kind in kinds} == expected
+
+
+# ---------------------------------------------------------------- what models compute under the rule
+
+
+def packed_batch():
+    """Two rows of two documents each, the second row padded: (input_ids, labels, layout arguments)."""
+    labels, positions, documents = batch(4, rows=2, length=15)
+    return labels.clamp(min=5), labels, positions, documents
+
+
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name not in WITHOUT_BRANCHES])
+def test_masks_in_one_pass_are_computed_as_sequences_of_their_own(architecture):
+    """The block of each anchor, among all others, against its document up to the anchor followed by the block."""
+    dtype = torch.float32 if "experts" in str(CONFIGS[architecture]) else torch.float64
+    model = upgraded(architecture, k=3, dtype=dtype)
+    positions = torch.tensor([[*range(9), *range(8)]])  # two documents, both beyond the window of 7
+    input_ids = torch.randint(5, 97, positions.shape)
+    layout = training_layout(input_ids, positions, segments(None, positions), k=3)
+    with torch.no_grad():
+        _, masks = model.base_model.masked_states(input_ids, layout)
+    for block, anchor in enumerate(layout.anchor_BA[0].tolist()):
+        document = input_ids[:, 9 * (anchor >= 9) : anchor + 1]
+        alone = decoding_layout(document.shape[1], 0, 1, 3, torch.device("cpu"))
+        cache = tuner.DynamicCache()
+        with torch.no_grad():
+            _, expected = model.base_model.masked_step(document, alone, cache, logits_rows=1)
+        torch.testing.assert_close(masks[-1][:, 3 * block : 3 * block + 3], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("blocks_per_row", [1, 4, 16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "mistral"])
+def test_two_passes_give_the_values_and_gradients_of_one(architecture, blocks_per_row, monkeypatch):
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0) if architecture == "gpt2" else {}
+    model = upgraded(tiny_base(architecture, torch.float64, **dropout), k=3).double().train()
+    monkeypatch.setattr(tuner, "BLOCKS_PER_ROW", blocks_per_row)
+    input_ids, *arguments = packed_batch()
+    layout = training_layout(*arguments, k=3)
+    weights = torch.randn(model.config.num_hidden_layers + 1, *layout.index_BM.shape, 32, dtype=torch.float64)
+    weights *= (layout.target_columns(arguments[0]) >= 0)[..., None]  # masks that nobody trains may differ
+    results = []
+    for checkpointing in (True, False):
+        if checkpointing:
+            model.activation_checkpointing_enable()  # layers under checkpointing take no cache: one pass
+        else:
+            model.activation_checkpointing_disable()
+        model.zero_grad()
+        regular, masks = model.base_model.masked_states(input_ids, layout, all_layers=True)
+        assert [state.shape for state in masks] == [weight.shape for weight in weights]
+        (torch.stack(masks) * weights).sum().backward()
+        real = arguments[2] >= 0
+        results.append(
+            [torch.stack(regular)[:, real], torch.stack(masks) * (weights != 0)]
+            + [p.grad for name, p in adapter_parameters(model).items() if "sampler" not in name]
+        )
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_regular_states_have_no_gradient_to_pay_for():
+    model = upgraded("llama", k=3).train()
+    input_ids, *arguments = packed_batch()
+    regular, masks = model.base_model.masked_states(input_ids, training_layout(*arguments, k=3))
+    assert not regular[-1].requires_grad
+    assert masks[-1].requires_grad
+
+
+def test_regular_states_are_the_bases():
+    base, model = tiny_base("llama"), upgraded("llama", k=3)
+    input_ids = torch.randint(5, 97, (2, 12))
+    positions = torch.arange(12).expand(2, -1)
+    layout = training_layout(input_ids, positions, segments(None, positions), k=3)
+    with torch.no_grad():
+        regular, _ = model.base_model.masked_states(input_ids, layout, all_layers=True)
+        expected = base(input_ids, output_hidden_states=True).hidden_states
+    for state, state_of_base in zip(regular, expected, strict=True):
+        torch.testing.assert_close(state, state_of_base)
+
+
+def test_the_layout_of_the_first_pass_has_no_masks():
+    layout = training_layout(*packed_batch()[1:], k=3)
+    assert allowed_attention(replace(layout, k=0)).shape == (2, 15, 15)

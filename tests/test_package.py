@@ -1,0 +1,164 @@
+"""The package as a house: imports run downwards, importing is cheap, and every public name is documented."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+import hf_mtp
+from hf_mtp.generation import MTPGenerationMixin
+
+PACKAGE = Path(hf_mtp.__file__).parent
+
+# Both flows from top to bottom: a module imports from those before it only.
+ORDER = """
+peft_type card config statistics layout masks losses recipe sampler gate fingerprint support drafting verification
+decoding generation objective tuner hub registration training_config interrupt deadline trainer __init__
+""".split()
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of the package that a module imports when it runs, imports for type checkers left out."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    return {
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    }
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_run_downwards(module):
+    assert imports_of(module) <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize("module", ["layout", "masks", "losses", "verification", "drafting", "sampler"])
+def test_tensor_functions_know_no_models(module):
+    assert imports_of(module) <= {"layout", "sampler"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_every_module_says_what_it_is(module):
+    assert ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh Python has loaded after a statement."""
+    script = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    )
+    return set(result.stdout.split())
+
+
+def test_import_loads_little_more_than_peft():
+    extra = modules_after("import hf_mtp") - modules_after("import peft")
+    assert "trl" not in extra
+    assert extra & set(sys.stdlib_module_names) == extra - {"hf_mtp"}
+
+
+def test_trainer_loads_when_first_used():
+    assert "trl" in modules_after("from hf_mtp import MTPTrainer")
+
+
+def test_version():
+    assert re.match(r"\d+(\.\d+)*", hf_mtp.__version__)
+    try:
+        assert hf_mtp.__version__ == version("hf_mtp")
+    except PackageNotFoundError:
+        assert hf_mtp.__version__ == "0+unknown"
+
+
+# ---------------------------------------------------------------- documentation
+
+PUBLIC = {name: getattr(hf_mtp, name) for name in hf_mtp.__all__}
+
+
+def test_public_names():
+    assert set(PUBLIC) == {
+        "GatedLoraConfig",
+        "GatedLoraModel",
+        "MTPConfig",
+        "MTPGenerateOutput",
+        "MTPStatistics",
+        "MTPTrainer",
+    }
+    with pytest.raises(AttributeError, match="'hf_mtp' has no attribute 'MTPTrainr'"):
+        hf_mtp.MTPTrainr  # noqa: B018
+
+
+def documented(text: str) -> set[str]:
+    """Names at the left of an entry such as "base_weight, lcm_weight (`float`): ..."."""
+    entries = re.findall(r"^\s*((?:\w+, )*\w+)(?: \(`.*\))?:", text, flags=re.MULTILINE)
+    lists = re.findall(r"^\s*((?:\w+ \(`[^)]*\), )*\w+ \(`[^)]*\)):", text, flags=re.MULTILINE)
+    return set(re.findall(r"\w+", " ".join(entries))) | set(re.findall(r"(\w+) \(`", " ".join(lists)))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_fields_and_arguments_are_documented(name):
+    cls = PUBLIC[name]
+    text = inspect.getdoc(cls)
+    assert text
+    own = {field for field in cls.__dict__.get("__annotations__", {}) if not field.startswith("_")}
+    if not dataclasses.is_dataclass(cls):
+        own = set(inspect.signature(cls).parameters) - {"args", "kwargs"}
+    if name == "GatedLoraModel":
+        own -= {"low_cpu_mem_usage", "state_dict"}  # PEFT's own business
+    assert own - documented(text) - {"train_dataset"} == set()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        member
+        for cls in (*PUBLIC.values(), MTPGenerationMixin)
+        for member in vars(cls).values()
+        if inspect.isfunction(member)
+        and not member.__name__.startswith("_")
+        and member.__module__.startswith("hf_mtp")
+    ],
+    ids=lambda method: method.__qualname__,
+)
+def test_methods_are_documented(method):
+    own_words = method.__doc__
+    inherited = method.__name__ in dir(SFTConfig) or any(
+        method.__name__ in vars(parent)
+        for cls in PUBLIC.values()
+        for parent in cls.__mro__
+        if not parent.__module__.startswith("hf_mtp")
+    )
+    assert own_words or inherited
+
+
+def test_config_fields_have_help():
+    for config, inherited in ((hf_mtp.MTPConfig, SFTConfig), (hf_mtp.GatedLoraConfig, None)):
+        own = config.__dict__["__annotations__"]
+        for field in dataclasses.fields(config):
+            if field.name in own:
+                assert field.metadata["help"]
+        assert inherited is None or issubclass(config, TrainingArguments)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_public_functions_are_documented(path):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            text = ast.get_docstring(node)
+            assert text, f"{path.name}: {node.name}"
+            if isinstance(node, ast.FunctionDef):
+                arguments = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+                if "Args:" in text:
+                    assert arguments <= documented(text), f"{path.name}: {node.name}"

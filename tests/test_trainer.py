@@ -1,0 +1,430 @@
+"""Training: every form of dataset, every measure logged, and nothing lost when something goes wrong."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
+from tiny_text import tiny_tokenizer, words
+from transformers import TrainerCallback
+
+from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
+from hf_mtp.fingerprint import tokenizer_fingerprint
+
+K = 3
+ROWS = 16
+MEASURES = {
+    "loss_base",
+    "loss_sampler",
+    "loss_lcm",
+    "loss_auxiliary",
+    "tokens_per_step",
+    "mask_tokens",
+    *(f"accuracy_{step}" for step in range(1, K + 1)),
+}
+
+
+def texts(rows: int = ROWS) -> Dataset:
+    return Dataset.from_dict({"text": [words(12 + row % 5, row) for row in range(rows)]})
+
+
+def tokens(rows: int = ROWS) -> Dataset:
+    return Dataset.from_dict({"input_ids": [prompt(14, seed=row)[0].tolist() for row in range(rows)]})
+
+
+def trainer(folder, train_dataset=None, model=None, **options) -> MTPTrainer:
+    """A trainer of a tiny model. Options are those of the config, or of the trainer where it has one of that name."""
+    of_trainer = {name: options.pop(name) for name in ("eval_dataset", "callbacks", "peft_config") if name in options}
+    config = MTPConfig(
+        output_dir=str(folder),
+        **{
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "max_length": 32,
+            "auxiliary_weight": 0.5,
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **options,
+        },
+    )
+    return MTPTrainer(
+        model=upgraded("llama", K) if model is None else model,
+        args=config,
+        train_dataset=texts() if train_dataset is None else train_dataset,
+        processing_class=tiny_tokenizer(),
+        **of_trainer,
+    )
+
+
+def logged(trained: MTPTrainer, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trained.state.log_history if name in entry]
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def chats(rows: int = ROWS) -> list[list[dict]]:
+    return [
+        [{"role": "user", "content": words(4, row)}, {"role": "assistant", "content": words(9, row + 1)}]
+        for row in range(rows)
+    ]
+
+
+DATASETS = {
+    "text": lambda: texts(),
+    "messages": lambda: Dataset.from_dict({"messages": chats()}),
+    "prompt_completion": lambda: Dataset.from_dict(
+        {"prompt": [words(4, row) for row in range(ROWS)], "completion": [" " + words(9, row) for row in range(ROWS)]}
+    ),
+    "conversational_prompt_completion": lambda: Dataset.from_dict(
+        {"prompt": [chat[:1] for chat in chats()], "completion": [chat[1:] for chat in chats()]}
+    ),
+    "tokens": tokens,
+    "tokens_and_labels": lambda: tokens().map(lambda row: {"labels": [-100] * 4 + row["input_ids"][4:]}),
+    "stream": lambda: texts().to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("form", DATASETS)
+def test_dataset_forms(form, packing, tmp_path):
+    trained = trainer(tmp_path, DATASETS[form](), packing=packing, max_steps=2)
+    trained.train()
+    assert all(math.isfinite(loss) and loss > 0 for loss in logged(trained))
+    assert min(logged(trained, "mask_tokens")) > 0
+
+
+def supervised_tokens(folder, dataset, **options) -> set[tuple[int, int]]:
+    """(row, column) of all tokens that some mask predicts in the first batch."""
+    made = trainer(folder, dataset, anchors_per_sequence=None, **options)
+    seen = set()
+    tuner = made.model.base_model
+    states = tuner.masked_states
+
+    def spy(input_ids, layout, all_layers=False):
+        columns = layout.target_columns(batch["labels"])
+        seen.update((row, column) for row, line in enumerate(columns.tolist()) for column in line if column >= 0)
+        return states(input_ids, layout, all_layers)
+
+    tuner.masked_states = spy
+    batch = next(iter(made.get_train_dataloader()))
+    made.compute_loss(made.model.train(), batch)
+    return seen
+
+
+def test_prompts_are_outside_the_loss(tmp_path):
+    rows = Dataset.from_dict({"prompt": [words(5)] * 4, "completion": [" " + words(6)] * 4})
+    seen = supervised_tokens(tmp_path, rows)
+    # 5 of prompt, 6 of completion, 1 end: masks hang on columns 5.. and predict from two columns on.
+    assert seen == {(row, column) for row in range(4) for column in range(7, 12)}
+
+
+def test_assistant_only_loss(tmp_path):
+    rows = Dataset.from_dict({"messages": [chats(1)[0]] * 4})
+    seen = supervised_tokens(tmp_path, rows, assistant_only_loss=True)
+    # `<user>`, 4 words, `<assistant>`; then 9 words and `<eos>` inside the loss.
+    assert seen == {(row, column) for row in range(4) for column in range(8, 16)}
+
+
+def test_packed_documents_are_computed_apart(tmp_path):
+    rows = Dataset.from_dict({"text": [words(7, row) for row in range(4)]})
+    apart = trainer(tmp_path / "a", rows, anchors_per_sequence=None, max_steps=1)
+    packed = trainer(tmp_path / "b", rows, anchors_per_sequence=None, max_steps=1, packing=True)
+    batches = [next(iter(made.get_train_dataloader())) for made in (apart, packed)]
+    assert batches[1]["input_ids"].shape[0] == 1
+    losses = [
+        made.compute_loss(made.model.train(), batch) for made, batch in zip((apart, packed), batches, strict=True)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+# ---------------------------------------------------------------- measures
+
+
+def test_every_measure_is_logged_in_training_and_evaluation(tmp_path):
+    trained = trainer(tmp_path, eval_dataset=texts(6), eval_strategy="steps", eval_steps=2)
+    trained.train()
+    train, evaluation = trained.state.log_history[0], trained.state.log_history[2]
+    assert MEASURES <= train.keys()
+    assert {f"eval_{name}" for name in MEASURES} | {"eval_loss"} <= evaluation.keys()
+    for entry, prefix in ((train, ""), (evaluation, "eval_")):
+        assert 1 <= entry[prefix + "tokens_per_step"] <= K + 1
+        assert all(0 <= entry[f"{prefix}accuracy_{step}"] <= 1 for step in range(1, K + 1))
+        terms = {"base": 1.0, "sampler": 1.0, "lcm": 1.0, "auxiliary": 0.5}
+        weighted = sum(weight * entry[f"{prefix}loss_{name}"] for name, weight in terms.items())
+        assert entry[prefix + "loss"] == pytest.approx(weighted, rel=1e-3)
+
+
+def test_evaluation_draws_the_same_masks_every_time(tmp_path):
+    made = trainer(tmp_path, eval_dataset=texts(6), anchors_per_sequence=2)
+    first, second = made.evaluate(), made.evaluate()
+    assert {name: first[name] for name in ("eval_loss", "eval_tokens_per_step")} == {
+        name: second[name] for name in ("eval_loss", "eval_tokens_per_step")
+    }
+
+
+def test_training_draws_new_masks_every_time(tmp_path):
+    made = trainer(tmp_path, anchors_per_sequence=2)
+    batch = next(iter(made.get_train_dataloader()))
+    losses = {made.compute_loss(made.model.train(), batch).item() for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_mask_tokens_are_bounded_by_the_anchors(tmp_path):
+    trained = trainer(tmp_path, anchors_per_sequence=2, max_steps=1)
+    trained.train()
+    assert logged(trained, "mask_tokens")[0] <= 4 * 2 * K
+
+
+def test_training_learns_and_the_output_stays(tmp_path):
+    model = upgraded("llama", K)
+    before = generate(model, prompt())
+    trained = trainer(tmp_path, tokens(), model, max_steps=30, lr_scheduler_type="constant", targets="model")
+    trained.train()
+    losses = logged(trained)
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    assert sum(logged(trained, "accuracy_1")[-3:]) > sum(logged(trained, "accuracy_1")[:3]) + 0.5
+    model.eval()
+    assert torch.equal(generate(model, prompt()), before)
+    assert torch.equal(generate(model, prompt(), mtp=True), before)
+
+
+def test_only_the_adapter_is_trained(tmp_path):
+    model = upgraded("llama", K)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer(tmp_path, model=model).train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == set(adapter_parameters(model))
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"anchors_per_sequence": None}])
+def test_options_that_only_change_memory(options, tmp_path):
+    # 32 anchors are more than any of the texts has.
+    plain, other = (
+        trainer(tmp_path / "a", anchors_per_sequence=32),
+        trainer(tmp_path / "b", **{"anchors_per_sequence": 32, **options}),
+    )
+    plain.train(), other.train()
+    assert logged(other) == pytest.approx(logged(plain), rel=1e-4)
+
+
+def test_accumulated_batches_are_averaged(tmp_path):
+    # Equal rows, so that every batch has the same masks and the mean over batches is the mean over masks.
+    rows = Dataset.from_dict({"text": [words(12)] * 8})
+    whole = trainer(tmp_path / "a", rows, anchors_per_sequence=None, per_device_train_batch_size=8)
+    parts = trainer(
+        tmp_path / "b",
+        rows,
+        anchors_per_sequence=None,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    whole.train(), parts.train()
+    assert logged(parts) == pytest.approx(logged(whole), rel=1e-3)
+
+
+@pytest.mark.parametrize(("recipe", "targets"), [("paper", "data"), ("default", "model")])
+def test_recipes_set_the_targets(recipe, targets, tmp_path):
+    assert trainer(tmp_path, recipe=recipe).recipe.targets == targets
+    assert trainer(tmp_path, recipe=recipe, lcm_weight=0.25).recipe.lcm == 0.25
+
+
+def test_upgrading_by_the_trainer(tmp_path):
+    trained = trainer(tmp_path, model=tiny_base("llama"), peft_config=GatedLoraConfig(k=K, r=4), max_steps=1)
+    trained.train()
+    assert trained.model.base_model.active_mtp_config.k == K
+
+
+# ---------------------------------------------------------------- saving and resuming
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_base(tmp_path):
+    trained = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trained.train()
+    trained.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
+        assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+        assert not list(folder.glob("model*.safetensors")) + list(folder.glob("pytorch_model*"))
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path)
+    for name, parameter in adapter_parameters(trained.model).items():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+
+
+def test_adapter_records_how_it_was_trained(tmp_path):
+    trained = trainer(tmp_path, recipe="paper", max_steps=1)
+    trained.train()
+    trained.save_model()
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["recipe"] == "paper"
+    assert config["tokenizer_fingerprint"] == tokenizer_fingerprint(tiny_tokenizer())
+    assert "| training recipe | paper |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "lora_dropout": 0.1}])
+def test_resumed_training_has_the_losses_of_uninterrupted_training(options, tmp_path):
+    lora_dropout = options.pop("lora_dropout", 0.0)
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "anchors_per_sequence": 3, **options}
+
+    def new_model():
+        return upgraded("llama", K, lora_dropout=lora_dropout)
+
+    whole = trainer(tmp_path / "whole", model=new_model(), **saving)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", model=new_model(), **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert logged(resumed)[-3:] == logged(whole)[-3:]
+    assert logged(whole)[0] != logged(whole)[-1]
+    for name, parameter in adapter_parameters(whole.model).items():
+        assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
+
+
+class RaisesAt(TrainerCallback):
+    """Runs `action` when a step ends."""
+
+    def __init__(self, step: int, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def test_interrupt_saves_a_checkpoint_to_resume_from(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 100, "max_steps": 6}
+    whole = trainer(tmp_path / "whole", **saving)
+    whole.train()
+    interrupt = RaisesAt(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    interrupted = trainer(tmp_path / "cut", callbacks=[interrupt], **saving)
+    interrupted.train()
+    assert signal.getsignal(signal.SIGINT) is handler
+    steps = {path.name for path in (tmp_path / "cut").glob("checkpoint-*")}
+    assert steps in ({"checkpoint-2"}, {"checkpoint-3"})
+    resumed = trainer(tmp_path / "cut", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed)[-3:] == logged(whole)[-3:]
+
+
+def test_second_interrupt_stops_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callbacks=[RaisesAt(1, twice)]).train()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def full_disk(monkeypatch, when: str):
+    """Lets saving fail after what `when` names was written."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if when == "adapter":
+        monkeypatch.setattr(PeftModel, "save_pretrained", refuse)
+    elif when == "optimizer":
+        monkeypatch.setattr(torch, "save", refuse)
+    else:
+        monkeypatch.setattr("transformers.TrainerState.save_to_json", refuse)
+
+
+@pytest.mark.parametrize("when", ["adapter", "optimizer", "state"])
+def test_full_disk_leaves_the_checkpoint_before(when, tmp_path, monkeypatch):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": 1}
+    whole = trainer(tmp_path / "whole", **saving)
+    whole.train()
+    failing = trainer(tmp_path / "full", callbacks=[RaisesAt(3, lambda: full_disk(monkeypatch, when))], **saving)
+    with pytest.raises(OSError, match="No space left"):
+        failing.train()
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = trainer(tmp_path / "full", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert logged(resumed)[-4:] == logged(whole)[-4:]
+
+
+# ---------------------------------------------------------------- what cannot be trained
+
+
+def test_empty_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        trainer(tmp_path, Dataset.from_dict({"text": []}))
+
+
+def test_dataset_of_prompts_alone_is_refused(tmp_path):
+    rows = tokens().map(lambda row: {"labels": [-100] * len(row["input_ids"])})
+    with pytest.raises(ValueError, match="None of the 16 sequences.*Are they all prompt"):
+        trainer(tmp_path, rows)
+
+
+def test_texts_too_short_for_a_mask_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="None of the 2 sequences"):
+        trainer(tmp_path, Dataset.from_dict({"input_ids": [[7, 8], [9, 10]]}))
+
+
+def test_some_prompts_alone_among_others_are_no_problem(tmp_path):
+    rows = tokens().map(
+        lambda row, i: {"labels": row["input_ids"] if i == 0 else [-100] * len(row["input_ids"])}, with_indices=True
+    )
+    trained = trainer(tmp_path, rows, per_device_train_batch_size=1, num_train_epochs=1, max_steps=ROWS)
+    trained.train()
+    assert all(math.isfinite(loss) for loss in logged(trained))
+
+
+@pytest.mark.parametrize("max_length", [1, K + 1])
+def test_max_length_without_room_for_a_block_is_refused(max_length, tmp_path):
+    with pytest.raises(ValueError, match=rf"`max_length={max_length}` leaves no room.*at least k \+ 2 = 5"):
+        trainer(tmp_path, max_length=max_length)
+
+
+def test_model_that_was_not_upgraded_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got LlamaForCausalLM. Upgrade it first"):
+        trainer(tmp_path, model=tiny_base("llama"))
+
+
+def test_own_loss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`compute_loss_func` would replace"):
+        MTPTrainer(upgraded("llama", K), MTPConfig(output_dir=str(tmp_path)), texts(), compute_loss_func=lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "soup"}, "Unknown recipe 'soup'. Known: 'default', 'paper'"),
+        ({"targets": "dreams"}, "'model' or 'data', but got 'dreams'"),
+        ({"lcm_weight": -1.0}, "`lcm_weight` must not be negative, but got -1.0"),
+        ({"anchors_per_sequence": 0}, "at least 1, or None for all, but got 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        MTPConfig(output_dir=str(tmp_path), **options)
+
+
+def test_refused_training_writes_nothing(tmp_path):
+    with pytest.raises(ValueError):
+        trainer(tmp_path / "out", Dataset.from_dict({"text": []}))
+    assert not Path(tmp_path, "out").exists() or not list(Path(tmp_path, "out").iterdir())
+
+
+def test_stream_of_prompts_alone_trains_nothing_and_says_so(tmp_path):
+    rows = tokens().map(lambda row: {"labels": [-100] * len(row["input_ids"])})
+    stream: IterableDataset = rows.to_iterable_dataset()
+    trained = trainer(tmp_path, stream, max_steps=1)
+    trained.train()
+    assert logged(trained, "mask_tokens") == [0]
