@@ -33,6 +33,8 @@ style: $(VENV)/test.stamp  ## rewrite the files in the style that `quality` chec
 bench: $(VENV)/quickstart.stamp  ## train and measure the reference adapter: make bench BASE=... DATA=...
 	@test -n "$(BASE)" -a -n "$(DATA)" || { echo "usage: make bench BASE=<folder or Hub id> DATA=<folder>, see docs/benchmarks.md"; exit 2; }
 	$(BIN)/python examples/benchmarks/train_reference.py --base "$(BASE)" --data "$(DATA)" --output out/reference
+	$(BIN)/python examples/benchmarks/measure_reference.py --base "$(BASE)" --data "$(DATA)" --adapter out/reference \
+		--output docs/results/reference.json
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write docs/reference.md from the docstrings of the package.
 
-    python docs/make_reference.py            # writes it
-    python docs/make_reference.py --check    # exits with 1 if it is out of date
+python docs/make_reference.py            # writes it
+python docs/make_reference.py --check    # exits with 1 if it is out of date
 """
 
 import importlib

@@ -9,7 +9,7 @@ from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .card import README, is_replaceable, render_model_card
-from .peft_type import ExtensionPeftType
+from .peft_type import ExtensionPeftType, ExtensionTaskType
 
 # Fields of LoraConfig that, when set, change what the base computes for regular tokens.
 _CHANGE_THE_BASE = {
@@ -115,14 +115,13 @@ class GatedLoraConfig(LoraConfig):
     def __post_init__(self):
         _require_positive_int("k", self.k, "the number of mask tokens")
         _require_positive_int("r", self.r, "the rank of the LoRA matrices")
-        super().__post_init__()
-        self.peft_type = ExtensionPeftType.GATED_LORA
-        if self.task_type is None:
-            self.task_type = TaskType.CAUSAL_LM
-        if self.task_type != TaskType.CAUSAL_LM:
+        if self.task_type not in (None, TaskType.CAUSAL_LM, ExtensionTaskType.GATED_CAUSAL_LM):
             raise ValueError(
                 f"`task_type` must be 'CAUSAL_LM', since masks stand for next tokens; got {self.task_type!r}."
             )
+        self.task_type = TaskType.CAUSAL_LM  # the only one of the two that PEFT's own check knows
+        super().__post_init__()
+        self.peft_type, self.task_type = ExtensionPeftType.GATED_LORA, ExtensionTaskType.GATED_CAUSAL_LM
         for name, neutral in _CHANGE_THE_BASE.items():
             value = getattr(self, name, neutral)
             if value != neutral and value:
@@ -132,8 +131,8 @@ class GatedLoraConfig(LoraConfig):
                 )
         if self.init_lora_weights not in _KEEP_THE_BASE:
             raise ValueError(
-                f"`init_lora_weights={self.init_lora_weights!r}` rewrites the base model's weights, but a gated adapter "
-                f"leaves them as they are. Use one of {', '.join(map(repr, _KEEP_THE_BASE))}."
+                f"`init_lora_weights={self.init_lora_weights!r}` rewrites the base model's weights, but a gated "
+                f"adapter leaves them as they are. Use one of {', '.join(map(repr, _KEEP_THE_BASE))}."
             )
 
     @classmethod
@@ -149,9 +148,9 @@ class GatedLoraConfig(LoraConfig):
         has_file = _files_of(str(pretrained_model_name_or_path), subfolder, **kwargs)
         if not has_file(SAFETENSORS_WEIGHTS_NAME) and has_file(WEIGHTS_NAME):
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when "
-                f"loaded. Adapters are loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the `safetensors` "
-                "library."
+                f"{pretrained_model_name_or_path} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code "
+                f"when loaded. Adapters are loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the "
+                "`safetensors` library."
             )
         return config
 

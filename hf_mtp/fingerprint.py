@@ -37,8 +37,8 @@ def refuse_other_base(config: "GatedLoraConfig", model: PreTrainedModel) -> None
             setattr(config, name, actual)
         elif recorded != actual:
             raise ValueError(
-                f"This adapter was trained for a base of {meaning} {recorded}, but {_name(model)} has {actual}. Load it "
-                f"on the base it was trained for: {config.base_model_name_or_path}."
+                f"This adapter was trained for a base of {meaning} {recorded}, but {_name(model)} has {actual}. Load "
+                f"it on the base it was trained for: {config.base_model_name_or_path}."
             )
     if config.tokenizer_fingerprint is not None:
         _refuse_other_tokenizer(config, model)

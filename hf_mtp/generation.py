@@ -25,9 +25,7 @@ class MTPGenerationMixin:
 
     mtp_statistics: MTPStatistics | None = None
 
-    def generate(
-        self, *args, mtp: bool = False, mtp_strategy: str = "quadratic", mtp_k: int | None = None, **kwargs
-    ):
+    def generate(self, *args, mtp: bool = False, mtp_strategy: str = "quadratic", mtp_k: int | None = None, **kwargs):
         """[`~transformers.GenerationMixin.generate`] with several tokens per forward pass and the same output.
 
         Args:
@@ -97,7 +95,9 @@ class MTPGenerationMixin:
 
     def _checked_strategy(self, mtp_strategy: str) -> Strategy:
         if mtp_strategy not in STRATEGIES:
-            raise ValueError(f"`mtp_strategy` must be one of {', '.join(map(repr, STRATEGIES))}, got {mtp_strategy!r}.")
+            raise ValueError(
+                f"`mtp_strategy` must be one of {', '.join(map(repr, STRATEGIES))}, got {mtp_strategy!r}."
+            )
         refuse_unsupported(self.model)
         if mtp_strategy == "linear":
             return "linear"
@@ -140,7 +140,7 @@ def _stop_strings_to_criteria(kwargs: dict) -> None:
 
 
 def _refuse_generation_config(config: GenerationConfig) -> None:
-    """Refuses generation modes by the final configuration, whether asked for in the call or by the model's defaults."""
+    """Refuses modes by the final configuration, whether they come from the call or from the model's defaults."""
     inexact = {
         "num_beams": (config.num_beams or 1) > 1,
         "penalty_alpha": bool(config.penalty_alpha),
@@ -150,8 +150,8 @@ def _refuse_generation_config(config: GenerationConfig) -> None:
     for name, asked in inexact.items():
         if asked:
             raise ValueError(
-                f"`{name}={getattr(config, name)}` does not decode one sequence token by token, so `mtp=True` could not "
-                f"return the same output. Drop `{name}`, or `mtp=True`."
+                f"`{name}={getattr(config, name)}` does not decode one sequence token by token, so `mtp=True` could "
+                f"not return the same output. Drop `{name}`, or `mtp=True`."
             )
     coming = {
         "do_sample=True": config.do_sample,
@@ -184,6 +184,6 @@ def _refuse_inputs(input_ids: torch.LongTensor, vocab_size: int, model_kwargs: d
         raise NotImplementedError("`position_ids` with `mtp=True` are not implemented yet: leave them out.")
     if input_ids.min() < 0 or input_ids.max() >= vocab_size:
         raise ValueError(
-            f"The prompt has token ids from {input_ids.min().item()} to {input_ids.max().item()}, but the vocabulary has "
-            f"ids 0 to {vocab_size - 1}. Was it tokenized with this model's own tokenizer?"
+            f"The prompt has token ids from {input_ids.min().item()} to {input_ids.max().item()}, but the vocabulary "
+            f"has ids 0 to {vocab_size - 1}. Was it tokenized with this model's own tokenizer?"
         )

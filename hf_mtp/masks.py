@@ -105,8 +105,8 @@ def attention_masks(
         queries (`int`, *optional*): Q, the last columns that attend; all N if `None`.
 
     Returns:
-        One additive mask of shape `(B, 1, Q, P + N)` while no window or chunk is exceeded or all layers are of one kind,
-        and a mask per kind otherwise, under the name that transformers gives the kind.
+        One additive mask of shape `(B, 1, Q, P + N)` while no window or chunk is exceeded or all layers are of one
+        kind, and a mask per kind otherwise, under the name that transformers gives the kind.
     """
     longest = past + layout.position_BT.shape[1] + layout.k
     limited = [kind for kind in kinds if kind.reaches_back() is not None and kind.reaches_back() < longest]

@@ -1,4 +1,4 @@
-"""The name under which PEFT knows our adapters."""
+"""The names under which PEFT knows our adapters and our models."""
 
 import enum
 
@@ -10,3 +10,9 @@ class ExtensionPeftType(str, enum.Enum):
     """
 
     GATED_LORA = "GATED_LORA"
+
+
+class ExtensionTaskType(str, enum.Enum):
+    """Task types that this package adds to [`~peft.TaskType`]: PEFT chooses the class of a model by its task."""
+
+    GATED_CAUSAL_LM = "GATED_CAUSAL_LM"

@@ -46,8 +46,8 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
     implementation = model.config._attn_implementation or "eager"
     if "flash" in implementation or "flex" in implementation:
         raise ValueError(
-            f"The base model uses attn_implementation={implementation!r}, which takes no 4-D attention mask, but masks "
-            "that hang on several tokens need one. Call `model.set_attn_implementation('sdpa')`, or decode with "
+            f"The base model uses attn_implementation={implementation!r}, which takes no 4-D attention mask, but "
+            "masks that hang on several tokens need one. Call `model.set_attn_implementation('sdpa')`, or decode with "
             "mtp_strategy='linear'."
         )
 

@@ -26,9 +26,9 @@ class MTPTrainer(SFTTrainer):
 
     A [`~trl.SFTTrainer`] in all but its loss: every dataset format that TRL takes goes in unchanged, and saving,
     resuming, evaluation and reporting are those of [`~transformers.Trainer`]. Checkpoints hold the adapter, not the
-    base. Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position
-    against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, what decoding would give on the
-    same text; with the prefix `eval_` in evaluation.
+    base. Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask
+    position against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, what decoding would
+    give on the same text; with the prefix `eval_` in evaluation.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -76,8 +76,8 @@ class MTPTrainer(SFTTrainer):
         k = tuner.active_mtp_config.k
         if args.max_length is not None and args.max_length < k + 2:
             raise ValueError(
-                f"`max_length={args.max_length}` leaves no room for a token, the one after it and the {k} that its masks "
-                f"predict: set it to at least k + 2 = {k + 2}."
+                f"`max_length={args.max_length}` leaves no room for a token, the one after it and the {k} that its "
+                f"masks predict: set it to at least k + 2 = {k + 2}."
             )
         self.recipe = args.resolved_recipe()
         self._refuse_nothing_to_learn()
@@ -97,9 +97,8 @@ class MTPTrainer(SFTTrainer):
             if any(here != IGNORE and there != IGNORE for here, there in zip(labels, labels[2:], strict=False)):
                 return
         raise ValueError(
-            f"None of the {len(self.train_dataset)} sequences of `train_dataset` has three tokens inside the loss, so "
-            "there is nothing for a mask to predict. Are they all prompt, or truncated to their prompt by "
-            f"`max_length={self.args.max_length}`?"
+            "No sequence of `train_dataset` has three tokens inside the loss, so there is nothing for a mask to "
+            f"predict. Are they all prompt, or truncated to their prompt by `max_length={self.args.max_length}`?"
         )
 
     def _describe_training(self, tuner: GatedLoraModel) -> None:
@@ -135,7 +134,9 @@ class MTPTrainer(SFTTrainer):
         """Averages over the steps between two logs are made by [`~trl.SFTTrainer`]'s `log`."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         if objective.metrics:
-            for name, value in zip(objective.metrics, torch.stack(list(objective.metrics.values())).tolist(), strict=True):
+            for name, value in zip(
+                objective.metrics, torch.stack(list(objective.metrics.values())).tolist(), strict=True
+            ):
                 metrics[name].append(value)
         if self.model.training:
             self._total_train_tokens += inputs["input_ids"].numel()

@@ -49,7 +49,8 @@ class MTPConfig(SFTConfig):
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
     recipe: str = field(default="default", metadata={"help": "Named set of loss weights and targets."})
     targets: str | None = field(
-        default=None, metadata={"help": "What masks learn to predict: 'model' or 'data'.", "choices": ["model", "data"]}
+        default=None,
+        metadata={"help": "What masks learn to predict: 'model' or 'data'.", "choices": ["model", "data"]},
     )
     base_weight: float | None = field(default=None, metadata={"help": "Weight of the base cross-entropy."})
     sampler_weight: float | None = field(default=None, metadata={"help": "Weight of the sampler cross-entropy."})

@@ -33,9 +33,9 @@ BLOCKS_PER_ROW = 16
 class GatedLoraModel(MTPGenerationMixin, LoraModel):
     """A causal language model that predicts several tokens at mask positions.
 
-    Made by [`~peft.get_peft_model`] from a [`GatedLoraConfig`], or by [`~peft.PeftModel.from_pretrained`]; not meant to
-    be made by hand. Regular tokens are computed by the base alone. Mask tokens have ids V..V+k-1, above the base's V
-    ids, and stand after all regular tokens of an input.
+    Made by [`~peft.get_peft_model`] from a [`GatedLoraConfig`], or by [`~peft.PeftModel.from_pretrained`]; not meant
+    to be made by hand. Regular tokens are computed by the base alone. Mask tokens have ids V..V+k-1, above the base's
+    V ids, and stand after all regular tokens of an input.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base, frozen.
@@ -66,7 +66,9 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
             self._add_heads(adapter_name, config)
         self._sync_heads()
-        if getattr(model, "is_activation_checkpointing", False):  # switched on before the upgrade: once more, with gate
+        if getattr(
+            model, "is_activation_checkpointing", False
+        ):  # switched on before the upgrade: once more, with gate
             self.activation_checkpointing_enable()
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -170,7 +172,9 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """Refuses weights that are not a whole adapter; PEFT would leave what is missing at its random start."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
-            key: tensor.shape for key, tensor in model.state_dict().items() if "lora_" in key and f".{adapter_name}." in key
+            key: tensor.shape
+            for key, tensor in model.state_dict().items()
+            if "lora_" in key and f".{adapter_name}." in key
         }
         missing, unknown = sorted(expected.keys() - remapped.keys()), sorted(remapped.keys() - expected.keys())
         wrong = [key for key, shape in expected.items() if key in remapped and remapped[key].shape != shape]
@@ -183,8 +187,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         ):
             if keys:
                 raise ValueError(
-                    f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is truncated, was "
-                    "changed, or belongs to another base or config. Download it again, or train again."
+                    f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is "
+                    "truncated, was changed, or belongs to another base or config. Download it again, or train again."
                 )
         return remapped
 
@@ -263,7 +267,11 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             return self.model(input_ids, *args, **kwargs)
         index_BN = input_ids - self.vocab_size
         first = int((~is_mask_BN).sum(dim=1).max())
-        if index_BN.max() >= self.active_mtp_config.k or is_mask_BN[:, :first].any() or not is_mask_BN[:, first:].all():
+        if (
+            index_BN.max() >= self.active_mtp_config.k
+            or is_mask_BN[:, :first].any()
+            or not is_mask_BN[:, first:].all()
+        ):
             raise ValueError(
                 f"Got token ids up to {input_ids.max().item()}. Ids {self.vocab_size} to "
                 f"{self.vocab_size + self.active_mtp_config.k - 1} are mask tokens and must stand after all regular "

@@ -235,14 +235,12 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in commit.files]
         self._send_json({"id": repo, "modelId": repo, "sha": commit.oid, "siblings": siblings, "tags": []})
 
-    def tree(self, repo: str, revision: str, folder: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str = "") -> None:
         commit = self._commit_at(repo, revision)
-        inside = {path: content for path, content in commit.files.items() if path.startswith(f"{folder}/")}
-        if not inside:
+        files = {path: content for path, content in commit.files.items() if path.startswith(folder)}
+        if not files:
             raise _Refusal(404, "EntryNotFound")
-        self._send_json(
-            [{"type": "file", "path": path, "size": len(c), "oid": _blob_sha1(c)} for path, c in inside.items()]
-        )
+        self._send_json([_tree_entry(path, content) for path, content in files.items()])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         commit = self._commit_at(repo, revision)
@@ -268,6 +266,13 @@ def _blob_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def _tree_entry(path: str, content: bytes) -> dict:
+    entry = {"type": "file", "path": path, "size": len(content), "oid": _blob_sha1(content)}
+    if path.endswith(LFS_SUFFIXES):
+        entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 134}
+    return entry
+
+
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", _Handler.create_repo),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
@@ -278,6 +283,7 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("PUT", "/storage/(?P<oid>[0-9a-f]{64})", _Handler.store),
     ("GET HEAD", f"/api/models/{REPO}", _Handler.model_info),
     ("GET HEAD", f"/api/models/{REPO}/revision/(?P<revision>.+)", _Handler.model_info),
+    ("GET HEAD", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)", _Handler.tree),
     ("GET HEAD", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)/(?P<folder>.+)", _Handler.tree),
     ("GET HEAD", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
     ("GET HEAD", "/storage/(?P<oid>[0-9a-f]{64})", _Handler.fetch),

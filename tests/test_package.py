@@ -21,7 +21,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Both flows from top to bottom: a module imports from those before it only.
 ORDER = """
 peft_type card config statistics layout masks losses recipe sampler gate fingerprint support drafting verification
-decoding generation objective tuner hub registration training_config interrupt deadline trainer __init__
+decoding generation objective tuner hub registration measuring training_config interrupt deadline trainer __init__
 """.split()
 
 

@@ -2,18 +2,18 @@
 
 import json
 import math
-import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from transformers import TrainerCallback
+from transformers.utils.logging import get_logger
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.fingerprint import tokenizer_fingerprint
@@ -144,6 +144,7 @@ def test_packed_documents_are_computed_apart(tmp_path):
     apart = trainer(tmp_path / "a", rows, anchors_per_sequence=None, max_steps=1)
     packed = trainer(tmp_path / "b", rows, anchors_per_sequence=None, max_steps=1, packing=True)
     batches = [next(iter(made.get_train_dataloader())) for made in (apart, packed)]
+    batches[0]["labels"][:, 0] = -100  # as TRL does when it packs
     assert batches[1]["input_ids"].shape[0] == 1
     losses = [
         made.compute_loss(made.model.train(), batch) for made, batch in zip((apart, packed), batches, strict=True)
@@ -192,11 +193,11 @@ def test_mask_tokens_are_bounded_by_the_anchors(tmp_path):
 def test_training_learns_and_the_output_stays(tmp_path):
     model = upgraded("llama", K)
     before = generate(model, prompt())
-    trained = trainer(tmp_path, tokens(), model, max_steps=30, lr_scheduler_type="constant", targets="model")
+    trained = trainer(tmp_path, tokens(2), model, max_steps=40, lr_scheduler_type="constant")
     trained.train()
-    losses = logged(trained)
-    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
-    assert sum(logged(trained, "accuracy_1")[-3:]) > sum(logged(trained, "accuracy_1")[:3]) + 0.5
+    losses, accuracies = logged(trained), logged(trained, "accuracy_1")
+    assert losses[-1] < 0.5 * losses[0]
+    assert accuracies[-1] > accuracies[0] + 0.3
     model.eval()
     assert torch.equal(generate(model, prompt()), before)
     assert torch.equal(generate(model, prompt(), mtp=True), before)
@@ -248,6 +249,25 @@ def test_upgrading_by_the_trainer(tmp_path):
     assert trained.model.base_model.active_mtp_config.k == K
 
 
+def test_deadline_ends_training(tmp_path):
+    trained = trainer(tmp_path, max_minutes=1e-6, max_steps=50)
+    trained.train()
+    assert trained.state.global_step == 1
+    assert len(logged(trained)) == 1
+
+
+def test_deadline_drives_the_learning_rate(tmp_path, monkeypatch):
+    # Ten seconds pass with each look at the clock; a training of five minutes sees its learning rate fall to nothing.
+    clock = iter(range(0, 100_000, 10))
+    monkeypatch.setattr("hf_mtp.deadline.time.monotonic", lambda: next(clock))
+    trained = trainer(tmp_path, max_minutes=5, max_steps=50, lr_scheduler_type="linear")
+    trained.train()
+    rates = logged(trained, "learning_rate")
+    assert trained.state.global_step < 50
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.8e-2 > 0.2e-2 > rates[-1]
+
+
 # ---------------------------------------------------------------- saving and resuming
 
 
@@ -273,22 +293,40 @@ def test_adapter_records_how_it_was_trained(tmp_path):
     assert "| training recipe | paper |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "lora_dropout": 0.1}])
-def test_resumed_training_has_the_losses_of_uninterrupted_training(options, tmp_path):
-    lora_dropout = options.pop("lora_dropout", 0.0)
-    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "anchors_per_sequence": 3, **options}
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "anchors_per_sequence": 3}
 
-    def new_model():
-        return upgraded("llama", K, lora_dropout=lora_dropout)
 
-    whole = trainer(tmp_path / "whole", model=new_model(), **saving)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, MTPTrainer]:
+    """A whole training, with checkpoints: its folder and its trainer."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    whole = trainer(folder, **SAVING)
     whole.train()
-    resumed = trainer(tmp_path / "resumed", model=new_model(), **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert logged(resumed)[-3:] == logged(whole)[-3:]
-    assert logged(whole)[0] != logged(whole)[-1]
+    return folder, whole
+
+
+def assert_same_end(resumed: MTPTrainer, whole: MTPTrainer, steps: int) -> None:
+    """The last `steps` losses and the adapters are the same, to the bit."""
+    assert len(set(logged(whole))) == len(logged(whole)) == SAVING["max_steps"]
+    assert logged(resumed)[-steps:] == logged(whole)[-steps:]
     for name, parameter in adapter_parameters(whole.model).items():
         assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
+
+
+def test_resumed_training_ends_as_uninterrupted_training(uninterrupted, tmp_path):
+    folder, whole = uninterrupted
+    resumed = trainer(tmp_path, **SAVING)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert_same_end(resumed, whole, steps=2)
+
+
+def test_resumed_training_with_dropout_and_accumulation(tmp_path):
+    options = {**SAVING, "gradient_accumulation_steps": 2}
+    whole = trainer(tmp_path / "whole", model=upgraded("llama", K, lora_dropout=0.1), **options)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", model=upgraded("llama", K, lora_dropout=0.1), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same_end(resumed, whole, steps=2)
 
 
 class RaisesAt(TrainerCallback):
@@ -302,20 +340,16 @@ class RaisesAt(TrainerCallback):
             self.action()
 
 
-def test_interrupt_saves_a_checkpoint_to_resume_from(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 100, "max_steps": 6}
-    whole = trainer(tmp_path / "whole", **saving)
-    whole.train()
-    interrupt = RaisesAt(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+def test_interrupt_saves_a_checkpoint_to_resume_from(uninterrupted, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
-    interrupted = trainer(tmp_path / "cut", callbacks=[interrupt], **saving)
-    interrupted.train()
+    interrupt = RaisesAt(3, lambda: signal.raise_signal(signal.SIGINT))
+    trainer(tmp_path, callbacks=[interrupt], **{**SAVING, "save_steps": 100}).train()
     assert signal.getsignal(signal.SIGINT) is handler
-    steps = {path.name for path in (tmp_path / "cut").glob("checkpoint-*")}
-    assert steps in ({"checkpoint-2"}, {"checkpoint-3"})
-    resumed = trainer(tmp_path / "cut", **saving)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert checkpoint.name in ("checkpoint-3", "checkpoint-4")  # of this step or, asked too late for it, of the next
+    resumed = trainer(tmp_path, **{**SAVING, "save_steps": 100})
     resumed.train(resume_from_checkpoint=True)
-    assert logged(resumed)[-3:] == logged(whole)[-3:]
+    assert_same_end(resumed, uninterrupted[1], steps=2)
 
 
 def test_second_interrupt_stops_at_once(tmp_path):
@@ -344,18 +378,15 @@ def full_disk(monkeypatch, when: str):
 
 
 @pytest.mark.parametrize("when", ["adapter", "optimizer", "state"])
-def test_full_disk_leaves_the_checkpoint_before(when, tmp_path, monkeypatch):
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": 1}
-    whole = trainer(tmp_path / "whole", **saving)
-    whole.train()
-    failing = trainer(tmp_path / "full", callbacks=[RaisesAt(3, lambda: full_disk(monkeypatch, when))], **saving)
+def test_full_disk_leaves_the_checkpoint_before(when, uninterrupted, tmp_path, monkeypatch):
+    options = {**SAVING, "save_total_limit": 1}
     with pytest.raises(OSError, match="No space left"):
-        failing.train()
+        trainer(tmp_path, callbacks=[RaisesAt(3, lambda: full_disk(monkeypatch, when))], **options).train()
     monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "full").glob("checkpoint-*")] == ["checkpoint-2"]
-    resumed = trainer(tmp_path / "full", **saving)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = trainer(tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
-    assert logged(resumed)[-4:] == logged(whole)[-4:]
+    assert_same_end(resumed, uninterrupted[1], steps=4)
 
 
 # ---------------------------------------------------------------- what cannot be trained
@@ -368,12 +399,14 @@ def test_empty_dataset_is_refused(tmp_path):
 
 def test_dataset_of_prompts_alone_is_refused(tmp_path):
     rows = tokens().map(lambda row: {"labels": [-100] * len(row["input_ids"])})
-    with pytest.raises(ValueError, match="None of the 16 sequences.*Are they all prompt"):
+    with pytest.raises(
+        ValueError, match="No sequence of `train_dataset` has three tokens inside the loss.*Are they all prompt"
+    ):
         trainer(tmp_path, rows)
 
 
 def test_texts_too_short_for_a_mask_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="None of the 2 sequences"):
+    with pytest.raises(ValueError, match="No sequence of `train_dataset` has three tokens"):
         trainer(tmp_path, Dataset.from_dict({"input_ids": [[7, 8], [9, 10]]}))
 
 
@@ -399,7 +432,7 @@ def test_model_that_was_not_upgraded_is_refused(tmp_path):
 
 def test_own_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`compute_loss_func` would replace"):
-        MTPTrainer(upgraded("llama", K), MTPConfig(output_dir=str(tmp_path)), texts(), compute_loss_func=lambda: 0)
+        MTPTrainer(upgraded("llama", K), train_dataset=texts(), compute_loss_func=lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -408,12 +441,13 @@ def test_own_loss_is_refused(tmp_path):
         ({"recipe": "soup"}, "Unknown recipe 'soup'. Known: 'default', 'paper'"),
         ({"targets": "dreams"}, "'model' or 'data', but got 'dreams'"),
         ({"lcm_weight": -1.0}, "`lcm_weight` must not be negative, but got -1.0"),
+        ({"max_minutes": 0}, "`max_minutes` must be positive, or None for no limit, but got 0"),
         ({"anchors_per_sequence": 0}, "at least 1, or None for all, but got 0"),
     ],
 )
 def test_bad_options_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        MTPConfig(output_dir=str(tmp_path), **options)
+        MTPConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
 
 
 def test_refused_training_writes_nothing(tmp_path):
@@ -422,9 +456,10 @@ def test_refused_training_writes_nothing(tmp_path):
     assert not Path(tmp_path, "out").exists() or not list(Path(tmp_path, "out").iterdir())
 
 
-def test_stream_of_prompts_alone_trains_nothing_and_says_so(tmp_path):
+def test_stream_of_prompts_alone_trains_nothing_and_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(get_logger("transformers"), "propagate", True)
     rows = tokens().map(lambda row: {"labels": [-100] * len(row["input_ids"])})
-    stream: IterableDataset = rows.to_iterable_dataset()
-    trained = trainer(tmp_path, stream, max_steps=1)
+    trained = trainer(tmp_path, rows.to_iterable_dataset(), max_steps=1)
     trained.train()
-    assert logged(trained, "mask_tokens") == [0]
+    assert trained.state.global_step == 0
+    assert "not to be a single sample" in caplog.text

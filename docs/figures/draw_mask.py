@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draw the attention mask of training and of one quadratic decoding step, from the functions that make it.
 
-    python docs/figures/draw_mask.py        # writes docs/figures/mask.png
+python docs/figures/draw_mask.py        # writes docs/figures/mask.png
 """
 
 from pathlib import Path

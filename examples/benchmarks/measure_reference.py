@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from machine import describe_machine
 from peft import PeftModel
 from reference_data import DOMAINS, test_dataset
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import MTPConfig, MTPTrainer
-from hf_mtp.measuring import decode_both_ways, summarize
+from hf_mtp.measuring import decode_both_ways, describe_machine, summarize
 
 STRATEGIES = ("quadratic", "linear")
 
@@ -59,7 +58,9 @@ def simulated(model: PeftModel, tokenizer, dataset, folder: Path) -> dict[str, f
     )
     metrics = trainer.evaluate(dataset)
     wanted = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    return {name: round(value, 4) for name, value in wanted.items() if name.startswith(("tokens_per_step", "accuracy"))}
+    return {
+        name: round(value, 4) for name, value in wanted.items() if name.startswith(("tokens_per_step", "accuracy"))
+    }
 
 
 def decoded(model: PeftModel, tokenizer, dataset, args: argparse.Namespace) -> dict[str, dict]:

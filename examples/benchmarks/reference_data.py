@@ -68,6 +68,8 @@ def _pieces(source: str) -> Iterator[str]:
 
 def _rows(path: Path) -> Iterator[dict]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: --data names a folder with the files that docs/benchmarks.md lists.")
+        raise FileNotFoundError(
+            f"{path} is missing: --data names a folder with the files that docs/benchmarks.md lists."
+        )
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)

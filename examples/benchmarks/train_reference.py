@@ -3,9 +3,9 @@
 
     python examples/benchmarks/train_reference.py --base BASE --data DATA --output out/reference --minutes 30
 
-BASE is a local folder or a Hub id, DATA a folder as docs/benchmarks.md describes. Every argument of `MTPConfig` can be
-given as `--set name=value`, and of `GatedLoraConfig` as `--adapter name=value`. Writes the adapter and `training.json`:
-arguments, machine, versions, seconds, masks trained on, and the losses along the way.
+BASE is a local folder or a Hub id, DATA a folder as docs/benchmarks.md describes. Every argument of `MTPConfig` can
+be given as `--set name=value`, and of `GatedLoraConfig` as `--adapter name=value`. Writes the adapter and
+`training.json`: arguments, machine, versions, seconds, masks trained on, and the losses along the way.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import json
 from pathlib import Path
 
 import torch
-from machine import describe_machine
 from peft import get_peft_model
 from reference_data import train_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
+from hf_mtp.measuring import describe_machine
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path, help="folder with the text")
     parser.add_argument("--output", required=True, type=Path, help="folder for the adapter")
     parser.add_argument("--minutes", type=float, default=30, help="training time")
+    parser.add_argument("--steps", type=int, help="train for so many steps instead")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of GatedLoraConfig")
@@ -51,6 +52,7 @@ def main() -> None:
 
     settings = {
         # Small steps, many of them: in half an hour on a CPU the number of steps is what is scarce.
+        "learning_rate": 1.5e-3,
         "per_device_train_batch_size": 4,
         "anchors_per_sequence": 48,
         "bf16": True,
@@ -63,11 +65,12 @@ def main() -> None:
         args=MTPConfig(
             output_dir=str(args.output),
             num_train_epochs=1000,  # the clock ends it
-            max_minutes=args.minutes,
+            max_steps=args.steps or -1,
+            max_minutes=None if args.steps else args.minutes,
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
             save_strategy="no",
-            logging_steps=50,
+            logging_steps=25,
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
             seed=args.seed,

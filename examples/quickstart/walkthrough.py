@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -18,20 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import peft
 import torch
 import transformers
-import trl
 from display import print_fastest, print_for_the_hub, print_results, print_sample, progress
 from draw import draw_tokens_per_step
-from measure import Record, decode_all, decode_both_ways, summarize, tokens_per_step
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from training import make_trainer
+from training import Report, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_mtp
 from hf_mtp import GatedLoraConfig
+from hf_mtp.measuring import (
+    Record,
+    decode_all,
+    decode_both_ways,
+    describe_machine,
+    summarize,
+    tokens_per_step,
+)
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "base"
@@ -135,14 +138,18 @@ def train_and_save(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
         config = GatedLoraConfig(k=args.k, r=RANK, lora_alpha=2 * RANK, train_datasets=list(SOURCES.values()))
         model = get_peft_model(load_base(), config)
         rows = [row for domain in SOURCES for row in read_rows(domain, "train")]
-        trainer, clock = make_trainer(model, tokenizer, rows, args.output, args.minutes, args.steps)
+        trainer = make_trainer(model, tokenizer, rows, args.output, args.minutes, args.steps)
 
     with progress(console, "Training the adapter", total=1) as bar:
-        clock.report = lambda share, logs: bar.show(
-            share, f"loss {logs['loss']:.2f}, {logs['tokens_per_step']:.2f} tokens per step" if logs else ""
+        report = Report(
+            trainer,
+            lambda share, logs: bar.show(
+                share, f"loss {logs['loss']:.2f}, {logs['tokens_per_step']:.2f} tokens per step" if logs else ""
+            ),
         )
+        trainer.add_callback(report)
         trainer.train()
-    if clock.share(trainer.state.global_step) < 1:
+    if report.share < 1:
         raise KeyboardInterrupt  # the trainer took it for a wish to stop early, and saved a checkpoint
     model.save_pretrained(args.output)
 
@@ -249,14 +256,7 @@ def write_results(
     """Writes every number to `results.json`, with the machine and the versions that gave them."""
     results = {
         "what": "greedy decoding of held-out prompts, float32, batch 1, quadratic, with and without mtp=True",
-        "machine": {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "system": platform.platform(),
-        },
-        "versions": {"python": platform.python_version()}
-        | {library.__name__: library.__version__ for library in (hf_mtp, torch, transformers, peft, trl, datasets)},
+        "machine": describe_machine(),
         "arguments": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
         "seconds": seconds,
         "domains": {
@@ -270,14 +270,6 @@ def write_results(
         "training": training,
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def processor_name() -> str:
-    """What the processor calls itself, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def complete_model_card(model: PeftModel, summaries: dict[str, dict], folder: Path) -> None:

@@ -1,17 +1,22 @@
 """Decoding with and without `mtp=True`, side by side: forward passes, seconds, and whether the output is the same.
 
-Knows upgraded models and token ids. Knows nothing of the quickstart's data, tables and pictures, so that any benchmark
-can import it.
+What the examples and benchmarks measure with, for your own model and prompts as well. Knows upgraded models and token
+ids, nothing of data, tables or pictures.
 """
 
+import importlib.metadata
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import PeftModel
+
+LIBRARIES = ("hf_mtp", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 @dataclass
@@ -198,3 +203,31 @@ def decode_all(
 def tokens_per_step(answers: list[Decoded]) -> float:
     """New tokens per forward pass over all answers."""
     return sum(len(answer.ids) for answer in answers) / sum(answer.forward_passes for answer in answers)
+
+
+def describe_machine() -> dict[str, str | int | dict]:
+    """Processor, cores and versions; the accelerator's name if there is one."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    description = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+    if torch.cuda.is_available():
+        description["accelerator"] = torch.cuda.get_device_name()
+    return description
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

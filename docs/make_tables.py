@@ -1,0 +1,144 @@
+#!/usr/bin/env python
+"""Write the tables of README.md and docs/benchmarks.md from the committed results.
+
+    python docs/make_tables.py            # writes them
+    python docs/make_tables.py --check    # exits with 1 if a table is out of date
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function of this file.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "results"
+PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md")
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def machine(report: dict) -> str:
+    """One line: what the numbers were measured on."""
+    about = report["machine"]
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft", "trl"))
+    return f"{about['processor']}, {about['threads']} threads, Python {about['python']}, {versions}"
+
+
+def summary() -> str:
+    """README's first screen."""
+    report = load("reference")
+    rows = []
+    for domain, result in report["domains"].items():
+        row = result["quadratic"]
+        rows.append(
+            [
+                NAMES[domain],
+                f"{row['tokens_per_step']:.2f}",
+                f"{row['forward_passes_plain']:,} → {row['forward_passes_mtp']:,}",
+                f"{row['identical']}/{row['prompts']}",
+                f"{row['repeated_4grams']:.2f}",
+                f"{row['speedup']:.2f}x",
+            ]
+        )
+    head = ["domain", "tokens per pass", "forward passes", "identical", "repeated 4-grams", "CPU wall-clock"]
+    return table(head, rows)
+
+
+def greedy() -> str:
+    """Both strategies, all domains."""
+    report = load("reference")
+    rows = [
+        [
+            NAMES[domain],
+            strategy,
+            f"{row['tokens_per_step']:.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['identical']}/{row['prompts']}",
+            f"{row['repeated_4grams']:.2f}",
+        ]
+        for domain, result in report["domains"].items()
+        for strategy, row in result.items()
+        if strategy in ("quadratic", "linear")
+    ]
+    head = ["domain", "strategy", "tokens per step", "wall-clock against plain", "identical", "repeated 4-grams"]
+    return table(head, rows) + f"\n{machine(report)}.\n"
+
+
+def simulated() -> str:
+    """Held-out text, the base's argmax as the truth."""
+    report = load("reference")
+    rows = []
+    for domain, result in report["domains"].items():
+        values = result["simulated"]
+        accuracy = " ".join(f"{values[f'accuracy_{step}']:.2f}" for step in range(1, 9))
+        rows.append([NAMES[domain], f"{values['tokens_per_step']:.2f}", accuracy])
+    return table(["domain", "tokens per step", "accuracy of masks 1 to 8"], rows)
+
+
+def training() -> str:
+    """What the reference adapter's training was."""
+    run = load("reference")["training"]
+    settings = ", ".join(f"`{name}={value}`" for name, value in run["settings"].items())
+    rows = [
+        ["time", f"{run['seconds'] / 60:.1f} minutes on {run['threads']} threads"],
+        ["steps", f"{run['steps']:,}"],
+        ["masks trained on", f"{run['masks_trained']:,}, {run['masks_trained'] / run['seconds']:,.0f} per second"],
+        ["trainable parameters", f"{run['trainable_parameters']:,} (k={run['adapter']['k']}, r=128)"],
+        ["settings", settings],
+    ]
+    return table(["", ""], rows)
+
+
+def ablation() -> str:
+    """Each part off, at the same number of steps."""
+    report = load("ablation")
+    rows = [
+        [run["name"], *(f"{run['tokens_per_step'][domain]:.3f}" for domain in NAMES), f"{run['masks_trained']:,}"]
+        for run in report["runs"]
+    ]
+    return table(["recipe", *NAMES.values(), "masks trained on"], rows) + f"\n{machine(report)}.\n"
+
+
+def quickstart() -> str:
+    """What `make quickstart` printed on this machine."""
+    report = load("quickstart")
+    rows = [
+        [
+            domain,
+            f"{row['tokens_per_step']:.2f}",
+            f"{row['forward_passes_plain']:,} → {row['forward_passes_mtp']:,}",
+            f"{row['speedup']:.2f}x",
+            f"{row['identical']}/{row['prompts']}",
+            f"{row['repeated_4grams']:.2f}",
+        ]
+        for domain, row in report["domains"].items()
+    ]
+    head = ["domain", "tokens per step", "forward passes", "wall-clock against plain", "identical", "repeated 4-grams"]
+    return table(head, rows)
+
+
+def main() -> None:
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = BLOCK.sub(lambda match: match[1] + globals()[match[2]]() + match[3], text)
+        if filled != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv[1:]:
+                page.write_text(filled, encoding="utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        sys.exit(f"Tables of {', '.join(stale)} are out of date: run docs/make_tables.py")
+
+
+if __name__ == "__main__":
+    main()
