@@ -25,7 +25,7 @@ SECTIONS = {
         "hf_mtp.decoding": ["MTPGenerateOutput"],
         "hf_mtp.statistics": ["MTPStatistics"],
         "hf_mtp.support": ["takes_branches"],
-        "hf_mtp.measuring": ["decode_both_ways", "summarize", "tokens_per_step", "Record"],
+        "hf_mtp.measuring": ["decode_both_ways", "summarize", "Record", "describe_machine"],
     },
     "The upgraded model": {
         "hf_mtp.tuner": [

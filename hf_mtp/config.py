@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
 from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from .card import README, is_replaceable, render_model_card
 from .peft_type import ExtensionPeftType, ExtensionTaskType
@@ -47,6 +48,20 @@ def _files_of(
     if is_offline_mode():
         return lambda file: isinstance(try_to_load_from_cache(name, inside + file, cache_dir, revision), str)
     return lambda file: file_exists(name, inside + file, revision=revision, token=token)
+
+
+def _refuse_broken(weights: Path) -> None:
+    """Raises if the header of a weights file does not fit the file, in words that say which file it is."""
+    if not weights.is_file():
+        return
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights} is not a whole safetensors file ({error}): it is truncated or was changed. Download it "
+            "again, or train again."
+        ) from error
 
 
 @dataclass
@@ -137,12 +152,13 @@ class GatedLoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Loads the configuration of an adapter, refusing one whose weights are a pickle.
+        """Loads the configuration of an adapter, refusing one whose weights are a pickle or, in a folder, broken.
 
         Args and returned value are those of [`~peft.PeftConfig.from_pretrained`].
 
         Raises:
-            ValueError: The folder or repository has `adapter_model.bin` and no `adapter_model.safetensors`.
+            ValueError: The folder or repository has `adapter_model.bin` and no `adapter_model.safetensors`,
+                or the folder's `adapter_model.safetensors` is truncated.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         has_file = _files_of(str(pretrained_model_name_or_path), subfolder, **kwargs)
@@ -152,6 +168,7 @@ class GatedLoraConfig(LoraConfig):
                 f"when loaded. Adapters are loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the "
                 "`safetensors` library."
             )
+        _refuse_broken(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

@@ -33,10 +33,13 @@ class SaveOnInterrupt(TrainerCallback):
         if self._asked:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def restore_handler(self) -> None:
+        """Gives Ctrl-C back to whom it belonged before training. Safe to call twice."""
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
+
+    def on_train_end(self, args, state, control, **kwargs):
         if self._asked:
             logger.warning(
                 "Stopped at step %d of %d. Go on with `trainer.train(resume_from_checkpoint=True)`.",

@@ -84,7 +84,8 @@ class MTPTrainer(SFTTrainer):
         self._describe_training(tuner)
         # The loss is a mean over masks, not a sum over label tokens: let Trainer average accumulated batches.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(SaveOnInterrupt())
+        self.interrupt = SaveOnInterrupt()
+        self.add_callback(self.interrupt)
         if self.deadline is not None:
             self.add_callback(self.deadline)
 
@@ -117,6 +118,12 @@ class MTPTrainer(SFTTrainer):
         self.deadline.drive(scheduler)
         return scheduler
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # also when training failed, and no callback hears of its end
+            self.interrupt.restore_handler()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         generator = None
         if not self.model.training:
@@ -128,7 +135,8 @@ class MTPTrainer(SFTTrainer):
             mtp_generator=generator,
         )
         self._record(objective, inputs)
-        return (objective.loss, objective) if return_outputs else objective.loss
+        # Releases of transformers differ in what they read from the outputs; with the loss alone all are content.
+        return (objective.loss, {"loss": objective.loss}) if return_outputs else objective.loss
 
     def _record(self, objective: Objective, inputs: dict) -> None:
         """Averages over the steps between two logs are made by [`~trl.SFTTrainer`]'s `log`."""

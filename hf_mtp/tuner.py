@@ -39,7 +39,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base, frozen.
-        config ([`GatedLoraConfig`]): The adapter.
+        peft_config ([`GatedLoraConfig`]): The adapter.
         adapter_name (`str`): Its name.
 
     Attributes:
@@ -66,9 +66,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
             self._add_heads(adapter_name, config)
         self._sync_heads()
-        if getattr(
-            model, "is_activation_checkpointing", False
-        ):  # switched on before the upgrade: once more, with gate
+        if _is_checkpointing(model):  # switched on before the upgrade: once more, with the gate
             self.activation_checkpointing_enable()
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -161,7 +159,9 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
                 "gate of their forward pass. Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         options["context_fn"] = self.gate.checkpoint_contexts
-        self.model.activation_checkpointing_enable(options, **kwargs)
+        # transformers 5.20, the last one for Python 3.10, has the older name only.
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)(options, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The older name of [`GatedLoraModel.activation_checkpointing_enable`]."""
@@ -313,7 +313,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """
         refuse_attention_without_masks(self.model)
         length = input_ids_BT.shape[1]
-        if self.model.training and self.model.is_activation_checkpointing:
+        if self.model.training and _is_checkpointing(self.model):
             with self.masks_in_columns(length, layout.index_BM):
                 states = self._decoder_states(self._with_mask_ids(input_ids_BT, layout), layout, None, all_layers)
             return [state[:, :length] for state in states], [state[:, length:] for state in states]
@@ -404,3 +404,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """How many positions the model has after the first `used`; a large number if it has no maximum."""
         maximum = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return (maximum or 2**31) - used
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    """Whether layers run again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.fingerprint import tokenizer_fingerprint
 
 # ---------------------------------------------------------------- GatedLoraConfig
 
@@ -46,7 +47,7 @@ def test_fields_that_change_the_base_are_refused(field, value):
         GatedLoraConfig(**{field: value})
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda"])
 def test_initialisations_that_rewrite_the_base_are_refused(start):
     with pytest.raises(
         ValueError, match=f"`init_lora_weights={start!r}` rewrites the base model's weights.*Use one of True"
@@ -140,7 +141,6 @@ def test_two_ways_to_draft():
     ("name", "arguments"),
     [
         ("do_sample=True", {"do_sample": True}),
-        ("num_return_sequences=2", {"num_return_sequences": 2, "do_sample": True}),
         ("cache_implementation='static'", {"cache_implementation": "static"}),
         ("use_cache=False", {"use_cache": False}),
         ("output_hidden_states=True", {"output_hidden_states": True, "return_dict_in_generate": True}),
@@ -228,15 +228,13 @@ def test_base_of_another_vocabulary(adapter):
         PeftModel.from_pretrained(tiny_base("llama", vocab_size=101), adapter)
 
 
-def test_base_of_another_depth(adapter):
-    with pytest.raises(ValueError, match=r"adapter's weights lack 14 tensor\(s\).*another base"):
-        PeftModel.from_pretrained(tiny_base("llama", num_hidden_layers=3), adapter)
+def test_base_with_fewer_layers(adapter):
+    with pytest.raises(ValueError, match=r"adapter's weights have the unknown 14 tensor\(s\).*another base"):
+        PeftModel.from_pretrained(tiny_base("llama", num_hidden_layers=1), adapter)
 
 
 def with_fingerprint(adapter, base_folder, tokenizer):
     """Lets the adapter record its tokenizer, and saves a base with another one."""
-    from hf_mtp.fingerprint import tokenizer_fingerprint
-
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config["tokenizer_fingerprint"] = tokenizer_fingerprint(tiny_tokenizer())
     (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -265,9 +263,8 @@ def test_base_without_a_tokenizer_is_taken(adapter):
 def test_truncated_file(adapter, share):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    with pytest.raises(Exception, match=r"(?i)header|incomplete|invalid|truncated|buffer") as caught:
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is not a whole.*truncated.*Download it again"):
         PeftModel.from_pretrained(tiny_base("llama"), adapter)
-    assert "adapter_model.safetensors" in str(caught.value)
 
 
 def tampered(adapter, change) -> None:

@@ -8,7 +8,17 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
-from tiny_models import CONFIGS, VOCAB, adapter_parameters, generate, prompt, randomised, tiny_base, upgraded
+from tiny_models import (
+    CONFIGS,
+    VOCAB,
+    adapter_parameters,
+    checkpoint_layers,
+    generate,
+    prompt,
+    randomised,
+    tiny_base,
+    upgraded,
+)
 from torch import nn
 
 from hf_mtp import GatedLoraConfig
@@ -147,7 +157,7 @@ def test_gradient_checkpointing_changes_nothing(architecture, one_backward):
     model = upgraded(tiny_base(architecture, torch.float64, **options), K).double()
     batches = [text(14), text(9, seed=4)]
     without = gradients(model, batches, one_backward)
-    model.activation_checkpointing_enable()
+    checkpoint_layers(model)
     assert_same_training(gradients(model, batches, one_backward), without)
     assert all(gradient.abs().sum() > 0 for gradient in without[1].values())
 
@@ -155,7 +165,7 @@ def test_gradient_checkpointing_changes_nothing(architecture, one_backward):
 def test_base_that_was_checkpointed_before_it_was_upgraded():
     without = gradients(upgraded(tiny_base("llama", torch.float64), K), [text()])
     base = tiny_base("llama", torch.float64)
-    base.activation_checkpointing_enable()
+    checkpoint_layers(base)
     assert_same_training(gradients(upgraded(base, K), [text()]), without)
 
 
@@ -167,9 +177,9 @@ def test_reentrant_checkpointing_is_refused():
 def test_checkpointing_can_be_disabled_again():
     model = upgraded("llama", K, dtype=torch.float64)
     without = gradients(model, [text()])
-    model.activation_checkpointing_enable()
-    model.activation_checkpointing_disable()
-    assert not model.get_base_model().is_activation_checkpointing
+    checkpoint_layers(model)
+    checkpoint_layers(model, on=False)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert_same_training(gradients(model, [text()]), without)
 
 
@@ -200,7 +210,7 @@ def test_copies_are_independent(copied):
 def test_copy_of_a_checkpointed_model_trains():
     model = upgraded("llama", K, dtype=torch.float64)
     without = gradients(model, [text()])
-    model.activation_checkpointing_enable()
+    checkpoint_layers(model)
     assert_same_training(gradients(copy.deepcopy(model), [text()]), without)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_layout import batch
-from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, tiny_base, upgraded
+from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, checkpoint_layers, tiny_base, upgraded
 
 from hf_mtp import tuner
 from hf_mtp.layout import decoding_layout, segments, training_layout
@@ -168,10 +168,7 @@ def test_two_passes_give_the_values_and_gradients_of_one(architecture, blocks_pe
     weights *= (layout.target_columns(arguments[0]) >= 0)[..., None]  # masks that nobody trains may differ
     results = []
     for checkpointing in (True, False):
-        if checkpointing:
-            model.activation_checkpointing_enable()  # layers under checkpointing take no cache: one pass
-        else:
-            model.activation_checkpointing_disable()
+        checkpoint_layers(model, on=checkpointing)  # layers under checkpointing take no cache: one pass
         model.zero_grad()
         regular, masks = model.base_model.masked_states(input_ids, layout, all_layers=True)
         assert [state.shape for state in masks] == [weight.shape for weight in weights]

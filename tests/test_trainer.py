@@ -363,6 +363,16 @@ def test_second_interrupt_stops_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_training_that_fails_gives_the_interrupt_back(tmp_path):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(tmp_path, callbacks=[RaisesAt(1, fail)]).train()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def full_disk(monkeypatch, when: str):
     """Lets saving fail after what `when` names was written."""
 

@@ -123,3 +123,9 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
 def generate(model, input_ids: torch.LongTensor, new_tokens: int = 20, **kwargs):
     """Greedy generation."""
     return model.generate(input_ids=input_ids, max_new_tokens=new_tokens, do_sample=False, **kwargs)
+
+
+def checkpoint_layers(model, on: bool = True) -> None:
+    """Switches activation checkpointing, by the name that the installed transformers has for it."""
+    name = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_{'enable' if on else 'disable'}")()
