@@ -27,7 +27,6 @@ from hf_mtp.recipe import Recipe
 
 K = 3
 RECIPE = Recipe(auxiliary=1.0)
-MIXTURES = {"gpt_oss", "mixtral", "qwen3_moe"}  # equal to rounding only: grouped matrix products change their shape
 
 
 def with_masks(input_ids: torch.LongTensor) -> torch.LongTensor:

@@ -211,30 +211,26 @@ def test_only_the_adapter_is_trained(tmp_path):
     assert changed == set(adapter_parameters(model))
 
 
+def losses_of_training(folder, *args, **options) -> list[float]:
+    trained = trainer(folder, *args, **options)
+    trained.train()
+    return logged(trained)
+
+
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"anchors_per_sequence": None}])
 def test_options_that_only_change_memory(options, tmp_path):
-    # 32 anchors are more than any of the texts has.
-    plain, other = (
-        trainer(tmp_path / "a", anchors_per_sequence=32),
-        trainer(tmp_path / "b", **{"anchors_per_sequence": 32, **options}),
-    )
-    plain.train(), other.train()
-    assert logged(other) == pytest.approx(logged(plain), rel=1e-4)
+    common = {"anchors_per_sequence": 32}  # more than any of the texts has
+    plain = losses_of_training(tmp_path / "a", **common)
+    assert losses_of_training(tmp_path / "b", **{**common, **options}) == pytest.approx(plain, rel=1e-4)
 
 
 def test_accumulated_batches_are_averaged(tmp_path):
-    # Equal rows, so that every batch has the same masks and the mean over batches is the mean over masks.
+    # Equal rows, so that every batch has as many masks and the mean over batches is the mean over masks.
     rows = Dataset.from_dict({"text": [words(12)] * 8})
-    whole = trainer(tmp_path / "a", rows, anchors_per_sequence=None, per_device_train_batch_size=8)
-    parts = trainer(
-        tmp_path / "b",
-        rows,
-        anchors_per_sequence=None,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-    )
-    whole.train(), parts.train()
-    assert logged(parts) == pytest.approx(logged(whole), rel=1e-3)
+    common = {"anchors_per_sequence": None}
+    whole = losses_of_training(tmp_path / "a", rows, per_device_train_batch_size=8, **common)
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert losses_of_training(tmp_path / "b", rows, **parts, **common) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize(("recipe", "targets"), [("paper", "data"), ("default", "model")])
