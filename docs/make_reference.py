@@ -64,13 +64,12 @@ def render() -> str:
 
 
 def entry(module: str, name: str) -> list[str]:
-    """Heading, signature and docstring of one name."""
+    """Heading, names of the arguments and docstring of one name."""
     target = importlib.import_module(module)
     for part in name.split("."):
         target = getattr(target, part)
-    signature = "" if inspect.isclass(target) else str(inspect.signature(target))
-    return [f"### `{module}.{name}`", "", *(["```python", f"{name}{signature}", "```", ""] if signature else []),
-            "```text", inspect.getdoc(target), "```"]  # fmt: skip
+    call = "" if inspect.isclass(target) else f"({', '.join(inspect.signature(target).parameters)})"
+    return [f"### `{module}.{name}{call}`", "", "```text", inspect.getdoc(target), "```"]
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def test_it_prints_a_table_a_sample_and_what_to_type_next(finished):
 
 def test_results_say_that_every_answer_is_the_same(finished):
     results = json.loads((finished[1] / "results.json").read_text())
-    assert {"machine", "versions", "arguments", "seconds", "training"} <= results.keys()
+    assert {"machine", "arguments", "seconds", "training"} <= results.keys()
+    assert {"torch", "transformers", "peft", "trl"} <= results["machine"]["versions"].keys()
     assert set(results["domains"]) == {"maths", "python"}
     assert results["by_k"]["prompts"] == 1
     assert all(list(curve) == ["1", "2", "3"] for curve in results["by_k"]["tokens_per_step"].values())

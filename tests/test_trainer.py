@@ -348,6 +348,15 @@ def test_interrupt_saves_a_checkpoint_to_resume_from(uninterrupted, tmp_path):
     assert_same_end(resumed, uninterrupted[1], steps=2)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_interrupt_stops_at_once(tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)

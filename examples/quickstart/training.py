@@ -29,6 +29,7 @@ class Report(TrainerCallback):
         self.metrics: dict[str, float] = {}
 
     def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= self.share >= 1  # the last metrics are the ones to show
         self.show(self.share, self.metrics)
 
     def on_log(self, args, state, control, logs, **kwargs):
