@@ -7,8 +7,8 @@ from setuptools import setup
 # The one place that holds the version: hf_mtp.__version__ reads it back through importlib.metadata.
 VERSION = "0.1.0"
 
-TEST = ["pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6"]
 QUICKSTART = ["matplotlib>=3.9", "rich>=13.9"]
+TEST = [*QUICKSTART, "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6"]  # the quickstart is tested too
 
 readme = Path(__file__).with_name("README.md")
 
