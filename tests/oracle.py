@@ -37,6 +37,7 @@ class Oracle(BaseStreamer):
     def draft(self, pending, hidden_KD, embedding, unembedding, sampler):
         known = len(self.streamed)
         assert pending.tolist() == self.streamed[-1:]
+        assert known < len(self.sequence), "drafts for a finished output"
         positions = range(known, known + len(hidden_KD))
         tokens = [self.sequence[p].item() if p < len(self.sequence) else 0 for p in positions]
         drafts = [token if self.right(p) else (token + 1) % VOCAB for p, token in zip(positions, tokens, strict=True)]
