@@ -7,9 +7,8 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from .config import GatedLoraConfig
-from .decoding import MTPGenerateOutput
 from .registration import register
-from .statistics import MTPStatistics
+from .statistics import MTPGenerateOutput, MTPStatistics
 from .tuner import GatedLoraModel
 
 try:

@@ -1,108 +1,247 @@
 """The decode loop: draft, verify, accept, roll back.
 
 One forward pass verifies the drafts of the pass before and computes masks for the next ones. Its regular tokens are
-the pending token and its drafts (at first, the prompt); mask blocks follow them: after the last one in linear
-decoding, after every one in quadratic decoding, so that there are drafts whatever is accepted. All masks and rejected
-drafts stand at the end of the cache, and rolling back is one crop.
+the pending token and its drafts (at first, the prompt); masks follow them, in blocks that hang on the tokens where
+decoding may end up. All masks and rejected drafts stand behind what a row's cache counts in, and rolling back is not
+counting them.
+
+Shapes: B batch, K drafts per row, T regular columns, M masks per row, R = K + 1 positions with logits, D features.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .drafting import draft_greedily
+from .cache import RollbackCache
+from .drafting import NO_TOKEN, Drafts, Draw, no_drafts
 from .layout import decoding_layout
+from .pacing import Pacer, Pass, Whole
+from .slots import Slots
 from .statistics import MTPStatistics
-from .verification import Transcript, verify_greedily
-
-if TYPE_CHECKING:
-    from .tuner import GatedLoraModel
-
-Strategy = Literal["quadratic", "linear"]
+from .step import MaskedStep, StepOutput
+from .transcript import Transcript
+from .verification import WARPERS, processors_of_row, verify_in_order, verify_together
 
 
-@dataclass
-class MTPGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate(mtp=True, return_dict_in_generate=True)` returns.
-
-    All fields of [`~transformers.generation.GenerateDecoderOnlyOutput`], and:
+@dataclass(frozen=True)
+class Task:
+    """What to decode, and how.
 
     Args:
-        mtp_statistics ([`MTPStatistics`]): Counts of forward passes, drafts and accepted drafts.
+        prompt_BT (`torch.Tensor`): What the first pass reads behind the cache: token ids of shape `(B, T)`, or
+            embeddings of shape `(B, T, D)`.
+        k (`int`): Drafts per row at most.
+        processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]), streamer
+            ([`~transformers.generation.streamers.BaseStreamer`], *optional*): As prepared by `generate`.
+        draw ([`Draw`], *optional*): Samples; greedy if `None`.
+        keep_rows (`bool`): Whether the cache must keep rows that ended.
+        others_unfinished (`Callable`): Whether other processes still decode, told that this one does or does not.
     """
 
-    mtp_statistics: MTPStatistics | None = None
+    prompt_BT: torch.Tensor
+    k: int
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    streamer: BaseStreamer | None
+    draw: Draw | None
+    keep_rows: bool
+    others_unfinished: Callable[[bool], bool]
 
 
-def decode_greedily(
-    model: "GatedLoraModel",
-    input_ids: torch.LongTensor,
-    k: int,
-    strategy: Strategy,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    streamer: BaseStreamer | None = None,
-) -> tuple[Transcript, DynamicCache, MTPStatistics]:
-    """Greedy speculative decoding of one sequence.
+def decode(
+    step: MaskedStep, task: Task, transcript: Transcript, cache: RollbackCache, pace: Whole | Pacer
+) -> MTPStatistics:
+    """Speculative decoding of a batch.
 
     Args:
-        model ([`GatedLoraModel`]): The upgraded model.
-        input_ids (`torch.LongTensor` of shape `(1, S)`): The prompt.
-        k (`int`): Drafts per forward pass at most.
-        strategy (`"quadratic"` or `"linear"`): Whether masks hang on every regular token or on the last one.
-        logits_processor, stopping_criteria, generation_config, streamer: As prepared by `generate`.
+        step ([`MaskedStep`]): The upgraded model's forward pass.
+        task ([`Task`]): What to decode.
+        transcript ([`Transcript`]): The prompts; extended in place.
+        cache ([`RollbackCache`]): The tokens before the prompt; afterwards, all but each row's last.
+        pace ([`Whole`] or [`Pacer`]): The strategy.
 
     Returns:
-        The transcript; the cache, which holds all tokens but the last; the counts.
+        [`MTPStatistics`].
     """
-    wants = generation_config.return_dict_in_generate
-    transcript = Transcript(
-        input_ids,
-        scores=() if wants and generation_config.output_scores else None,
-        logits=() if wants and generation_config.output_logits else None,
-    )
     statistics = MTPStatistics()
-    # A cache that keeps every layer whole, also those with a sliding window: the masks limit what they see.
-    cache = DynamicCache()
-    draft_K = input_ids.new_empty(0)
-    while not transcript.stopped:
-        length = transcript.sequence.shape[1]
-        past = cache.get_seq_length()
-        room = generation_config.max_length - length  # tokens that may still be returned, at least 1
+    batch = Batch(task, transcript)
+    regular_BT, drafts = task.prompt_BT, no_drafts(len(batch.rows), task.prompt_BT.device)
+    began = None  # a prompt's pass is of no use as a measure
+    while True:
+        # One pass over what the cache lacks, the drafts, and masks on the tokens that may turn out last.
+        columns = regular_BT.shape[1]
+        before = columns - 1 - drafts.count  # columns of the prompt before its last
+        room = step.positions_left(cache.rows.longest + columns)
+        slots = pace.slots(drafts, max(0, min(task.k, batch.room - 2, room)))
+        layout = decoding_layout(cache.next_columns(columns) - cache.rows.start_B[:, None], slots, first=before)
+        output = step(regular_BT, layout, cache, logits_rows=1 + drafts.count)
 
-        # One pass over what the cache lacks, the drafts, and a block of masks on each token that may turn out last.
-        draft_K = draft_K[: room - 1]
-        regular_1T = torch.cat([transcript.sequence[:, past:], draft_K[None]], dim=1)
-        anchors = 1 + len(draft_K) if strategy == "quadratic" else 1
-        masks = min(k, room - 2, model.positions_left(past + regular_1T.shape[1]))
-        layout = decoding_layout(regular_1T.shape[1], past, anchors, max(masks, 0), regular_1T.device)
-        logits_RV, hidden_AKD = model.masked_step(regular_1T, layout, cache, logits_rows=1 + len(draft_K))
+        outcome = batch.verify(output, drafts, slots)
+        statistics.count_pass(outcome.new_tokens, outcome.offered, outcome.accepted)
 
-        accepted = verify_greedily(transcript, draft_K, logits_RV, logits_processor, stopping_criteria)
+        # What was accepted stays in the cache, with the token before it; masks and rejected drafts go.
+        cache.keep([before * (new > 0) + new for new in outcome.new_tokens])
+        if not task.others_unfinished(batch.is_done):
+            return statistics
 
-        new_tokens = transcript.sequence[0, length:]
-        statistics.count_step(drafted=len(draft_K), accepted=accepted, tokens=len(new_tokens))
-        if streamer is not None:
-            streamer.put(new_tokens.cpu())
+        # The block that hangs on each row's last accepted token gives its next drafts.
+        column_BK = slots.column_BRk[torch.arange(len(batch.rows)), outcome.accepted_B]
+        column_BK = column_BK[:, : max(0, min(outcome.next_drafts, batch.room - 1))]
+        drafts = step.draft(outcome.pending_B, output.block(column_BK), task.draw).where(column_BK >= 0)
+        regular_BT = torch.cat([outcome.pending_B[:, None], drafts.token_BK.clamp(min=0)], dim=1)
+        if (alive := batch.drop_finished()) is not None:
+            cache.select_rows(alive)
+            drafts, regular_BT = drafts.select_rows(alive), regular_BT[alive]
 
-        # Keep the tokens before the pending one; masks and rejected drafts go.
-        cache.crop(transcript.sequence.shape[1] - 1 - cache.get_seq_length())
+        now = time.perf_counter()
+        if began is not None:
+            offered = list(zip(outcome.offered, outcome.accepted, strict=True))
+            pace.observe(Pass(columns - 1, layout.masks, offered, now - began))
+        began = now
 
-        block = accepted - (1 + len(draft_K) - anchors)  # the block that hangs on the last accepted token, if any
-        draft_K = draft_K[:0]
-        if block >= 0 and not transcript.stopped:
-            draft_K = draft_greedily(
-                new_tokens[-1:],
-                hidden_AKD[block],
-                embedding=model.model.get_input_embeddings(),
-                unembedding=model.model.get_output_embeddings(),
-                sampler=model.sampler_head(),
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one pass gave, per row of the batch.
+
+    Args:
+        new_tokens (`list[int]`): Tokens returned to the user.
+        offered, accepted (`list[int]`): Drafts verified, and how many of these were accepted.
+        pending_B (`torch.LongTensor` of shape `(B,)`): The token that comes next, not yet read by the model.
+        accepted_B (`torch.LongTensor` of shape `(B,)`): `accepted`, where kernels can read it.
+        next_drafts (`int`): Drafts that the pass's masks give to the row that gets most.
+    """
+
+    new_tokens: list[int]
+    offered: list[int]
+    accepted: list[int]
+    pending_B: torch.LongTensor
+    accepted_B: torch.LongTensor
+    next_drafts: int
+
+
+class Batch:
+    """The rows still being decoded.
+
+    Args:
+        task ([`Task`]): What to decode.
+        transcript ([`Transcript`]): Of all rows.
+    """
+
+    def __init__(self, task: Task, transcript: Transcript):
+        self.task, self.transcript = task, transcript
+        self.rows = list(range(len(task.prompt_BT)))  # by their number in the transcript
+        self.ends = {
+            token
+            for criterion in task.criteria
+            if type(criterion) is EosTokenCriteria
+            for token in criterion.eos_token_id.tolist()
+        }
+        # Criteria that hold for a token whatever its prefix are asked by numbers, and all rows are verified at once.
+        known = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
+        self.in_order = any(type(processor) not in WARPERS for processor in task.processors) or any(
+            type(criterion) not in known for criterion in task.criteria
+        )
+        self.clocks = [criterion for criterion in task.criteria if type(criterion) is MaxTimeCriteria]
+        self.row_processors = [processors_of_row(task.processors, row, len(self.rows)) for row in self.rows]
+
+    @property
+    def is_done(self) -> bool:
+        return all(self.transcript.finished)
+
+    @property
+    def room(self) -> int:
+        """New tokens that the row with most room may still get."""
+        return max(self.transcript.room_of(row) for row in self.rows)
+
+    def verify(self, output: StepOutput, drafts: Drafts, slots: Slots) -> Outcome:
+        """Extends the transcript by the drafts that hold, and by one token more per row."""
+        before = [self.transcript.new_tokens[row] for row in self.rows]
+        verify = self._verify_in_order if self.in_order else self._verify_together
+        outcome = verify(output, drafts, slots)
+        if self.clocks and any(bool(clock(self.transcript.prefix(0), None).all()) for clock in self.clocks):
+            for row in self.rows:
+                self.transcript.finish(row)
+        for index, row in enumerate(self.rows):
+            self.transcript.record_states(row, before[index], output.states_of_row(index))
+        if self.task.streamer is not None and outcome.new_tokens[0]:
+            self.task.streamer.put(self.transcript.prefix(0)[0, -outcome.new_tokens[0] :].cpu())
+        return outcome
+
+    def _verify_together(self, output: StepOutput, drafts: Drafts, slots: Slots) -> Outcome:
+        token_BR, accepted_B, score_BRV = verify_together(
+            output.logits_BRV, drafts, self.task.draw, self.task.processors
+        )
+        next_B = slots.drafts_BR.gather(1, accepted_B[:, None])
+        offered_B = (drafts.token_BK != NO_TOKEN).sum(dim=1)
+        # The one time that the host waits for the device.
+        read = torch.cat([token_BR, accepted_B[:, None], offered_B[:, None], next_B], dim=1).tolist()
+        new_tokens, accepted_counts = [], []
+        for index, row in enumerate(self.rows):
+            *tokens, accepted, _, _ = read[index]
+            tokens = [] if self.transcript.finished[row] else tokens[: min(accepted + 1, self.transcript.room_of(row))]
+            end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+            if end is not None:
+                tokens = tokens[: end + 1]
+            if end is not None or len(tokens) == self.transcript.room_of(row):
+                self.transcript.finish(row)
+            count = len(tokens)
+            self.transcript.append(
+                row, token_BR[index, :count], output.logits_BRV[index, :count], score_BRV[index, :count]
             )
-    if streamer is not None:
-        streamer.end()
-    return transcript, cache, statistics
+            new_tokens.append(count)
+            accepted_counts.append(min(accepted, count))
+        return Outcome(
+            new_tokens,
+            [offered for *_, offered, _ in read],
+            accepted_counts,
+            token_BR.gather(1, accepted_B[:, None])[:, 0],
+            accepted_B,
+            max(drafts for *_, drafts in read),
+        )
+
+    def _verify_in_order(self, output: StepOutput, drafts: Drafts, slots: Slots) -> Outcome:
+        new_tokens, accepted, pending = [], [], []
+        for index, row in enumerate(self.rows):
+            before, own = self.transcript.new_tokens[row], drafts.select_rows(slice(index, index + 1))
+            accepted.append(
+                0
+                if self.transcript.finished[row]
+                else verify_in_order(
+                    self.transcript,
+                    row,
+                    output.logits_BRV[index],
+                    own,
+                    self.task.draw,
+                    self.row_processors[row],
+                    self.task.criteria,
+                )
+            )
+            new_tokens.append(self.transcript.new_tokens[row] - before)
+            pending.append(self.transcript.prefix(row)[0, -1:])
+        accepted_B = torch.tensor(accepted, device=drafts.token_BK.device)
+        return Outcome(
+            new_tokens,
+            (drafts.token_BK != NO_TOKEN).sum(dim=1).tolist(),
+            accepted,
+            torch.cat(pending),
+            accepted_B,
+            int(slots.drafts_BR.gather(1, accepted_B[:, None]).max()),
+        )
+
+    def drop_finished(self) -> list[int] | None:
+        """Leaves out rows that ended, unless they are to be kept.
+
+        Returns:
+            `list[int]`: Places in the batch of the rows that stay; `None` if all do.
+        """
+        alive = [index for index, row in enumerate(self.rows) if not self.transcript.finished[row]]
+        if self.task.keep_rows or not alive or len(alive) == len(self.rows):
+            return None
+        self.rows = [self.rows[index] for index in alive]
+        return alive

@@ -1,19 +1,34 @@
 """`generate(mtp=True)`: checks what was asked for and hands the decode loop to transformers' own `generate`."""
 
 import warnings
-from copy import deepcopy
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
 
-from .decoding import MTPGenerateOutput, Strategy, decode_greedily
-from .statistics import MTPStatistics
-from .support import refuse_attention_without_masks, refuse_unsupported, takes_branches
+from .cache import RollbackCache
+from .decoding import Task, decode
+from .drafting import Draw
+from .pacing import Pacer, Whole
+from .peers import peers_unfinished
+from .request import (
+    Prompt,
+    refuse_arguments,
+    refuse_generation_config,
+    refuse_prompt,
+    refuse_short_cache,
+    stop_strings_to_criteria,
+)
+from .statistics import MTPGenerateOutput, MTPStatistics
+from .step import MaskedStep
+from .support import refuse_attention_without_masks, refuse_unsupported, takes_4d_masks, takes_branches
+from .transcript import Transcript
+from .verification import WARPERS
 
 logger = logging.get_logger(__name__)
 
-STRATEGIES = ("quadratic", "linear", "auto")
+STRATEGIES = ("auto", "quadratic", "linear")
 
 
 class MTPGenerationMixin:
@@ -25,18 +40,34 @@ class MTPGenerationMixin:
 
     mtp_statistics: MTPStatistics | None = None
 
-    def generate(self, *args, mtp: bool = False, mtp_strategy: str = "quadratic", mtp_k: int | None = None, **kwargs):
+    def generate(
+        self,
+        *args,
+        mtp: bool | None = None,
+        mtp_strategy: str | None = None,
+        mtp_k: int | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ):
         """[`~transformers.GenerationMixin.generate`] with several tokens per forward pass and the same output.
+
+        Greedy decoding returns the same tokens, sampling draws from the same distribution, whatever the logits
+        processors. `mtp`, `mtp_strategy` and `mtp_k` may also be attributes of the model's `generation_config`, so
+        that a pipeline or a chat uses them with no change of code.
 
         Args:
             mtp (`bool`, *optional*, defaults to `False`):
                 Whether to use multi-token prediction. If not, this is exactly the base model's `generate`.
-            mtp_strategy (`str`, *optional*, defaults to `"quadratic"`):
-                `"quadratic"` hangs masks on every draft, so that there are always drafts to verify; `"linear"` hangs
-                them on the last draft only, which makes shorter passes that waste one after each rejected draft;
-                `"auto"` is `"quadratic"` where the model takes branches and `"linear"` elsewhere.
+            mtp_strategy (`str`, *optional*, defaults to `"auto"`):
+                `"quadratic"` hangs whole blocks of masks on every draft, so that there are always drafts to verify;
+                `"linear"` hangs them on the last draft only, which makes shorter passes that waste one after each
+                rejected draft. `"auto"` computes the masks that are worth their time on this machine, as measured
+                while decoding, and decodes plainly while that is faster; it is `"linear"` for models that take no
+                branches.
             mtp_k (`int`, *optional*):
                 Drafts per forward pass, at most the adapter's `k`, which is the default.
+            generator (`torch.Generator`, *optional*):
+                Source of chance in sampling. torch's own if `None`.
             args, kwargs:
                 Everything that `generate` takes.
 
@@ -45,11 +76,13 @@ class MTPGenerationMixin:
             counts. They are also in `model.mtp_statistics` afterwards.
 
         Raises:
-            ValueError: An unknown strategy, `mtp_k` out of range, token ids outside the vocabulary, or a generation
-                mode that cannot be exact (beam search, contrastive, assisted).
-            NotImplementedError: Something that is to come: sampling, more than one sequence, padding, caches passed in
-                or other than dynamic, `inputs_embeds`, hidden states and attentions as output, recurrent models.
+            ValueError: An unknown strategy, `mtp_k` out of range, token ids outside the vocabulary, padding on the
+                right, a row of nothing but padding, a cache too short, or a generation mode that cannot be exact
+                (beam search, contrastive, assisted, a quantized cache, in a batch a processor with a state).
+            NotImplementedError: Recurrent models, and batches for models that take no branches.
         """
+        defaults = kwargs.get("generation_config") or self.model.generation_config
+        mtp = _or_default(mtp, defaults, "mtp", False)
         if not mtp:
             return self.model.generate(*args, **kwargs)
         if self.adapters_disabled:
@@ -59,31 +92,73 @@ class MTPGenerationMixin:
                 stacklevel=2,
             )
             return self.model.generate(*args, **kwargs)
-        k = self._checked_k(mtp_k)
-        strategy = self._checked_strategy(mtp_strategy)
-        _refuse_arguments(kwargs)
-        # transformers hands neither streamer nor tokenizer on to a custom decode loop.
-        streamer = kwargs.get("streamer")
-        _stop_strings_to_criteria(kwargs)
+        k = self._checked_k(_or_default(mtp_k, defaults, "mtp_k", None))
+        strategy = self._checked_strategy(_or_default(mtp_strategy, defaults, "mtp_strategy", "auto"))
+        refuse_arguments(kwargs)
+        stop_strings_to_criteria(kwargs)
+        # transformers does not hand these on to a custom decode loop.
+        streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
 
-        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            _refuse_generation_config(generation_config)
-            _refuse_inputs(input_ids, self.vocab_size, model_kwargs)
-            transcript, cache, statistics = decode_greedily(
-                self, input_ids, k, strategy, logits_processor, stopping_criteria, generation_config, streamer
+        def decode_batch(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            refuse_generation_config(generation_config)
+            prompt = Prompt.of(input_ids, model_kwargs)
+            refuse_prompt(prompt, input_ids, self.vocab_size)
+            if not self._can_branch() and len(prompt.start_B) > 1:
+                raise NotImplementedError(
+                    f"{type(self.model).__name__} takes no branches, so rows of a batch could not go on at different "
+                    "speeds. Pass one sequence at a time, or decode with mtp=False."
+                )
+            room = generation_config.max_length - input_ids.shape[1]
+            columns = prompt.read + prompt.unread_BT.shape[1] + room - 1
+            refuse_short_cache(prompt.cache, columns)
+            returns_cache = generation_config.return_dict_in_generate or getattr(
+                prompt.cache, "_is_user_defined", False
             )
-            self.mtp_statistics = statistics
-            if not generation_config.return_dict_in_generate:
-                return transcript.sequence
+            warpers = LogitsProcessorList(processor for processor in logits_processor if type(processor) in WARPERS)
+            task = Task(
+                prompt_BT=prompt.unread_BT,
+                k=k,
+                processors=logits_processor,
+                criteria=stopping_criteria,
+                streamer=streamer,
+                draw=Draw(warpers, generator) if generation_config.do_sample else None,
+                keep_rows=returns_cache,
+                others_unfinished=peers_unfinished(self.model, synced_gpus),
+            )
+            pad_token = getattr(generation_config, "_pad_token_tensor", None)
+            transcript = Transcript(input_ids, room, generation_config, 0 if pad_token is None else int(pad_token))
+            is_static = generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
+            cache = RollbackCache(
+                prompt.start_B,
+                columns=columns + 1 + k + (k + 1) * k if is_static else None,
+                offloading=generation_config.cache_implementation == "offloaded" and torch.cuda.is_available(),
+            )
+            if prompt.read:
+                cache.take_over(prompt.cache)
+            returns = generation_config.return_dict_in_generate
+            step = MaskedStep(
+                self,
+                output_hidden_states=bool(returns and generation_config.output_hidden_states),
+                output_attentions=bool(returns and generation_config.output_attentions),
+            )
+            self.mtp_statistics = decode(step, task, transcript, cache, self._pace(strategy, len(prompt.start_B), k))
+            if streamer is not None:
+                streamer.end()
+            if returns_cache and prompt.cache is not None:
+                cache.hand_over(prompt.cache)
+            if not returns:
+                return transcript.sequences
             return MTPGenerateOutput(
-                sequences=transcript.sequence,
-                scores=transcript.scores,
-                logits=transcript.logits,
-                past_key_values=cache,
-                mtp_statistics=statistics,
+                sequences=transcript.sequences,
+                scores=transcript.stacked("score"),
+                logits=transcript.stacked("logits"),
+                hidden_states=transcript.stacked("hidden_states"),
+                attentions=transcript.stacked("attentions"),
+                past_key_values=prompt.cache,
+                mtp_statistics=self.mtp_statistics,
             )
 
-        return self.model.generate(*args, custom_generate=decode, **kwargs)
+        return self.model.generate(*args, custom_generate=decode_batch, **kwargs)
 
     def _checked_k(self, mtp_k: int | None) -> int:
         trained = self.active_mtp_config.k
@@ -93,18 +168,17 @@ class MTPGenerationMixin:
             raise ValueError(f"`mtp_k` must be an integer from 1 to {trained}, the adapter's `k`, but got {mtp_k!r}.")
         return mtp_k
 
-    def _checked_strategy(self, mtp_strategy: str) -> Strategy:
+    def _checked_strategy(self, mtp_strategy: str) -> str:
+        """The strategy to use: what was asked for, or linear decoding for `"auto"` where no branches are taken."""
         if mtp_strategy not in STRATEGIES:
             raise ValueError(
                 f"`mtp_strategy` must be one of {', '.join(map(repr, STRATEGIES))}, got {mtp_strategy!r}."
             )
         refuse_unsupported(self.model)
-        if mtp_strategy == "linear":
-            return "linear"
         if mtp_strategy == "quadratic":
             refuse_attention_without_masks(self.model)
-        if takes_branches(self.model):
-            return "quadratic"
+        if mtp_strategy == "linear" or self._can_branch():
+            return mtp_strategy
         if mtp_strategy == "quadratic":
             raise NotImplementedError(
                 f"{type(self.model).__name__} does not compute a branch as it computes a sequence (alibi positions or "
@@ -113,77 +187,19 @@ class MTPGenerationMixin:
         logger.info("mtp_strategy='auto': linear, because %s takes no branches", type(self.model).__name__)
         return "linear"
 
+    def _can_branch(self) -> bool:
+        return takes_4d_masks(self.model) and takes_branches(self.model)
 
-def _refuse_arguments(kwargs: dict) -> None:
-    """Refuses arguments that `generate` would use up before the decode loop could see them."""
-    if kwargs.get("custom_generate") is not None:
-        raise ValueError("`custom_generate` and `mtp=True` are two ways to decode: pass one of them.")
-    if kwargs.get("assistant_model") is not None:
-        raise ValueError("`assistant_model` and `mtp=True` are two ways to make drafts: pass one of them.")
-    for name in ("past_key_values", "inputs_embeds", "synced_gpus"):
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise NotImplementedError(f"`{name}` with `mtp=True` is not implemented yet: leave it out.")
-
-
-def _stop_strings_to_criteria(kwargs: dict) -> None:
-    """Turns `stop_strings` and `tokenizer` into the criterion that transformers would make of them."""
-    tokenizer, config = kwargs.pop("tokenizer", None), kwargs.get("generation_config")
-    stop_strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
-    if tokenizer is None or stop_strings is None:
-        return
-    kwargs.pop("stop_strings", None)
-    if config is not None:
-        kwargs["generation_config"] = deepcopy(config)
-        kwargs["generation_config"].stop_strings = None
-    criterion = StopStringCriteria(tokenizer, stop_strings)
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+    def _pace(self, strategy: str, batch: int, k: int) -> Whole | Pacer:
+        """The strategy; an automatic one remembers, for this adapter, batch size and device, what passes cost."""
+        if strategy != "auto":
+            return Whole(linear=strategy == "linear")
+        known = self.__dict__.setdefault("_pacers", {})
+        return known.setdefault((self.active_adapters[0], batch, k, str(self.model.device)), Pacer(k))
 
 
-def _refuse_generation_config(config: GenerationConfig) -> None:
-    """Refuses modes by the final configuration, whether they come from the call or from the model's defaults."""
-    inexact = {
-        "num_beams": (config.num_beams or 1) > 1,
-        "penalty_alpha": bool(config.penalty_alpha),
-        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
-        "guidance_scale": (config.guidance_scale or 1) != 1,
-    }
-    for name, asked in inexact.items():
-        if asked:
-            raise ValueError(
-                f"`{name}={getattr(config, name)}` does not decode one sequence token by token, so `mtp=True` could "
-                f"not return the same output. Drop `{name}`, or `mtp=True`."
-            )
-    coming = {
-        "do_sample=True": config.do_sample,
-        f"num_return_sequences={config.num_return_sequences}": (config.num_return_sequences or 1) > 1,
-        f"cache_implementation={config.cache_implementation!r}": config.cache_implementation not in (None, "dynamic"),
-        "use_cache=False": not config.use_cache,
-        "output_hidden_states=True": config.output_hidden_states and config.return_dict_in_generate,
-        "output_attentions=True": config.output_attentions and config.return_dict_in_generate,
-        f"prefill_chunk_size={config.prefill_chunk_size}": config.prefill_chunk_size is not None,
-    }
-    for what, asked in coming.items():
-        if asked:
-            raise NotImplementedError(
-                f"`{what}` with `mtp=True` is not implemented yet: `mtp=True` decodes greedily (do_sample=False), one "
-                "sequence at a time, with a dynamic cache."
-            )
-
-
-def _refuse_inputs(input_ids: torch.LongTensor, vocab_size: int, model_kwargs: dict) -> None:
-    if input_ids.shape[0] != 1:
-        raise NotImplementedError(
-            f"A batch of {input_ids.shape[0]} sequences with `mtp=True` is not implemented yet: pass one at a time."
-        )
-    if model_kwargs.get("attention_mask") is not None and not model_kwargs["attention_mask"].all():
-        raise NotImplementedError("Padding with `mtp=True` is not implemented yet: pass the sequence without padding.")
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and not torch.equal(
-        positions, torch.arange(input_ids.shape[1], device=positions.device).expand_as(positions)
-    ):
-        raise NotImplementedError("`position_ids` with `mtp=True` are not implemented yet: leave them out.")
-    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-        raise ValueError(
-            f"The prompt has token ids from {input_ids.min().item()} to {input_ids.max().item()}, but the vocabulary "
-            f"has ids 0 to {vocab_size - 1}. Was it tokenized with this model's own tokenizer?"
-        )
+def _or_default(value, config: GenerationConfig, name: str, default):
+    """An argument of `generate`: as passed, else as the generation config has it, else the default."""
+    if value is not None:
+        return value
+    return getattr(config, name, default)

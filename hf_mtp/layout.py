@@ -10,14 +10,19 @@ token and predicts the one after it:
     positions  0  1  2  3 |  2  3            |  4  5
     predicts  x2 x3 x4 x5 | x4 x5            | x6 x7
 
-Shapes: B batch, T regular columns, A blocks (anchors) per row, k masks per block, M = A * k, N = T + M.
+Training gives every block all its k masks; decoding gives masks to the blocks that are likely to be of use.
+
+Shapes: B batch, T regular columns, A blocks (anchors) per row, k masks per block, M masks per row, N = T + M.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from .slots import Slots
+
 IGNORE = -100  # the label of a token outside the loss, as everywhere in PyTorch and transformers
+NO_DOCUMENT = -1  # the document of padding, and of masks that no one needs
 
 
 @dataclass(frozen=True)
@@ -25,77 +30,94 @@ class BlockLayout:
     """A batch's mask blocks.
 
     Args:
-        anchor_BA (`torch.LongTensor` of shape `(B, A)`): Regular column that each block hangs on.
         position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the regular tokens.
         segment_BT (`torch.LongTensor` of shape `(B, T)`): Document of each regular token, -1 for padding.
-        k (`int`): Masks per block.
+        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular column that each mask's block hangs on. The masks of
+            a block are neighbours.
+        step_BM (`torch.LongTensor` of shape `(B, M)`): How many columns after its anchor is the token that each mask
+            stands for: 1, 2 ... along a block.
+        alive_BM (`torch.BoolTensor` of shape `(B, M)`, *optional*): False for masks that are there to fill up a row.
+        is_chain (`bool`): Whether all masks form one block on the last regular token: a plain causal sequence.
     """
 
-    anchor_BA: torch.LongTensor
     position_BT: torch.LongTensor
     segment_BT: torch.LongTensor
-    k: int
+    anchor_BM: torch.LongTensor
+    step_BM: torch.LongTensor
+    alive_BM: torch.BoolTensor | None = None
+    is_chain: bool = False
+
+    @classmethod
+    def of_blocks(
+        cls, anchor_BA: torch.LongTensor, position_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int
+    ) -> "BlockLayout":
+        """A whole block of k masks on each of the regular columns `anchor_BA`, `(B, A)`."""
+        step_M = torch.arange(1, k + 1, device=anchor_BA.device).repeat(anchor_BA.shape[1])
+        return cls(position_BT, segment_BT, anchor_BA.repeat_interleave(k, dim=1), step_M.expand(len(anchor_BA), -1))
 
     @property
-    def step_M(self) -> torch.LongTensor:
-        """`(M,)`: how many columns after its anchor is the token that each mask stands for, 1..k."""
-        anchors = self.anchor_BA.shape[1]
-        return torch.arange(1, self.k + 1, device=self.anchor_BA.device).repeat(anchors)
+    def masks(self) -> int:
+        """M, masks per row."""
+        return self.anchor_BM.shape[1]
 
     @property
     def index_BM(self) -> torch.LongTensor:
         """`(B, M)`: which mask token, 0..k-1, stands in each mask column."""
-        return (self.step_M - 1).expand(self.anchor_BA.shape[0], -1)
-
-    @property
-    def anchor_BM(self) -> torch.LongTensor:
-        """`(B, M)`: the regular column that each mask's block hangs on."""
-        return self.anchor_BA.repeat_interleave(self.k, dim=1)
+        return self.step_BM - 1
 
     @property
     def stands_for_BM(self) -> torch.LongTensor:
         """`(B, M)`: the regular column of the token that each mask stands for; T or more past the end."""
-        return self.anchor_BM + self.step_M
+        return self.anchor_BM + self.step_BM
 
     @property
     def position_BN(self) -> torch.LongTensor:
         """`(B, N)`: position ids of all columns."""
-        position_BM = self.position_BT.gather(1, self.anchor_BM) + self.step_M
+        position_BM = self.position_BT.gather(1, self.anchor_BM) + self.step_BM
         return torch.cat([self.position_BT, position_BM], dim=1)
 
     @property
     def segment_BN(self) -> torch.LongTensor:
         """`(B, N)`: documents of all columns, a mask's being its anchor's."""
-        return torch.cat([self.segment_BT, self.segment_BT.gather(1, self.anchor_BM)], dim=1)
+        segment_BM = self.segment_BT.gather(1, self.anchor_BM)
+        if self.alive_BM is not None:
+            segment_BM = segment_BM.masked_fill(~self.alive_BM, NO_DOCUMENT)
+        return torch.cat([self.segment_BT, segment_BM], dim=1)
 
     @property
     def reach_BN(self) -> torch.LongTensor:
         """`(B, N)`: the last regular column that each column may attend to: itself, or its anchor."""
-        column_BT = torch.arange(self.position_BT.shape[1], device=self.anchor_BA.device).expand_as(self.position_BT)
+        column_BT = torch.arange(self.position_BT.shape[1], device=self.position_BT.device).expand_as(self.position_BT)
         return torch.cat([column_BT, self.anchor_BM], dim=1)
 
     @property
-    def block_N(self) -> torch.LongTensor:
-        """`(N,)`: the block of each column, -1 for regular tokens."""
-        anchors, device = self.anchor_BA.shape[1], self.anchor_BA.device
-        block_M = torch.arange(anchors, device=device).repeat_interleave(self.k)
-        return torch.cat([torch.full((self.position_BT.shape[1],), -1, device=device), block_M])
+    def block_BN(self) -> torch.LongTensor:
+        """`(B, N)`: the block of each column, named by its anchor; -1 for regular tokens."""
+        return torch.cat([torch.full_like(self.position_BT, -1), self.anchor_BM], dim=1)
 
-    def split_rows(self, blocks: int) -> "BlockLayout":
-        """The same blocks with at most `blocks` to a row, each row repeated as often as that takes.
+    def without_masks(self) -> "BlockLayout":
+        """The regular tokens alone."""
+        return replace(self, anchor_BM=self.anchor_BM[:, :0], step_BM=self.step_BM[:, :0])
+
+    def split_rows(self, masks: int) -> "BlockLayout":
+        """The same blocks with at most `masks` masks to a row, each row repeated as often as that takes.
+
+        Args:
+            masks (`int`): Masks per row, a multiple of the blocks' length.
 
         Returns:
-            [`BlockLayout`] of `B * ceil(A / blocks)` rows; the last row of each input row is filled up with its last
-            block.
+            [`BlockLayout`] of `B * ceil(M / masks)` rows; the last row of each input row is filled up with masks that
+            no one needs.
         """
-        batch, anchors = self.anchor_BA.shape
-        parts = -(-anchors // blocks)
-        filled = torch.cat([self.anchor_BA, self.anchor_BA[:, -1:].expand(-1, parts * blocks - anchors)], dim=1)
+        parts = -(-self.masks // masks)
+        missing = parts * masks - self.masks
+        anchor_BM, step_BM = (torch.nn.functional.pad(ids, (0, missing)) for ids in (self.anchor_BM, self.step_BM))
         return BlockLayout(
-            filled.reshape(batch * parts, blocks),
             self.position_BT.repeat_interleave(parts, dim=0),
             self.segment_BT.repeat_interleave(parts, dim=0),
-            self.k,
+            anchor_BM.reshape(-1, masks),
+            step_BM.clamp(min=1).reshape(-1, masks),
+            (step_BM > 0).reshape(-1, masks),
         )
 
     def target_columns(self, labels_BT: torch.LongTensor) -> torch.LongTensor:
@@ -112,7 +134,7 @@ class BlockLayout:
         column_BM = self.stands_for_BM + 1
         inside_BM = column_BM < length
         column_BM = column_BM.clamp(max=length - 1)
-        in_loss_BT = (labels_BT != IGNORE) & (self.segment_BT >= 0)
+        in_loss_BT = (labels_BT != IGNORE) & (self.segment_BT > NO_DOCUMENT)
         same_document_BM = self.segment_BT.gather(1, column_BM) == self.segment_BT.gather(1, self.anchor_BM)
         supervised_BM = in_loss_BT.gather(1, column_BM) & in_loss_BT.gather(1, self.anchor_BM)
         return torch.where(inside_BM & same_document_BM & supervised_BM, column_BM, IGNORE)
@@ -130,7 +152,7 @@ def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTens
     """
     starts_BT = torch.diff(position_BT, dim=1, prepend=position_BT[:, :1] - 1) != 1
     segment_BT = starts_BT.long().cumsum(dim=1)
-    return segment_BT if attention_mask_BT is None else segment_BT.masked_fill(attention_mask_BT == 0, -1)
+    return segment_BT if attention_mask_BT is None else segment_BT.masked_fill(attention_mask_BT == 0, NO_DOCUMENT)
 
 
 def training_layout(
@@ -168,18 +190,18 @@ def training_layout(
         anchors = min(anchors, anchors_per_row)
     score_BT = torch.rand(labels_BT.shape, generator=generator, device=labels_BT.device)
     anchor_BA = score_BT.masked_fill(~useful_BT, -1.0).topk(anchors, dim=1).indices
-    return BlockLayout(anchor_BA.sort(dim=1).values, position_BT, segment_BT, k)
+    return BlockLayout.of_blocks(anchor_BA.sort(dim=1).values, position_BT, segment_BT, k)
 
 
-def decoding_layout(regular: int, past: int, anchors: int, k: int, device: torch.device) -> BlockLayout:
-    """Hangs blocks on the last `anchors` of the `regular` tokens of one decoding step (batch 1).
+def decoding_layout(position_BT: torch.LongTensor, slots: Slots, first: int = 0) -> BlockLayout:
+    """The masks that one decoding step computes.
 
     Args:
-        regular (`int`): T, regular tokens of this step: a prompt, or the pending token and the drafts to verify.
-        past (`int`): Tokens in the cache, all regular.
-        anchors (`int`): A, 1 for linear decoding, `regular` for quadratic.
-        k (`int`): Masks per block; may be 0.
-        device (`torch.device`): Where the tensors go.
+        position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the step's regular tokens, below 0 at padding.
+        slots ([`Slots`]): The masks.
+        first (`int`, *optional*, defaults to 0): The regular column that the slots call number 0.
     """
-    column = torch.arange(regular, device=device)[None]
-    return BlockLayout(column[:, regular - anchors :], past + column, torch.zeros_like(column), k)
+    segment_BT = torch.where(position_BT < 0, NO_DOCUMENT, 0)
+    return BlockLayout(
+        position_BT.clamp(min=0), segment_BT, slots.anchor_BM + first, slots.step_BM, slots.alive_BM, slots.is_chain
+    )

@@ -3,14 +3,15 @@
 Pure functions of a layout. Knows nothing of models; of a model's config it reads only which kinds of attention its
 layers have (`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
 
-Shapes: B batch, Q query columns, P cached columns (all regular), N = T + M columns of this pass, S = P + N keys.
+Shapes: B batch, Q query columns, N = T + M columns of this pass, S key columns: those in a cache, which are all
+regular and of the same document, and those of this pass.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from .layout import BlockLayout
+from .layout import NO_DOCUMENT, BlockLayout
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,26 @@ def attention_kinds(config) -> list[AttentionKind]:
     return [by_name.get(name, AttentionKind(name)) for name in sorted(set(layer_types))]
 
 
+@dataclass(frozen=True)
+class CachedColumns:
+    """What a cache holds when a pass begins; the pass's own columns are written right behind it in every row.
+
+    Args:
+        start_B (`torch.LongTensor` of shape `(B,)`): First column that is no padding; it has position 0.
+        length_B (`torch.LongTensor` of shape `(B,)`): Columns held, padding included.
+        columns (`int`): S, key columns that attention sees; those past a row's own are of no meaning.
+    """
+
+    start_B: torch.LongTensor
+    length_B: torch.LongTensor
+    columns: int
+
+
 def allowed_attention(
-    layout: BlockLayout, past: int = 0, kind: AttentionKind = AttentionKind(), queries: int | None = None
+    layout: BlockLayout,
+    cached: CachedColumns | None = None,
+    kind: AttentionKind = AttentionKind(),
+    queries: int | None = None,
 ) -> torch.BoolTensor:
     """The attention rule.
 
@@ -53,29 +72,47 @@ def allowed_attention(
 
     Args:
         layout ([`BlockLayout`]): The blocks.
-        past (`int`, *optional*, defaults to 0): P, regular tokens in the cache, at positions 0..P-1. If not 0, all
-            columns belong to one document.
+        cached ([`CachedColumns`], *optional*): The tokens before; then all columns belong to one document.
         kind ([`AttentionKind`], *optional*): Window or chunk that the layer is limited to.
         queries (`int`, *optional*): Q, the last columns whose rows are wanted; all N if `None`.
 
     Returns:
-        `torch.BoolTensor` of shape `(B, Q, P + N)`.
+        `torch.BoolTensor` of shape `(B, Q, S)`; S = N without a cache.
     """
-    position_BN, segment_BN, reach_BN, block_N = layout.position_BN, layout.segment_BN, layout.reach_BN, layout.block_N
-    column_N = torch.arange(len(block_N), device=block_N.device)
-    q = slice(0 if queries is None else len(block_N) - queries, None)
+    position_BN, segment_BN, reach_BN, block_BN = (
+        layout.position_BN,
+        layout.segment_BN,
+        layout.reach_BN,
+        layout.block_BN,
+    )
+    column_N = torch.arange(block_BN.shape[1], device=block_BN.device)
+    q = slice(0 if queries is None else len(column_N) - queries, None)
     to_regular = column_N <= reach_BN[:, q, None]
-    to_own_block = (block_N == block_N[q, None]) & (column_N <= column_N[q, None])
-    same_document = (segment_BN[:, None, :] == segment_BN[:, q, None]) & (segment_BN[:, None, :] >= 0)
-    allowed = torch.where(block_N < 0, to_regular, to_own_block) & same_document
+    to_own_block = (block_BN[:, None, :] == block_BN[:, q, None]) & (column_N <= column_N[q, None])
+    same_document = (segment_BN[:, None, :] == segment_BN[:, q, None]) & (segment_BN[:, None, :] > NO_DOCUMENT)
+    allowed = torch.where(block_BN[:, None, :] < 0, to_regular, to_own_block) & same_document
     # Padding may attend to itself: a query that may attend to nothing turns into NaN in some kernels.
     allowed |= column_N == column_N[q, None]
-    if past:
-        allowed = torch.cat([allowed.new_ones(*allowed.shape[:2], past), allowed], dim=2)
+    key_position_BS = position_BN
+    if cached is not None:
+        allowed, key_position_BS = _behind_cache(allowed, position_BN, cached)
     if kind.reaches_back() is not None:
-        past_BP = torch.arange(past, device=position_BN.device).expand(position_BN.shape[0], -1)
-        allowed &= within_reach(position_BN[:, q], torch.cat([past_BP, position_BN], dim=1), kind)
+        allowed &= within_reach(position_BN[:, q], key_position_BS, kind)
     return allowed
+
+
+def _behind_cache(
+    allowed_BQN: torch.BoolTensor, position_BN: torch.LongTensor, cached: CachedColumns
+) -> tuple[torch.BoolTensor, torch.LongTensor]:
+    """The rule, `(B, Q, S)`, and the keys' positions, `(B, S)`, with a row's columns behind what its cache holds."""
+    queries, new = allowed_BQN.shape[1:]
+    column_S = torch.arange(cached.columns, device=position_BN.device)
+    own_BS = column_S - cached.length_B[:, None]  # number among this pass's columns, below 0 in the cache
+    is_own_BS, index_BS = (own_BS >= 0) & (own_BS < new), own_BS.clamp(0, new - 1)
+    in_cache_BS = (own_BS < 0) & (column_S >= cached.start_B[:, None])
+    own_BQS = allowed_BQN.gather(2, index_BS[:, None].expand(-1, queries, -1)) & is_own_BS[:, None]
+    position_BS = torch.where(own_BS < 0, column_S - cached.start_B[:, None], position_BN.gather(1, index_BS))
+    return own_BQS | in_cache_BS[:, None], position_BS
 
 
 def within_reach(query_BQ: torch.LongTensor, key_BS: torch.LongTensor, kind: AttentionKind) -> torch.BoolTensor:
@@ -93,24 +130,29 @@ def additive(allowed_BQS: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attention_masks(
-    layout: BlockLayout, past: int, kinds: list[AttentionKind], dtype: torch.dtype, queries: int | None = None
+    layout: BlockLayout,
+    kinds: list[AttentionKind],
+    dtype: torch.dtype,
+    cached: CachedColumns | None = None,
+    queries: int | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """What to pass to a model as `attention_mask`.
 
     Args:
         layout ([`BlockLayout`]): The blocks.
-        past (`int`): Regular tokens in the cache.
         kinds (`list[AttentionKind]`): See [`attention_kinds`].
         dtype (`torch.dtype`): The model's.
+        cached ([`CachedColumns`], *optional*): The tokens before.
         queries (`int`, *optional*): Q, the last columns that attend; all N if `None`.
 
     Returns:
-        One additive mask of shape `(B, 1, Q, P + N)` while no window or chunk is exceeded or all layers are of one
+        One additive mask of shape `(B, 1, Q, S)` while no window or chunk can be exceeded or all layers are of one
         kind, and a mask per kind otherwise, under the name that transformers gives the kind.
     """
-    longest = past + layout.position_BT.shape[1] + layout.k
+    # An upper bound of all positions: a mask is at most as many behind its anchor as there are masks.
+    longest = cached.columns if cached is not None else layout.position_BT.shape[1] + layout.masks
     limited = [kind for kind in kinds if kind.reaches_back() is not None and kind.reaches_back() < longest]
     if not limited:
-        return additive(allowed_attention(layout, past, queries=queries), dtype)
-    masks = {kind.name: additive(allowed_attention(layout, past, kind, queries), dtype) for kind in kinds}
+        return additive(allowed_attention(layout, cached, queries=queries), dtype)
+    masks = {kind.name: additive(allowed_attention(layout, cached, kind, queries), dtype) for kind in kinds}
     return masks if len(masks) > 1 else masks[kinds[0].name]

@@ -62,7 +62,7 @@ def multi_token_objective(
         return Objective(sum(p.sum() for p in model.head_parameters()) * 0.0, {}, 0)
     target_column_R = target_column_BM[row_R, mask_R]
     column_R = target_column_R - 1  # the token that the mask stands for
-    step_R = layout.step_M[mask_R]
+    step_R = layout.step_BM[row_R, mask_R]
 
     regular_LBTD, masks_LBMD = model.masked_states(input_ids_BT, layout, all_layers=recipe.auxiliary > 0)
     regular_RD, mask_RD = regular_LBTD[-1][row_R, column_R], masks_LBMD[-1][row_R, mask_R]
@@ -89,7 +89,7 @@ def multi_token_objective(
     terms = {name: (loss_R * weight_R).sum() for name, loss_R in losses.items()}
     loss = sum(getattr(recipe, name) * term for name, term in terms.items())
     metrics = {f"loss_{name}": term.detach() for name, term in terms.items()}
-    metrics |= _draft_quality(draft_R == base_choice_R, row_R, mask_R, layout)
+    metrics |= _draft_quality(draft_R == base_choice_R, row_R, mask_R, layout, model.active_mtp_config.k)
     return Objective(loss, metrics, len(row_R))
 
 
@@ -105,15 +105,14 @@ def _base_choices(
 
 
 def _draft_quality(
-    accepted_R: torch.BoolTensor, row_R: torch.LongTensor, mask_R: torch.LongTensor, layout: BlockLayout
+    accepted_R: torch.BoolTensor, row_R: torch.LongTensor, mask_R: torch.LongTensor, layout: BlockLayout, k: int
 ) -> dict[str, torch.Tensor]:
     """Accuracy per mask position and simulated tokens per step, against the base's own choice."""
-    batch, anchors = layout.anchor_BA.shape
-    accepted_BM = accepted_R.new_zeros(batch, anchors * layout.k)
+    accepted_BM = torch.zeros_like(layout.anchor_BM, dtype=torch.bool)
     supervised_BM = torch.zeros_like(accepted_BM)
     accepted_BM[row_R, mask_R] = accepted_R
     supervised_BM[row_R, mask_R] = True
-    accepted_CK, supervised_CK = accepted_BM.view(-1, layout.k), supervised_BM.view(-1, layout.k)
+    accepted_CK, supervised_CK = accepted_BM.view(-1, k), supervised_BM.view(-1, k)
     used_C = supervised_CK.any(dim=1)
     accuracy_K = accepted_CK.sum(dim=0) / supervised_CK.sum(dim=0).clamp(min=1)
     metrics = {f"accuracy_{step}": accuracy for step, accuracy in enumerate(accuracy_K, start=1)}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from transformers.generation import GenerateDecoderOnlyOutput
+
 
 @dataclass
 class MTPStatistics:
@@ -13,7 +15,8 @@ class MTPStatistics:
         drafted (`int`): Drafts that were verified.
         accepted (`int`): Drafts that were returned to the user.
         drafted_per_position, accepted_per_position (`list[int]`): The same for the first, second ... draft of a step.
-        steps (`list[int]`): New tokens of each forward pass, in order.
+        steps (`list[int]`): New tokens of each forward pass, in order, all rows together.
+        row_steps (`int`): Forward passes, counted once for each row of the batch that had not ended.
     """
 
     forward_passes: int = 0
@@ -23,28 +26,48 @@ class MTPStatistics:
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    row_steps: int = 0
 
     @property
     def tokens_per_step(self) -> float:
-        """New tokens per forward pass. Plain decoding has 1."""
-        return self.tokens / self.forward_passes if self.forward_passes else 0.0
+        """New tokens per forward pass and row of the batch. Plain decoding has 1."""
+        return self.tokens / self.row_steps if self.row_steps else 0.0
 
-    def count_step(self, drafted: int, accepted: int, tokens: int) -> None:
+    def count_pass(self, tokens: list[int], drafted: list[int], accepted: list[int]) -> None:
         """Counts one forward pass.
 
         Args:
-            drafted (`int`): Drafts that the pass verified.
-            accepted (`int`): How many of these were right and returned.
-            tokens (`int`): New tokens that the pass gave in all.
+            tokens (`list[int]`): New tokens that it gave to each row of the batch.
+            drafted (`list[int]`): Drafts that it verified for each row.
+            accepted (`list[int]`): How many of these were right and returned.
         """
         self.forward_passes += 1
+        self.steps.append(sum(tokens))
+        for new, offered, right in zip(tokens, drafted, accepted, strict=True):
+            if new:
+                self._count_row(new, offered, right)
+
+    def _count_row(self, tokens: int, drafted: int, accepted: int) -> None:
+        self.row_steps += 1
         self.tokens += tokens
         self.drafted += drafted
         self.accepted += accepted
-        self.steps.append(tokens)
         missing = drafted - len(self.drafted_per_position)
         self.drafted_per_position += [0] * missing
         self.accepted_per_position += [0] * missing
         for position in range(drafted):
             self.drafted_per_position[position] += 1
             self.accepted_per_position[position] += position < accepted
+
+
+@dataclass
+class MTPGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate(mtp=True, return_dict_in_generate=True)` returns.
+
+    All fields of [`~transformers.generation.GenerateDecoderOnlyOutput`], and:
+
+    Args:
+        mtp_statistics ([`MTPStatistics`]): Counts of forward passes, drafts and accepted drafts.
+    """
+
+    mtp_statistics: MTPStatistics | None = None

@@ -43,13 +43,19 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
     Raises:
         ValueError: It is flash or flex attention.
     """
-    implementation = model.config._attn_implementation or "eager"
-    if "flash" in implementation or "flex" in implementation:
+    if not takes_4d_masks(model):
         raise ValueError(
-            f"The base model uses attn_implementation={implementation!r}, which takes no 4-D attention mask, but "
-            "masks that hang on several tokens need one. Call `model.set_attn_implementation('sdpa')`, or decode with "
+            f"The base model uses attn_implementation={model.config._attn_implementation!r}, which takes no 4-D "
+            "attention mask, but masks that hang on several tokens need one. Call "
+            "`model.set_attn_implementation('sdpa')`, or decode with "
             "mtp_strategy='linear'."
         )
+
+
+def takes_4d_masks(model: PreTrainedModel) -> bool:
+    """Whether the attention implementation in use can take an additive 4-D mask."""
+    implementation = model.config._attn_implementation or "eager"
+    return "flash" not in implementation and "flex" not in implementation
 
 
 @torch.no_grad()
@@ -75,8 +81,8 @@ def _branch_equals_sequence(model: PreTrainedModel) -> bool:
     a, b, c, d, e = (config.vocab_size * i // 7 for i in range(1, 6))
     ids = torch.tensor([[a, b, c, d, e]], device=model.device)
     column = torch.arange(3, device=model.device)[None]
-    layout = BlockLayout(column[:, :1], column, torch.zeros_like(column), k=2)
-    mask = attention_masks(layout, 0, attention_kinds(config), model.dtype)
+    layout = BlockLayout.of_blocks(column[:, :1], column, torch.zeros_like(column), k=2)
+    mask = attention_masks(layout, attention_kinds(config), model.dtype)
     branched = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BN, use_cache=False).logits[0]
     for rows in ([0, 1, 2], [0, 3, 4]):
         sequence = model(input_ids=ids[:, rows], use_cache=False).logits[0]

@@ -14,6 +14,7 @@ from .fingerprint import tokenizer_fingerprint
 from .interrupt import SaveOnInterrupt
 from .layout import IGNORE
 from .objective import Objective
+from .optimizer import make_muon_adamw
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
 
@@ -71,6 +72,10 @@ class MTPTrainer(SFTTrainer):
         if kwargs.get("peft_config") is None:
             _gated(model)
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
+        if _uses_muon(args, kwargs):
+            settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.adam_epsilon}
+            settings["betas"] = (args.adam_beta1, args.adam_beta2)
+            kwargs["optimizer_cls_and_kwargs"] = (make_muon_adamw, settings)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         tuner = _gated(self.model)
         k = tuner.active_mtp_config.k
@@ -168,6 +173,15 @@ class MTPTrainer(SFTTrainer):
         """Writes the adapter's own model card into `output_dir`."""
         if self.is_world_process_zero():
             _gated(self.model).active_mtp_config.write_model_card(self.args.output_dir, repo=self.hub_model_id)
+
+
+def _uses_muon(args: MTPConfig, kwargs: dict) -> bool:
+    """Whether nothing else was asked for and matrices are whole."""
+    own_optimizer = kwargs.get("optimizer_cls_and_kwargs") or (kwargs.get("optimizers") or (None,))[0]
+    default_optim = MTPConfig.__dataclass_fields__["optim"].default
+    chosen = own_optimizer is not None or (default_optim is not None and args.optim != default_optim)
+    sharded = bool(args.deepspeed or args.fsdp)
+    return args.muon and not chosen and not sharded and hasattr(torch.optim, "Muon")
 
 
 def _gated(model) -> GatedLoraModel:

@@ -36,6 +36,13 @@ class MTPConfig(SFTConfig):
             How many tokens of each sequence get a block of masks at most, drawn anew each time the sequence is seen.
             `None` for all tokens inside the loss.
 
+        > Parameters that control the optimizer
+
+        muon (`bool`, *optional*, defaults to `True`):
+            Whether LoRA's matrices are trained by Muon and the rest by AdamW. Has no
+            effect if `optim` is set, an optimizer is passed to the trainer, parameters are sharded (DeepSpeed, FSDP),
+            or torch is older than 2.9.
+
         > Parameters that control the length of the training
 
         max_minutes (`float`, *optional*):
@@ -62,7 +69,7 @@ class MTPConfig(SFTConfig):
     anchors_per_sequence: int | None = field(
         default=128, metadata={"help": "How many tokens of each sequence get a block of masks at most."}
     )
-
+    muon: bool = field(default=True, metadata={"help": "Whether LoRA's matrices are trained by Muon."})
     max_minutes: float | None = field(
         default=None, metadata={"help": "Ends training after this time; the learning rate follows the clock."}
     )

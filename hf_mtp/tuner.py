@@ -3,11 +3,8 @@
 Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, tuner-level modules for the two heads.
 """
 
-import inspect
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -320,14 +317,13 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
         cache = DynamicCache()
         with torch.no_grad():
-            regular = self._decoder_states(input_ids_BT, replace(layout, k=0), cache, all_layers)
-        split = layout.split_rows(BLOCKS_PER_ROW)
-        cache.batch_repeat_interleave(len(split.anchor_BA) // len(layout.anchor_BA))
+            regular = self._decoder_states(input_ids_BT, layout.without_masks(), cache, all_layers)
+        split = layout.split_rows(BLOCKS_PER_ROW * self.active_mtp_config.k)
+        cache.batch_repeat_interleave(len(split.anchor_BM) // len(layout.anchor_BM))
         with self.masks_in_columns(0, split.index_BM):
             masks = self._decoder_states(split.index_BM + self.vocab_size, split, cache, all_layers)
-        # Rows were filled up to whole ones with repeated blocks, which are dropped here.
-        wanted = layout.index_BM.shape[1]
-        return regular, [state.reshape(len(input_ids_BT), -1, state.shape[-1])[:, :wanted] for state in masks]
+        # Rows were filled up with masks that no one needs, which are dropped here.
+        return regular, [state.reshape(len(input_ids_BT), -1, state.shape[-1])[:, : layout.masks] for state in masks]
 
     def _decoder_states(
         self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, all_layers: bool
@@ -338,7 +334,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.model.dtype
         outputs = self.model.get_decoder()(
             input_ids=input_ids_BQ,
-            attention_mask=attention_masks(layout, 0, self._attention_kinds(), dtype, queries=queries),
+            attention_mask=attention_masks(layout, self._attention_kinds(), dtype, queries=queries),
             position_ids=layout.position_BN[:, -queries:],
             past_key_values=cache,
             use_cache=cache is not None,
@@ -346,64 +342,15 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         )
         return [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
 
-    def masked_step(
-        self, input_ids_1T: torch.LongTensor, layout: BlockLayout, cache: Cache, logits_rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One forward pass of decoding, which adds all its columns to the cache.
-
-        Args:
-            input_ids_1T (`torch.LongTensor` of shape `(1, T)`): Regular tokens.
-            layout ([`BlockLayout`]): The blocks that follow them. A single block on the last token makes a plain
-                causal sequence, which needs no 4-D mask.
-            cache ([`~transformers.Cache`]): All tokens before.
-            logits_rows (`int`): R, the last regular tokens whose logits are wanted.
-
-        Returns:
-            Logits, `torch.Tensor` of shape `(R, V)`; last hidden states of the masks, `(A, k, D)`.
-        """
-        regular, anchors = input_ids_1T.shape[1], layout.anchor_BA.shape[1]
-        wanted = torch.arange(regular - logits_rows, regular, device=input_ids_1T.device)
-        inputs = {
-            "input_ids": self._with_mask_ids(input_ids_1T, layout),
-            "position_ids": layout.position_BN,
-            "logits_to_keep": wanted,
-        }
-        if anchors > 1 and layout.k:
-            past = cache.get_seq_length()
-            inputs["attention_mask"] = attention_masks(layout, past, self._attention_kinds(), self.model.dtype)
-        known = inspect.signature(self.model.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in known}
-        with self.masks_in_columns(regular, layout.index_BM), self._captured_states() as states:
-            logits = self.model(**inputs, past_key_values=cache, use_cache=True).logits[0]
-        if "logits_to_keep" not in known:
-            logits = logits[wanted]
-        return logits, states[0][0, regular:].unflatten(0, (anchors, layout.k))
-
-    @contextmanager
-    def _captured_states(self) -> Iterator[list[torch.Tensor]]:
-        """Within, the decoder's last hidden states land in the list: what the unembedding reads, at all columns."""
-        states, thread = [], threading.get_ident()
-
-        def keep(decoder: nn.Module, args: tuple, outputs) -> None:
-            if threading.get_ident() == thread:  # another one may be generating too
-                states.append(outputs.last_hidden_state)
-
-        hook = self.model.get_decoder().register_forward_hook(keep)
-        try:
-            yield states
-        finally:
-            hook.remove()
+    def mask_embeddings(self, index_BM: torch.LongTensor) -> torch.Tensor:
+        """`(B, M, E)`: what the active adapter embeds masks `index_BM` as."""
+        return self.lora_mask_embeddings[self.active_adapters[0]](index_BM)
 
     def _with_mask_ids(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> torch.LongTensor:
         return torch.cat([input_ids_BT, layout.index_BM + self.vocab_size], dim=1)
 
     def _attention_kinds(self):
         return attention_kinds(self.model.config.get_text_config(decoder=True))
-
-    def positions_left(self, used: int) -> int:
-        """How many positions the model has after the first `used`; a large number if it has no maximum."""
-        maximum = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return (maximum or 2**31) - used
 
 
 def _is_checkpointing(model: nn.Module) -> bool:

@@ -1,65 +1,200 @@
 """Verify: which drafts are what the base model would have said, by the base model's own logits.
 
+Greedy decoding accepts a draft that is the likeliest token. Sampling accepts a draft x with probability
+min(1, p(x) / q(x)) and otherwise draws from what p has more than q, so that tokens come out as if drawn from p
+(Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). p is the base's distribution after all logits
+processors, q the one that drafts were drawn from.
+
 Knows logits, processors and stopping criteria as transformers defines them. Knows nothing of masks or caches.
+
+Shapes: B batch, K drafts, R = K + 1 positions, C shortlisted tokens, V vocabulary, X positions of whatever order.
 """
 
-from dataclasses import dataclass
+import pickle
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import logits_process
+
+from .drafting import NO_TOKEN, Drafts, Draw
+from .transcript import Transcript
+
+# Processors that look at the scores alone and never at the tokens before them.
+WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) + tuple(
+    getattr(logits_process, name)
+    for name in (
+        "MinPLogitsWarper",
+        "TopHLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "LogitNormalization",
+        "InfNanRemoveLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+    )
+    if hasattr(logits_process, name)
+)
 
 
-@dataclass
-class Transcript:
-    """A growing output, with what `generate` can be asked to return about it.
+def judge(
+    score_XV: torch.Tensor,
+    token_X: torch.LongTensor,
+    draw: Draw | None = None,
+    candidate_XC: torch.LongTensor | None = None,
+    probability_XC: torch.Tensor | None = None,
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """The next token at each position, and whether it is the position's accepted draft.
 
     Args:
-        sequence (`torch.LongTensor` of shape `(1, S)`): Prompt and new tokens.
-        scores, logits (`tuple` of `torch.Tensor` of shape `(1, V)`, or `None` if not asked for): One per new token,
-            after and before the logits processors.
-        stopped (`bool`): Whether a stopping criterion was met.
+        score_XV (`torch.Tensor` of shape `(X, V)`): The base's scores, after the processors.
+        token_X (`torch.LongTensor` of shape `(X,)`): Drafts, -1 where there is none.
+        draw ([`Draw`], *optional*): Samples; greedy if `None`.
+        candidate_XC, probability_XC (*optional*): With `draw`, the distributions that the drafts were drawn from.
     """
+    if draw is None:
+        choice_X = score_XV.argmax(dim=-1)
+        return choice_X, choice_X == token_X
+    p_XV = score_XV.softmax(dim=-1)
+    if candidate_XC is None:
+        return draw.one_of(p_XV)[:, 0], torch.zeros_like(token_X, dtype=torch.bool)
+    probability_XC = probability_XC * (token_X != NO_TOKEN)[:, None]
+    q_draft_X = (probability_XC * (candidate_XC == token_X[:, None])).sum(dim=-1)
+    p_draft_X = p_XV.gather(1, token_X.clamp(min=0)[:, None])[:, 0]
+    accepted_X = draw.happens((p_draft_X / q_draft_X).where(q_draft_X > 0, 0.0))
+    surplus_XV = p_XV.scatter_add(1, candidate_XC, -probability_XC).clamp(min=0)
+    # No surplus at all means p = q up to rounding; then no draft is rejected but by rounding.
+    surplus_XV = torch.where(surplus_XV.sum(dim=-1, keepdim=True) > 0, surplus_XV, p_XV)
+    return torch.where(accepted_X, token_X, draw.one_of(surplus_XV)[:, 0]), accepted_X
 
-    sequence: torch.LongTensor
-    scores: tuple[torch.Tensor, ...] | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    stopped: bool = False
+
+def verify_together(
+    logits_BRV: torch.Tensor, drafts: Drafts, draw: Draw | None, warpers: LogitsProcessorList
+) -> tuple[torch.LongTensor, torch.LongTensor, torch.Tensor]:
+    """All positions of all rows at once, for processors that look at the scores alone.
+
+    Args:
+        logits_BRV (`torch.Tensor` of shape `(B, K + 1, V)`): The base's logits before the first draft and after each.
+        drafts ([`Drafts`]): K per row.
+        draw ([`Draw`], *optional*): Samples; greedy if `None`.
+        warpers ([`~transformers.LogitsProcessorList`]): The processors.
+
+    Returns:
+        `(B, R)` tokens, of which a row's first `accepted + 1` hold; `(B,)` accepted drafts; `(B, R, V)` scores.
+    """
+    batch, positions, vocab = logits_BRV.shape
+    logits_XV = logits_BRV.reshape(-1, vocab).to(torch.float32, copy=len(warpers) > 0)
+    score_XV = warpers(None, logits_XV) if warpers else logits_XV
+    token_BR = torch.nn.functional.pad(drafts.token_BK, (0, 1), value=NO_TOKEN)
+    spread = [None, None]
+    if drafts.candidate_BKC is not None:
+        pad = (0, 0, 0, 1)
+        spread = [
+            torch.nn.functional.pad(part, pad).flatten(0, 1) for part in (drafts.candidate_BKC, drafts.probability_BKC)
+        ]
+    token_X, accepted_X = judge(score_XV, token_BR.flatten(), draw, *spread)
+    accepted_B = accepted_X.view(batch, positions).long().cumprod(dim=1).sum(dim=1)
+    return token_X.view(batch, positions), accepted_B, score_XV.view(batch, positions, vocab)
 
 
-def verify_greedily(
+def verify_in_order(
     transcript: Transcript,
-    draft_K: torch.LongTensor,
+    row: int,
     logits_RV: torch.Tensor,
+    drafts: Drafts,
+    draw: Draw | None,
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
 ) -> int:
-    """Extends the transcript by the drafts that greedy decoding would have chosen, and one token more.
+    """Extends one row of the transcript by the drafts that hold, and by one token more.
 
     Processors and criteria are called once per returned token, in order and with exactly the sequence that they get in
     plain decoding, so that even those with a state of their own behave the same.
 
     Args:
-        transcript ([`Transcript`]): Extended in place.
-        draft_K (`torch.LongTensor` of shape `(K,)`): Drafts for the next K tokens.
+        transcript ([`Transcript`]): Its row is extended in place.
+        row (`int`): Which one.
         logits_RV (`torch.Tensor` of shape `(K + 1, V)`): The base's logits before the first draft and after each.
+        drafts ([`Drafts`]): Of this row alone, B = 1.
+        draw ([`Draw`], *optional*): Samples; greedy if `None`.
         processors ([`~transformers.LogitsProcessorList`]): Applied to each row before the choice.
         criteria ([`~transformers.StoppingCriteriaList`]): Asked after each token.
 
     Returns:
-        `int`: How many drafts were right and are now in the transcript.
+        `int`: How many drafts were accepted.
     """
-    drafts = draft_K.tolist()
-    for accepted, logits_1V in enumerate(logits_RV.split(1)):
+    for position, logits_1V in enumerate(logits_RV.split(1)):
         logits_1V = logits_1V.to(dtype=torch.float32, copy=True)  # as plain decoding does; processors may write
-        scores_1V = processors(transcript.sequence, logits_1V)
-        token = scores_1V.argmax(dim=-1, keepdim=True)
-        transcript.sequence = torch.cat([transcript.sequence, token], dim=1)
-        if transcript.scores is not None:
-            transcript.scores += (scores_1V,)
-        if transcript.logits is not None:
-            transcript.logits += (logits_1V,)
-        transcript.stopped = bool(criteria(transcript.sequence, transcript.scores).all())
-        is_draft = accepted < len(drafts) and token.item() == drafts[accepted]
-        if transcript.stopped or not is_draft:
-            return accepted + is_draft
-    return len(drafts)
+        score_1V = processors(transcript.prefix(row), logits_1V)
+        here = slice(position, position + 1)
+        token_1 = drafts.token_BK[0, here]
+        if not len(token_1):
+            token_1 = torch.full((1,), NO_TOKEN, device=logits_RV.device)
+        spread = [None, None]
+        if drafts.candidate_BKC is not None and position < drafts.count:
+            spread = [drafts.candidate_BKC[0, here], drafts.probability_BKC[0, here]]
+        token_1, accepted_1 = judge(score_1V, token_1, draw, *spread)
+        transcript.append(row, token_1, logits_1V, score_1V)
+        stopped = bool(criteria(transcript.prefix(row), transcript.scores_of(row)).all())
+        if stopped:
+            transcript.finish(row)
+        accepted = bool(accepted_1)
+        if stopped or not accepted:
+            return position + accepted
+    return drafts.count
+
+
+def processors_of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
+    """The processors as one row of a batch sees them, when rows go on at different speeds.
+
+    Args:
+        processors ([`~transformers.LogitsProcessorList`]): As prepared for the whole batch.
+        row (`int`): Number of the row.
+        rows (`int`): B.
+    """
+    if rows == 1:
+        return processors
+    return LogitsProcessorList(_of_row(processor, row) for processor in processors)
+
+
+def _of_row(processor, row: int):
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, prefix: allowed(row, prefix), 1)
+    if type(processor).__module__ == logits_process.__name__:
+        return processor
+    return _Stateless(processor)
+
+
+class _Stateless:
+    """A custom processor that is called for one row at a time, which must not notice."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        before = self._state()
+        scores = self.processor(input_ids, scores)
+        if self._state() != before:
+            raise ValueError(
+                f"The logits processor {type(self.processor).__name__} keeps a state of its own. In a batch, rows "
+                "accept different numbers of drafts per pass, so it would not be called as in plain decoding. Pass "
+                "one sequence at a time (batch size 1 is exact with such processors), or drop `mtp=True`."
+            )
+        return scores
+
+    def _state(self) -> bytes:
+        try:
+            return pickle.dumps(self.processor)
+        except Exception as error:  # pickling raises whatever the object's parts raise
+            raise ValueError(
+                f"Cannot tell whether the logits processor {type(self.processor).__name__} keeps a state of its own "
+                f"({error}), which a batch with `mtp=True` does not allow. Pass one sequence at a time, or make it a "
+                "class at the top level of a module."
+            ) from error

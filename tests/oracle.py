@@ -4,7 +4,8 @@ import torch
 from tiny_models import VOCAB
 from transformers.generation.streamers import BaseStreamer
 
-from hf_mtp import decoding
+from hf_mtp import step
+from hf_mtp.drafting import Drafts
 
 RIGHT = {
     "never": lambda position: False,
@@ -14,7 +15,7 @@ RIGHT = {
 
 
 class Oracle(BaseStreamer):
-    """Stands in for `draft_greedily`. Pass it as `streamer` too, so that it knows the output so far.
+    """Stands in for `draft`. Pass it as `streamer` too, so that it knows the output so far.
 
     Args:
         monkeypatch: Puts it in place.
@@ -25,7 +26,7 @@ class Oracle(BaseStreamer):
     def __init__(self, monkeypatch, sequence, right):
         self.sequence, self.right = sequence[0], right
         self.streamed, self.ends = [], 0
-        monkeypatch.setattr(decoding, "draft_greedily", self.draft)
+        monkeypatch.setattr(step, "draft", self.draft)
 
     def put(self, value):
         assert not self.ends
@@ -34,14 +35,15 @@ class Oracle(BaseStreamer):
     def end(self):
         self.ends += 1
 
-    def draft(self, pending, hidden_KD, embedding, unembedding, sampler):
+    def draft(self, pending, hidden_BKD, embedding, unembedding, sampler, draw):
         known = len(self.streamed)
         assert pending.tolist() == self.streamed[-1:]
         assert known < len(self.sequence), "drafts for a finished output"
-        positions = range(known, known + len(hidden_KD))
+        positions = range(known, known + hidden_BKD.shape[1])
         tokens = [self.sequence[p].item() if p < len(self.sequence) else 0 for p in positions]
         drafts = [token if self.right(p) else (token + 1) % VOCAB for p, token in zip(positions, tokens, strict=True)]
-        return torch.tensor(drafts, dtype=torch.long)
+        tokens = torch.tensor([drafts], dtype=torch.long)
+        return Drafts(tokens, torch.full(tokens.shape, 0.5))
 
 
 def expected_steps(right, start: int, new_tokens: int, k: int, strategy: str) -> list[tuple[int, int]]:

@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    DynamicCache,
     GenerationConfig,
 )
 
@@ -93,7 +92,7 @@ def test_mtp_k_out_of_range(mtp_k):
 
 
 def test_unknown_strategy():
-    with pytest.raises(ValueError, match="must be one of 'quadratic', 'linear', 'auto', got 'cubic'"):
+    with pytest.raises(ValueError, match="must be one of 'auto', 'quadratic', 'linear', got 'cubic'"):
         generate(upgraded("llama"), prompt(), mtp=True, mtp_strategy="cubic")
 
 
@@ -137,32 +136,20 @@ def test_two_ways_to_draft():
         generate(upgraded("llama"), prompt(), mtp=True, custom_generate=lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("do_sample=True", {"do_sample": True}),
-        ("cache_implementation='static'", {"cache_implementation": "static"}),
-        ("use_cache=False", {"use_cache": False}),
-        ("output_hidden_states=True", {"output_hidden_states": True, "return_dict_in_generate": True}),
-        ("output_attentions=True", {"output_attentions": True, "return_dict_in_generate": True}),
-        ("`past_key_values`", {"past_key_values": DynamicCache()}),
-        ("`inputs_embeds`", {"inputs_embeds": torch.zeros(1, 4, 32)}),
-        ("batch of 2", {"input_ids": prompt(rows=2)}),
-        ("Padding", {"attention_mask": torch.tensor([[0, 0, *[1] * 9]])}),
-        ("`position_ids`", {"position_ids": torch.arange(3, 14)[None]}),
-        ("prefill_chunk_size=4", {"prefill_chunk_size": 4}),
-    ],
-)
-def test_what_is_to_come_is_refused(name, arguments):
-    inputs = {} if "inputs_embeds" in arguments else {"input_ids": prompt()}
-    with pytest.raises(NotImplementedError, match=f"{name}.*not implemented yet"):
-        upgraded("llama").generate(mtp=True, **{**inputs, "max_new_tokens": 5, **arguments})
+def test_what_cannot_be_exact_is_refused():
+    model = upgraded("llama")
+    with pytest.raises(ValueError, match="'quantized' rounds keys and values a group of tokens at a time"):
+        generate(model, prompt(), mtp=True, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="`use_cache=False` with `mtp=True`"):
+        generate(model, prompt(), mtp=True, use_cache=False)
+    with pytest.raises(NotImplementedError, match="must count up from 0"):
+        generate(model, prompt(), mtp=True, position_ids=torch.arange(3, 14)[None])
 
 
 def test_refused_call_leaves_the_model_as_it_was():
     model = upgraded("llama")
-    with pytest.raises(NotImplementedError):
-        model.generate(prompt(), mtp=True, do_sample=True)
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(prompt(), mtp=True, num_beams=2)
     assert model.mtp_statistics is None
     assert torch.equal(generate(model, prompt(), mtp=True), generate(model, prompt()))
 
@@ -197,14 +184,14 @@ def test_plain_lora_knows_no_mtp():
 
 def test_base_without_branches_names_the_way_out():
     with pytest.raises(NotImplementedError, match="BloomForCausalLM.*Use mtp_strategy='linear' or 'auto'"):
-        generate(upgraded("bloom"), prompt(), mtp=True)
+        generate(upgraded("bloom"), prompt(), mtp=True, mtp_strategy="quadratic")
 
 
 def test_attention_that_takes_no_masks():
     model = upgraded("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='flash_attention_2'.*sdpa.*mtp_strategy='linear'"):
-        generate(model, prompt(), mtp=True)
+        generate(model, prompt(), mtp=True, mtp_strategy="quadratic")
 
 
 # ---------------------------------------------------------------- adapters on disk

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from layouts import step_layout
 
-from hf_mtp.layout import IGNORE, BlockLayout, decoding_layout, segments, training_layout
+from hf_mtp.layout import IGNORE, BlockLayout, segments, training_layout
 
 
 def batch(seed: int, rows: int = 3, length: int = 13):
@@ -51,7 +52,7 @@ def test_targets(seed, k):
     layout = training_layout(labels, positions, documents, k)
     columns = layout.target_columns(labels)
     assert columns.shape == layout.index_BM.shape
-    for row, anchors in enumerate(layout.anchor_BA.tolist()):
+    for row, anchors in enumerate(layout.anchor_BM[:, ::k].tolist()):
         expected = [predicts(labels, documents, row, anchor, step) for anchor in anchors for step in range(1, k + 1)]
         assert columns[row].tolist() == expected
 
@@ -61,8 +62,8 @@ def test_every_useful_token_gets_one_block(seed):
     labels, positions, documents = batch(seed)
     layout = training_layout(labels, positions, documents, k=3)
     useful = [useful_anchors(labels, documents, row) for row in range(len(labels))]
-    assert layout.anchor_BA.shape[1] == max(map(len, useful))
-    for row, anchors in enumerate(layout.anchor_BA.tolist()):
+    assert layout.masks // 3 == max(map(len, useful))
+    for row, anchors in enumerate(layout.anchor_BM[:, ::3].tolist()):
         assert set(useful[row]) <= set(anchors)
         assert len(set(anchors)) == len(anchors)
         assert sorted(anchors) == anchors
@@ -75,8 +76,8 @@ def test_a_sample_of_the_useful_tokens(seed):
     seen = [set() for _ in labels]
     for _ in range(60):
         layout = training_layout(labels, positions, documents, 3, anchors_per_row=4, generator=generator)
-        assert layout.anchor_BA.shape == (len(labels), 4)
-        for row, anchors in enumerate(layout.anchor_BA.tolist()):
+        assert layout.anchor_BM.shape == (len(labels), 12)
+        for row, anchors in enumerate(layout.anchor_BM[:, ::3].tolist()):
             assert set(anchors) <= set(useful_anchors(labels, documents, row))
             assert len(set(anchors)) == 4
             seen[row] |= set(anchors)
@@ -86,7 +87,7 @@ def test_a_sample_of_the_useful_tokens(seed):
 def test_a_generator_makes_the_draw_repeatable():
     labels, positions, documents = batch(0, length=30)
     draws = [
-        training_layout(labels, positions, documents, 3, 4, torch.Generator().manual_seed(7)).anchor_BA
+        training_layout(labels, positions, documents, 3, 4, torch.Generator().manual_seed(7)).anchor_BM
         for _ in range(2)
     ]
     assert torch.equal(*draws)
@@ -96,7 +97,7 @@ def test_no_block_hangs_in_the_prompt():
     labels = torch.tensor([[IGNORE, IGNORE, IGNORE, 7, 8, 9, 10]])
     positions = torch.arange(7)[None]
     layout = training_layout(labels, positions, segments(None, positions), k=2)
-    assert layout.anchor_BA.tolist() == [[3, 4]]
+    assert layout.anchor_BM[:, ::2].tolist() == [[3, 4]]
     assert layout.target_columns(labels).tolist() == [[5, 6, 6, IGNORE]]
 
 
@@ -104,7 +105,7 @@ def test_no_mask_predicts_the_next_document():
     labels = torch.arange(10, 18)[None]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     layout = training_layout(labels, positions, segments(None, positions), k=3)
-    assert layout.anchor_BA.tolist() == [[0, 1, 4, 5]]
+    assert layout.anchor_BM[:, ::3].tolist() == [[0, 1, 4, 5]]
     assert layout.target_columns(labels).tolist() == [
         [2, 3, IGNORE, 3, IGNORE, IGNORE, 6, 7, IGNORE, 7, IGNORE, IGNORE]
     ]
@@ -115,7 +116,7 @@ def test_nothing_to_predict_gives_no_block(labels):
     labels = torch.tensor(labels)
     positions = torch.arange(labels.shape[1])[None]
     layout = training_layout(labels, positions, segments(None, positions), k=3)
-    assert layout.anchor_BA.shape == (1, 0)
+    assert layout.anchor_BM.shape == (1, 0)
     assert layout.position_BN.shape == labels.shape
 
 
@@ -124,22 +125,22 @@ def test_columns_of_a_layout(seed):
     labels, positions, documents = batch(seed)
     k, length = 3, labels.shape[1]
     layout = training_layout(labels, positions, documents, k)
-    for row, anchors in enumerate(layout.anchor_BA.tolist()):
+    for row, anchors in enumerate(layout.anchor_BM[:, ::k].tolist()):
         for block, anchor in enumerate(anchors):
             for step in range(1, k + 1):
                 mask = block * k + step - 1
-                assert layout.step_M[mask] == step
+                assert layout.step_BM[row, mask] == step
                 assert layout.index_BM[row, mask] == step - 1
                 assert layout.anchor_BM[row, mask] == anchor
                 assert layout.stands_for_BM[row, mask] == anchor + step
                 assert layout.position_BN[row, length + mask] == positions[row, anchor] + step
                 assert layout.segment_BN[row, length + mask] == documents[row, anchor]
                 assert layout.reach_BN[row, length + mask] == anchor
-                assert layout.block_N[length + mask] == block
+                assert layout.block_BN[row, length + mask] == anchor
     assert torch.equal(layout.position_BN[:, :length], positions)
     assert torch.equal(layout.segment_BN[:, :length], documents)
     assert torch.equal(layout.reach_BN[:, :length], torch.arange(length).expand_as(labels))
-    assert layout.block_N[:length].tolist() == [-1] * length
+    assert (layout.block_BN[:, :length] == -1).all()
 
 
 def test_documents_of_packed_and_padded_rows():
@@ -157,32 +158,32 @@ def test_documents_of_packed_and_padded_rows():
 def test_split_rows_keep_every_block_in_order(blocks):
     labels, positions, documents = batch(1, length=20)
     layout = training_layout(labels, positions, documents, k=2)
-    anchors = layout.anchor_BA.shape[1]
-    split = layout.split_rows(blocks)
-    parts = -(-anchors // blocks)
-    assert split.anchor_BA.shape == (len(labels) * parts, blocks)
+    masks = 2 * blocks
+    split = layout.split_rows(masks)
+    parts = -(-layout.masks // masks)
+    assert split.anchor_BM.shape == (len(labels) * parts, masks)
     for row in range(len(labels)):
         rows = slice(row * parts, (row + 1) * parts)
-        flat = split.anchor_BA[rows].flatten().tolist()
-        assert flat[:anchors] == layout.anchor_BA[row].tolist()
-        assert set(flat[anchors:]) <= {layout.anchor_BA[row, -1].item()}
+        for name in ("anchor_BM", "step_BM"):
+            assert getattr(split, name)[rows].flatten()[: layout.masks].tolist() == getattr(layout, name)[row].tolist()
+        assert split.alive_BM[rows].flatten().tolist() == [mask < layout.masks for mask in range(parts * masks)]
         assert (split.position_BT[rows] == positions[row]).all()
         assert (split.segment_BT[rows] == documents[row]).all()
 
 
 def test_decoding_layouts():
     # Four tokens after five cached ones: the pending token and three drafts.
-    linear = decoding_layout(4, past=5, anchors=1, k=2, device=torch.device("cpu"))
+    linear = step_layout(4, past=5, anchors=1, k=2)
     assert linear.position_BN.tolist() == [[5, 6, 7, 8, 9, 10]]
-    quadratic = decoding_layout(4, past=5, anchors=4, k=2, device=torch.device("cpu"))
+    quadratic = step_layout(4, past=5, anchors=4, k=2)
     assert quadratic.position_BN.tolist() == [[5, 6, 7, 8, 6, 7, 7, 8, 8, 9, 9, 10]]
-    assert quadratic.anchor_BA.tolist() == [[0, 1, 2, 3]]
-    assert decoding_layout(4, past=5, anchors=4, k=0, device=torch.device("cpu")).position_BN.tolist() == [
-        [5, 6, 7, 8]
-    ]
+    assert quadratic.anchor_BM.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3]]
+    assert step_layout(4, past=5, anchors=4, k=0).position_BN.tolist() == [[5, 6, 7, 8]]
 
 
 def test_a_block_without_masks_adds_no_column():
-    layout = BlockLayout(torch.tensor([[1]]), torch.arange(3)[None], torch.zeros(1, 3, dtype=torch.long), k=0)
+    layout = BlockLayout.of_blocks(
+        torch.tensor([[1]]), torch.arange(3)[None], torch.zeros(1, 3, dtype=torch.long), k=0
+    )
     assert layout.index_BM.shape == (1, 0)
-    assert layout.block_N.tolist() == [-1, -1, -1]
+    assert layout.block_BN.tolist() == [[-1, -1, -1]]

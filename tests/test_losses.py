@@ -134,7 +134,7 @@ def test_sampler_head(residual):
 
 def slow_objective(model, input_ids, labels, layout, recipe) -> tuple[torch.Tensor, dict[str, float]]:
     """Loops over masks, one at a time: (loss, measures)."""
-    tuner = model.base_model
+    tuner, k = model.base_model, model.base_model.active_mtp_config.k
     regular, masks = tuner.masked_states(input_ids, layout, all_layers=True)
     unembedding, embedding = tuner.model.get_output_embeddings(), tuner.model.get_input_embeddings()
     terms, weights, right = {}, [], {}
@@ -142,7 +142,7 @@ def slow_objective(model, input_ids, labels, layout, recipe) -> tuple[torch.Tens
         for mask, target_column in enumerate(columns):
             if target_column == IGNORE:
                 continue
-            column, step = target_column - 1, mask % layout.k + 1
+            column, step = target_column - 1, mask % k + 1
             choice = unembedding(regular[-1][row, column]).argmax()
             target = choice if recipe.targets == "model" else input_ids[row, target_column]
             state = masks[-1][row, mask]
@@ -157,15 +157,15 @@ def slow_objective(model, input_ids, labels, layout, recipe) -> tuple[torch.Tens
             for name, value in of_mask.items():
                 terms.setdefault(name, []).append(value)
             weights.append(recipe.position_decay ** (step - 1))
-            right.setdefault((row, mask // layout.k), {})[step] = bool(logits.argmax() == choice)
+            right.setdefault((row, mask // k), {})[step] = bool(logits.argmax() == choice)
     weights = torch.tensor(weights) / sum(weights)
     means = {name: (torch.stack(values) * weights).sum() for name, values in terms.items()}
     loss = sum(getattr(recipe, name) * mean for name, mean in means.items())
     measures = {f"loss_{name}": mean.item() for name, mean in means.items()}
-    for step in range(1, layout.k + 1):
+    for step in range(1, k + 1):
         of_step = [block[step] for block in right.values() if step in block]
         measures[f"accuracy_{step}"] = sum(of_step) / max(1, len(of_step))
-    accepted = [[block.get(step, False) for step in range(1, layout.k + 1)] for block in right.values()]
+    accepted = [[block.get(step, False) for step in range(1, k + 1)] for block in right.values()]
     measures["tokens_per_step"] = losses.simulated_tokens_per_step(torch.tensor(accepted)).item()
     return loss, measures
 

@@ -1,16 +1,19 @@
 """The attention rule, against a loop over pairs of tokens; and that models obey it."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from layouts import cached_columns, step_layout
 from test_layout import batch
 from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, checkpoint_layers, tiny_base, upgraded
 
 from hf_mtp import tuner
+from hf_mtp.cache import RollbackCache
 from hf_mtp.layout import decoding_layout, segments, training_layout
-from hf_mtp.masks import AttentionKind, allowed_attention, attention_kinds, attention_masks
+from hf_mtp.masks import AttentionKind, CachedColumns, allowed_attention, attention_kinds, attention_masks
+from hf_mtp.slots import choose_slots
+from hf_mtp.step import MaskedStep
 
 KINDS = [
     AttentionKind(),
@@ -39,7 +42,7 @@ def may_attend(layout, past: int, kind: AttentionKind, row: int, query: int, key
     if key < regular:  # a mask reads what its anchor reads
         anchor = query if query < regular else layout.anchor_BM[row, query - regular]
         return key <= anchor
-    return layout.block_N[query] == layout.block_N[key] and key < query
+    return layout.block_BN[row, query] == layout.block_BN[row, key] and key < query
 
 
 def by_loop(layout, past: int, kind: AttentionKind) -> torch.Tensor:
@@ -61,22 +64,40 @@ def test_training_attention(seed, kind):
     labels, positions, documents = batch(seed, rows=2, length=11)
     layout = training_layout(labels, positions, documents, k=2)
     expected = by_loop(layout, 0, kind)
-    assert torch.equal(allowed_attention(layout, 0, kind), expected)
+    assert torch.equal(allowed_attention(layout, kind=kind), expected)
     masks = layout.index_BM.shape[1]
-    assert torch.equal(allowed_attention(layout, 0, kind, queries=masks), expected[:, -masks:])
+    assert torch.equal(allowed_attention(layout, kind=kind, queries=masks), expected[:, -masks:])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("anchors", [1, 4])
 @pytest.mark.parametrize("past", [0, 6])
 def test_decoding_attention(past, anchors, kind):
-    layout = decoding_layout(4, past, anchors, k=3, device=torch.device("cpu"))
-    assert torch.equal(allowed_attention(layout, past, kind), by_loop(layout, past, kind))
+    layout = step_layout(4, past, anchors, k=3)
+    assert torch.equal(allowed_attention(layout, cached_columns(layout, past), kind), by_loop(layout, past, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows_of_a_batch_see_their_own_cache_only(kind):
+    # Rows with 2, 5 and 4 cached columns, of which 0, 3 and 1 are padding, in a storage of 14 columns.
+    start, length = torch.tensor([0, 3, 1]), torch.tensor([2, 5, 4])
+    value = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(0)).sort(dim=2, descending=True).values
+    slots = choose_slots(value, 4)
+    layout = decoding_layout((length - start)[:, None] + torch.arange(3), slots)
+    allowed = allowed_attention(layout, CachedColumns(start, length, 14), kind)
+    for row in range(3):
+        alone = decoding_layout((length - start)[row] + torch.arange(3)[None], slots.of_row(row))
+        cached, own = (length - start)[row].item(), slice(length[row], length[row] + 7)
+        expected = by_loop(alone, cached, kind)[0]
+        assert torch.equal(allowed[row, :, start[row] : length[row]], expected[:, :cached])
+        assert torch.equal(allowed[row, :, own], expected[:, cached:])
+        assert not allowed[row, :, : start[row]].any()
+        assert not allowed[row, :, own.stop :].any()
 
 
 def test_the_rule_by_eye():
     # a b | m1 m2 after a | m1 m2 after b
-    layout = decoding_layout(2, past=0, anchors=2, k=2, device=torch.device("cpu"))
+    layout = step_layout(2, past=0, anchors=2, k=2)
     assert allowed_attention(layout)[0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -89,22 +110,23 @@ def test_the_rule_by_eye():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_additive_mask(dtype):
-    layout = decoding_layout(3, past=2, anchors=3, k=2, device=torch.device("cpu"))
-    mask = attention_masks(layout, 2, [AttentionKind()], dtype)
+    layout = step_layout(3, past=2, anchors=3, k=2)
+    mask = attention_masks(layout, [AttentionKind()], dtype, cached_columns(layout, 2))
     assert mask.dtype == dtype
     assert mask.shape == (1, 1, 9, 11)
-    assert torch.equal(mask[:, 0] == 0, allowed_attention(layout, 2))
+    assert torch.equal(mask[:, 0] == 0, allowed_attention(layout, cached_columns(layout, 2)))
     assert mask.min() == torch.finfo(dtype).min
 
 
 def test_one_mask_until_the_window_is_exceeded_and_then_one_per_kind():
     kinds = [AttentionKind(), AttentionKind("sliding_attention", window=10)]
-    for past, expected in ((5, torch.Tensor), (6, dict)):
-        layout = decoding_layout(3, past, anchors=3, k=2, device=torch.device("cpu"))
-        assert isinstance(attention_masks(layout, past, kinds, torch.float32), expected)
-    masks = attention_masks(layout, 6, kinds, torch.float32)
+    for past, expected in ((1, torch.Tensor), (2, dict)):
+        layout = step_layout(3, past, anchors=3, k=2)
+        cached = cached_columns(layout, past)
+        assert isinstance(attention_masks(layout, kinds, torch.float32, cached), expected)
+    masks = attention_masks(layout, kinds, torch.float32, cached)
     assert masks.keys() == {"full_attention", "sliding_attention"}
-    assert torch.equal(masks["sliding_attention"][:, 0] == 0, allowed_attention(layout, 6, kinds[1]))
+    assert torch.equal(masks["sliding_attention"][:, 0] == 0, allowed_attention(layout, cached, kinds[1]))
 
 
 @pytest.mark.parametrize(
@@ -147,13 +169,13 @@ def test_masks_in_one_pass_are_computed_as_sequences_of_their_own(architecture):
     layout = training_layout(input_ids, positions, segments(None, positions), k=3)
     with torch.no_grad():
         _, masks = model.base_model.masked_states(input_ids, layout)
-    for block, anchor in enumerate(layout.anchor_BA[0].tolist()):
+    for block, anchor in enumerate(layout.anchor_BM[0, ::3].tolist()):
         document = input_ids[:, 9 * (anchor >= 9) : anchor + 1]
-        alone = decoding_layout(document.shape[1], 0, 1, 3, torch.device("cpu"))
-        cache = tuner.DynamicCache()
+        alone = step_layout(document.shape[1], past=0, anchors=1, k=3)
+        step, cache = MaskedStep(model.base_model), RollbackCache(torch.zeros(1, dtype=torch.long))
         with torch.no_grad():
-            _, expected = model.base_model.masked_step(document, alone, cache, logits_rows=1)
-        torch.testing.assert_close(masks[-1][:, 3 * block : 3 * block + 3], expected, atol=1e-5, rtol=1e-4)
+            expected = step(document, alone, cache, logits_rows=1)
+        torch.testing.assert_close(masks[-1][:, 3 * block : 3 * block + 3], expected.mask_BMD, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("blocks_per_row", [1, 4, 16])
@@ -204,4 +226,4 @@ def test_regular_states_are_the_bases():
 
 def test_the_layout_of_the_first_pass_has_no_masks():
     layout = training_layout(*packed_batch()[1:], k=3)
-    assert allowed_attention(replace(layout, k=0)).shape == (2, 15, 15)
+    assert allowed_attention(layout.without_masks()).shape == (2, 15, 15)

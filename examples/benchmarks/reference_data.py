@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 DOMAINS = ("maths", "chat", "python")
 # Share of each domain among the training sequences.
-MIX = {"maths": 0.5, "chat": 0.25, "python": 0.25}
+MIX = {"maths": 0.35, "chat": 0.3, "python": 0.35}
 CHARACTERS_PER_PIECE = 900  # about 300 tokens, as long as a maths example
 
 

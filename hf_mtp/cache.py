@@ -1,0 +1,206 @@
+"""The cache of decoding: every row grows and rolls back by itself.
+
+A forward pass writes the keys and values of its columns right after the tokens that a row holds. Tokens that stay are
+then counted in, `keep`, and all others are overwritten by the next pass: rolling back moves a number and copies
+nothing, however differently rows go on.
+
+Shapes: B batch, H heads, N columns of a pass, S columns of storage, D features.
+"""
+
+from functools import partial
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .masks import CachedColumns
+
+SPARE_COLUMNS = 64  # storage grows by half and by no less than this
+
+
+class Rows:
+    """Where the tokens of each row begin and end; one object for all layers of a cache.
+
+    Args:
+        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
+        columns (`int`, *optional*): Fixed size of the storage. `None` lets it grow.
+    """
+
+    def __init__(self, start_B: torch.LongTensor, columns: int | None = None):
+        self.start_B = start_B
+        self.length_B = torch.zeros_like(start_B)
+        self.starts, self.lengths = start_B.tolist(), [0] * len(start_B)  # the same, without asking the device
+        self.columns = columns
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def are_equal(self) -> bool:
+        return min(self.lengths) == self.longest
+
+
+class RollbackLayer(CacheLayerMixin):
+    """Keys and values of one layer, `(B, H, S, D)`.
+
+    Args:
+        rows ([`Rows`]): Behind which columns the next pass is written.
+    """
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self, rows: Rows):
+        super().__init__()
+        self.rows = rows
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.rows.columns or 0, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        if self.rows.columns is not None and not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values):  # else CUDA graphs would copy them in and out
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Writes the columns of a pass behind each row's tokens.
+
+        Args:
+            key_states, value_states (`torch.Tensor` of shape `(B, H, N, D)`): The new columns.
+
+        Returns:
+            Keys and values to attend to: all of a fixed storage, else up to the last column written in any row.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.rows.columns is not None and torch.compiler.is_compiling():
+            self._write_behind_each_row(key_states, value_states)
+            return self.keys, self.values
+        end = self.rows.longest + key_states.shape[2]
+        if self.rows.columns is None and end > self.keys.shape[2]:
+            self._grow(end)
+        if self.rows.are_equal:
+            self.keys[:, :, self.rows.longest : end] = key_states
+            self.values[:, :, self.rows.longest : end] = value_states
+        else:
+            self._write_behind_each_row(key_states, value_states)
+        end = self.rows.columns or end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _write_behind_each_row(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        new_N = torch.arange(key_states.shape[2], device=key_states.device)
+        column_BN = self.rows.length_B[:, None] + new_N
+        for storage, states in ((self.keys, key_states), (self.values, value_states)):
+            storage.scatter_(2, column_BN[:, None, :, None].expand_as(states), states)
+
+    def _grow(self, columns: int) -> None:
+        columns = max(columns, self.keys.shape[2] * 3 // 2, self.keys.shape[2] + SPARE_COLUMNS)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            grown = old.new_zeros(*old.shape[:2], columns, old.shape[3])
+            grown[:, :, : old.shape[2]] = old
+            setattr(self, name, grown)
+
+    def get_seq_length(self) -> int:
+        return self.rows.longest
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.rows.columns or self.rows.longest + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.rows.columns or -1
+
+
+class RollbackCache(Cache):
+    """A [`~transformers.Cache`] whose rows roll back each by itself.
+
+    Layers keep every token, also those with a sliding window: the attention masks limit what these see.
+
+    Args:
+        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
+        columns (`int`, *optional*): Fixed size of the storage. `None` lets it grow.
+        offloading (`bool`, *optional*): Whether layers wait on the CPU while others run.
+    """
+
+    def __init__(self, start_B: torch.LongTensor, columns: int | None = None, offloading: bool = False):
+        self.rows = Rows(start_B, columns)
+        super().__init__(layer_class_to_replicate=partial(RollbackLayer, self.rows), offloading=offloading)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row holds."""
+        return self.rows.lengths
+
+    def next_columns(self, new: int) -> torch.LongTensor:
+        """`(B, new)`: the columns that a pass of so many writes."""
+        return self.rows.length_B[:, None] + torch.arange(new, device=self.rows.length_B.device)
+
+    def seen_by(self, new: int) -> CachedColumns:
+        """What the attention of a pass of `new` columns sees."""
+        return CachedColumns(self.rows.start_B, self.rows.length_B, self.rows.columns or self.rows.longest + new)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds one row without padding and shows no columns but its own."""
+        return self.rows.starts == [0] and self.rows.columns is None
+
+    def keep(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
+        """Counts in the first columns of the last pass; all others are rolled back.
+
+        Args:
+            tokens (`list[int]`): How many, for each row.
+            tokens_B (`torch.LongTensor` of shape `(B,)`, *optional*): The same, if it is on the device already.
+        """
+        if tokens_B is None:
+            tokens_B = torch.tensor(tokens, device=self.rows.length_B.device)
+        self.rows.lengths = [length + kept for length, kept in zip(self.rows.lengths, tokens, strict=True)]
+        self.rows.length_B += tokens_B
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Drops all rows but these."""
+        index = torch.tensor(rows, device=self.rows.length_B.device)
+        self.rows.starts = [self.rows.starts[row] for row in rows]
+        self.rows.lengths = [self.rows.lengths[row] for row in rows]
+        self.rows.start_B, self.rows.length_B = self.rows.start_B[index], self.rows.length_B[index]
+        for layer in self.layers:
+            layer.keys, layer.values = (
+                layer.keys[index.to(layer.keys.device)],
+                layer.values[index.to(layer.keys.device)],
+            )
+
+    def take_over(self, cache: Cache) -> None:
+        """Starts with the tokens of another cache, which stays as it is.
+
+        Args:
+            cache ([`~transformers.Cache`]): What `generate` was given. Of a layer with a sliding window the last
+                tokens are there, and no others are needed.
+        """
+        length = cache.get_seq_length()
+        for index, layer in enumerate(cache.layers):
+            if not layer.is_initialized:
+                continue
+            held = min(length, layer.keys.shape[2])
+            keys, values = layer.keys, layer.values
+            if layer.get_max_length() == -1 or held < length:  # grown to measure, or a full window
+                keys, values = keys[:, :, -held:], values[:, :, -held:]
+            padding = (0, 0, length - held, 0)
+            self.update(
+                torch.nn.functional.pad(keys[:, :, :held], padding),
+                torch.nn.functional.pad(values[:, :, :held], padding),
+                index,
+            )
+        self.keep([length] * len(self.lengths))
+
+    def hand_over(self, cache: Cache) -> None:
+        """Appends to another cache the tokens that it lacks. Rows shorter than the longest end in zeros."""
+        known, length = cache.get_seq_length(), self.rows.longest
+        if length == known:
+            return
+        ends_B = self.rows.length_B[:, None, None, None]
+        in_row = torch.arange(known, length, device=ends_B.device)[None, None, :, None] < ends_B
+        for index, layer in enumerate(self.layers):
+            inside = in_row.to(layer.keys.device)
+            cache.update(layer.keys[:, :, known:length] * inside, layer.values[:, :, known:length] * inside, index)

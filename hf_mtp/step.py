@@ -1,0 +1,156 @@
+"""The forward pass of decoding: regular tokens and masks in, logits of the former and states of the latter out.
+
+Knows the upgraded model and its cache. Knows nothing of strategies, of verification or of when to stop.
+
+Shapes: B batch, T regular columns, M masks, N = T + M, R positions with logits, D features, V vocabulary, H heads.
+"""
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .cache import RollbackCache
+from .drafting import Drafts, Draw, draft
+from .layout import BlockLayout
+from .masks import attention_kinds, attention_masks
+
+if TYPE_CHECKING:
+    from .tuner import GatedLoraModel
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a pass gave.
+
+    Args:
+        logits_BRV (`torch.Tensor` of shape `(B, R, V)`): Of the last R regular tokens.
+        mask_BMD (`torch.Tensor` of shape `(B, M, D)`): Last hidden states of the masks.
+        before (`int`): Regular columns before the first with logits.
+        past (`list[int]`): Columns that each row had in the cache.
+        hidden_states (`tuple` of `(B, N, D)`), attentions (`tuple` of `(B, H, N, S)`): Of all layers, if asked for.
+    """
+
+    logits_BRV: torch.Tensor
+    mask_BMD: torch.Tensor
+    before: int
+    past: list[int]
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+    def block(self, column_BK: torch.LongTensor) -> torch.Tensor:
+        """`(B, K, D)`: states of the masks in these columns; of any mask where the column is -1."""
+        index = column_BK.clamp(min=0)[:, :, None].expand(-1, -1, self.mask_BMD.shape[2])
+        return self.mask_BMD.gather(1, index)
+
+    def states_of_row(self, row: int) -> list[dict]:
+        """Hidden states and attentions that led to each token, first to last, in the shape that `generate` gives."""
+        if self.hidden_states is None and self.attentions is None:
+            return []
+        entries = []
+        for position in range(self.logits_BRV.shape[1]):
+            end = self.before + position + 1
+            read = slice(0 if position == 0 else end - 1, end)  # the first token is chosen from the whole prompt
+            entry = {}
+            if self.hidden_states is not None:
+                entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
+            if self.attentions is not None:
+                keys = self.past[row] + end
+                entry["attentions"] = tuple(weights[row, :, read, :keys] for weights in self.attentions)
+            entries.append(entry)
+        return entries
+
+
+class MaskedStep:
+    """The forward pass of one upgraded model, as decoding needs it.
+
+    Args:
+        tuner ([`GatedLoraModel`]): The upgraded model.
+        output_hidden_states, output_attentions (`bool`): Whether to return those of all layers.
+    """
+
+    def __init__(self, tuner: "GatedLoraModel", output_hidden_states: bool = False, output_attentions: bool = False):
+        self.tuner, self.model = tuner, tuner.model
+        self.kinds = attention_kinds(self.model.config.get_text_config(decoder=True))
+        self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
+        self.known_arguments = inspect.signature(self.model.forward).parameters
+
+    def __call__(
+        self,
+        regular_BT: torch.Tensor,
+        layout: BlockLayout,
+        cache: RollbackCache,
+        logits_rows: int,
+    ) -> StepOutput:
+        """Runs all columns and writes them behind the tokens that the cache holds.
+
+        Args:
+            regular_BT (`torch.Tensor`): Token ids of shape `(B, T)`, or embeddings of shape `(B, T, D)`.
+            layout ([`BlockLayout`]): Their positions and the masks that follow them.
+            cache ([`RollbackCache`]): All tokens before.
+            logits_rows (`int`): R, the last regular tokens whose logits are wanted.
+        """
+        regular = regular_BT.shape[1]
+        wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
+        inputs = {
+            "position_ids": layout.position_BN,
+            "logits_to_keep": wanted,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if regular_BT.dim() == 3:
+            masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
+            inputs["inputs_embeds"] = torch.cat([regular_BT, masks_BMD], dim=1)
+        else:
+            inputs["input_ids"] = torch.cat([regular_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
+        if not (
+            cache.is_plain and (layout.masks == 0 or layout.is_chain)
+        ):  # else the model's own causal mask is right
+            cached = cache.seen_by(regular + layout.masks)
+            inputs["attention_mask"] = attention_masks(layout, self.kinds, self.model.dtype, cached)
+        inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
+        past = list(cache.lengths)
+        with self.tuner.masks_in_columns(regular, layout.index_BM), self._captured_states() as states:
+            outputs = self.model(**inputs, **self.outputs)
+        logits = outputs.logits
+        if "logits_to_keep" not in self.known_arguments:
+            logits = logits[:, wanted]
+        return StepOutput(
+            logits,
+            states[0][:, regular:],
+            regular - logits_rows,
+            past,
+            outputs.hidden_states if "output_hidden_states" in self.outputs else None,
+            outputs.attentions if "output_attentions" in self.outputs else None,
+        )
+
+    def draft(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, draw: Draw | None) -> Drafts:
+        """Tokens for the masks of one block per row. Arguments as in [`draft`]."""
+        embedding, unembedding = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return draft(pending_B, hidden_BKD, embedding, unembedding, self.tuner.sampler_head(), draw)
+
+    def positions_left(self, used: int) -> int:
+        """How many positions the model has after the first `used`; a large number if it has no maximum."""
+        maximum = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return (maximum or 2**31) - used
+
+    @contextmanager
+    def _captured_states(self) -> Iterator[list[torch.Tensor]]:
+        """Within, the decoder's last hidden states land in the list: what the unembedding reads, at all columns."""
+        states, thread = [], threading.get_ident()
+
+        def keep(decoder: nn.Module, args: tuple, outputs) -> None:
+            if threading.get_ident() == thread:  # another one may be generating too
+                states.append(outputs.last_hidden_state)
+
+        hook = self.model.get_decoder().register_forward_hook(keep)
+        try:
+            yield states
+        finally:
+            hook.remove()

@@ -1,0 +1,191 @@
+"""Sampling with `mtp=True` draws from the base's own distribution, whatever the drafts."""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from tiny_models import prompt, tiny_base, upgraded
+from transformers import LogitsProcessorList
+
+from hf_mtp import generation
+from hf_mtp.drafting import Draw
+from hf_mtp.pacing import Pacer
+from hf_mtp.verification import judge
+
+VOCAB, NEW_TOKENS = 3, 3
+
+
+# ---------------------------------------------------------------- every course that chance can take
+
+
+@dataclass
+class Script:
+    """One course of chance: choices made so far, replayed, and then the first possible ones."""
+
+    choices: list[tuple[int, int]]  # choice, alternatives
+    at: int = 0
+    probability: float = 1.0
+
+    def choose(self, probabilities: list[float]) -> int:
+        possible = [index for index, probability in enumerate(probabilities) if probability > 0]
+        if self.at == len(self.choices):
+            self.choices.append((0, len(possible)))
+        choice = possible[self.choices[self.at][0]]
+        self.at += 1
+        self.probability *= probabilities[choice]
+        return choice
+
+    def next_course(self) -> bool:
+        """Moves on to the next course; False after the last."""
+        while self.choices and self.choices[-1][0] + 1 == self.choices[-1][1]:
+            self.choices.pop()
+        if self.choices:
+            choice, alternatives = self.choices.pop()
+            self.choices.append((choice + 1, alternatives))
+        self.at, self.probability = 0, 1.0
+        return bool(self.choices)
+
+
+@dataclass(frozen=True)
+class EveryCourse(Draw):
+    """Stands in for [`Draw`]: takes its choices from a script."""
+
+    script: Script = field(default=None)
+
+    def one_of(self, probability_XC):
+        rows = (probability_XC / probability_XC.sum(dim=-1, keepdim=True)).tolist()
+        return torch.tensor([[self.script.choose(row)] for row in rows])
+
+    def happens(self, probability_X):
+        rows = probability_X.clamp(max=1).tolist()
+        return torch.tensor([self.script.choose([1 - p, p]) == 1 for p in rows], dtype=torch.bool)
+
+
+def base_probabilities(model, input_ids, processors) -> dict[tuple[int, ...], float]:
+    """The probability of each continuation, by plain forward passes."""
+    result = {}
+    for continuation in itertools.product(range(VOCAB), repeat=NEW_TOKENS):
+        probability, sequence = 1.0, input_ids
+        for token in continuation:
+            logits = model(input_ids=sequence).logits[:, -1].float()
+            probability *= processors(sequence, logits).softmax(dim=-1)[0, token].item()
+            sequence = torch.cat([sequence, torch.tensor([[token]])], dim=1)
+        result[continuation] = probability
+    return result
+
+
+class TwoSlots(Pacer):
+    """Automatic decoding with a fixed budget, so that the same chance takes the same course."""
+
+    def __init__(self):
+        super().__init__(k=2)
+        self.plain_left, self.budget = 0, 2
+
+    def observe(self, done):
+        pass
+
+
+@pytest.mark.parametrize("strategy", ["quadratic", "linear", "auto"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.7, "temperature": 1.3}],
+    ids=["plain", "warpers", "processor_that_reads_the_prefix"],
+)
+@torch.no_grad()
+def test_probability_of_every_continuation(options, strategy, monkeypatch):
+    model = upgraded(tiny_base("llama", torch.float64, vocab_size=VOCAB, initializer_range=0.1), k=2).double()
+    input_ids = prompt(5) % VOCAB
+    script = Script([])
+    monkeypatch.setattr(generation, "Pacer", lambda k: TwoSlots())
+    monkeypatch.setattr(generation, "Draw", lambda warpers, generator: EveryCourse(warpers, generator, script))
+    found: dict[tuple[int, ...], float] = {}
+    arguments = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, **options}
+    courses = accepted = 0
+    while True:
+        output = model.generate(input_ids, mtp=True, mtp_strategy=strategy, **arguments)
+        continuation = tuple(output[0, 5:].tolist())
+        found[continuation] = found.get(continuation, 0.0) + script.probability
+        courses += 1
+        accepted += model.mtp_statistics.accepted
+        if not script.next_course():
+            break
+    processors = model.get_base_model()._get_logits_processor(
+        model.get_base_model()._prepare_generation_config(None, **arguments)[0], input_ids_seq_length=5
+    )
+    expected = base_probabilities(model, input_ids, processors)
+    assert courses > 20
+    assert accepted > 0
+    assert math.isclose(sum(found.values()), 1.0, abs_tol=1e-6)
+    for continuation, probability in expected.items():
+        assert abs(found.get(continuation, 0.0) - probability) < 1e-6
+
+
+def test_judge_draws_what_the_base_would():
+    """p against q in closed form: acceptance and surplus add up to p."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(1, 7, generator=generator, dtype=torch.float64).softmax(dim=-1) for _ in range(2))
+    result = torch.zeros(7, dtype=torch.float64)
+    for token in range(7):
+        script = Script([])
+        while True:
+            draw = EveryCourse(LogitsProcessorList(), None, script)
+            choice, _ = judge(p.log(), torch.tensor([token]), draw, torch.arange(7)[None], q)
+            result[choice] += q[0, token] * script.probability
+            if not script.next_course():
+                break
+    torch.testing.assert_close(result, p[0])
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("strategy", ["quadratic", "linear"])
+def test_twenty_thousand_draws(strategy):
+    """A chi-square test against the base's own probabilities, in batches whose rows accept differently."""
+    model = upgraded(tiny_base("llama", vocab_size=VOCAB, initializer_range=0.15), k=2)
+    input_ids = prompt(5) % VOCAB
+    with torch.no_grad():
+        expected = base_probabilities(model, input_ids, lambda prefix, logits: logits / 0.8)
+    counts, accepted = dict.fromkeys(expected, 0), 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        output = model.generate(
+            input_ids,
+            mtp=True,
+            mtp_strategy=strategy,
+            generator=generator,
+            do_sample=True,
+            temperature=0.8,
+            top_k=0,
+            num_return_sequences=2000,
+            max_new_tokens=NEW_TOKENS,
+        )
+        accepted += model.mtp_statistics.accepted
+        for continuation in output[:, 5:].tolist():
+            counts[tuple(continuation)] += 1
+    assert accepted > 1000
+    whole = sum(expected.values())  # 1, up to the rounding of float32
+    assert chisquare(list(counts.values()), [20_000 * p / whole for p in expected.values()]).pvalue > 1e-3
+
+
+def test_seed_and_generator_make_draws_repeatable():
+    model = upgraded("llama", k=3)
+    arguments = {"mtp": True, "mtp_strategy": "quadratic", "do_sample": True, "max_new_tokens": 12}
+    outputs = []
+    for seed in (0, 0, 1):
+        outputs.append(model.generate(prompt(), generator=torch.Generator().manual_seed(seed), **arguments))
+        torch.manual_seed(seed)
+        outputs.append(model.generate(prompt(), **arguments))
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[4])
+
+
+def test_low_temperature_is_greedy():
+    model = upgraded("llama", k=3)
+    greedy = model.generate(prompt(), do_sample=False, max_new_tokens=15)
+    cold = model.generate(prompt(), mtp=True, do_sample=True, temperature=1e-4, max_new_tokens=15)
+    assert torch.equal(cold, greedy)
