@@ -40,6 +40,7 @@ class Task:
             ([`~transformers.generation.streamers.BaseStreamer`], *optional*): As prepared by `generate`.
         draw ([`Draw`], *optional*): Samples; greedy if `None`.
         keep_rows (`bool`): Whether the cache must keep rows that ended.
+        fixed_shape (`bool`): Whether every pass has the same number of columns, so that one compiled graph serves all.
         others_unfinished (`Callable`): Whether other processes still decode, told that this one does or does not.
     """
 
@@ -50,6 +51,7 @@ class Task:
     streamer: BaseStreamer | None
     draw: Draw | None
     keep_rows: bool
+    fixed_shape: bool
     others_unfinished: Callable[[bool], bool]
 
 
@@ -76,8 +78,8 @@ def decode(
         # One pass over what the cache lacks, the drafts, and masks on the tokens that may turn out last.
         columns = regular_BT.shape[1]
         before = columns - 1 - drafts.count  # columns of the prompt before its last
-        room = step.positions_left(cache.rows.longest + columns)
-        slots = pace.slots(drafts, max(0, min(task.k, batch.room - 2, room)))
+        room = min(batch.room - 2, step.positions_left(cache.rows.longest + columns))
+        slots = pace.slots(drafts, task.k if task.fixed_shape else max(0, min(task.k, room)))
         layout = decoding_layout(cache.next_columns(columns) - cache.rows.start_B[:, None], slots, first=before)
         output = step(regular_BT, layout, cache, logits_rows=1 + drafts.count)
 
@@ -88,21 +90,22 @@ def decode(
         cache.keep([before * (new > 0) + new for new in outcome.new_tokens])
         if not task.others_unfinished(batch.is_done):
             return statistics
+        began, before_began = time.perf_counter(), began
+        if before_began is not None:
+            offered = list(zip(outcome.offered, outcome.accepted, strict=True))
+            pace.observe(Pass(columns - 1, layout.masks, offered, began - before_began))
 
         # The block that hangs on each row's last accepted token gives its next drafts.
         column_BK = slots.column_BRk[torch.arange(len(batch.rows)), outcome.accepted_B]
-        column_BK = column_BK[:, : max(0, min(outcome.next_drafts, batch.room - 1))]
+        count = min(outcome.next_drafts, batch.room - 1)
+        if task.fixed_shape:
+            count = pace.fixed_drafts(task.k)
+        column_BK = column_BK[:, : max(0, count)]
         drafts = step.draft(outcome.pending_B, output.block(column_BK), task.draw).where(column_BK >= 0)
         regular_BT = torch.cat([outcome.pending_B[:, None], drafts.token_BK.clamp(min=0)], dim=1)
         if (alive := batch.drop_finished()) is not None:
             cache.select_rows(alive)
             drafts, regular_BT = drafts.select_rows(alive), regular_BT[alive]
-
-        now = time.perf_counter()
-        if began is not None:
-            offered = list(zip(outcome.offered, outcome.accepted, strict=True))
-            pace.observe(Pass(columns - 1, layout.masks, offered, now - began))
-        began = now
 
 
 @dataclass(frozen=True)

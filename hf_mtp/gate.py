@@ -38,6 +38,12 @@ class MaskColumns:
         return batch, self.first + masks
 
 
+class Listener:
+    """Holds the last hidden states, `(B, N, D)`, of one forward pass."""
+
+    states: torch.Tensor | None = None
+
+
 class Gate(threading.local):
     """Says, to every LoRA layer of one model, which columns of the running forward pass are masks.
 
@@ -46,6 +52,16 @@ class Gate(threading.local):
     """
 
     columns: MaskColumns | None = None
+    listener: "Listener | None" = None
+
+    @contextmanager
+    def listen(self) -> Iterator["Listener"]:
+        """Within, the listener gets the decoder's output: last hidden states, which the unembedding reads."""
+        self.listener = Listener()
+        try:
+            yield self.listener
+        finally:
+            self.listener = None
 
     @contextmanager
     def open(self, columns: MaskColumns | None) -> Iterator[None]:

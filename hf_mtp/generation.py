@@ -1,6 +1,7 @@
 """`generate(mtp=True)`: checks what was asked for and hands the decode loop to transformers' own `generate`."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
@@ -114,6 +115,7 @@ class MTPGenerationMixin:
             returns_cache = generation_config.return_dict_in_generate or getattr(
                 prompt.cache, "_is_user_defined", False
             )
+            is_static = generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
             warpers = LogitsProcessorList(processor for processor in logits_processor if type(processor) in WARPERS)
             task = Task(
                 prompt_BT=prompt.unread_BT,
@@ -122,12 +124,12 @@ class MTPGenerationMixin:
                 criteria=stopping_criteria,
                 streamer=streamer,
                 draw=Draw(warpers, generator) if generation_config.do_sample else None,
-                keep_rows=returns_cache,
+                keep_rows=returns_cache or is_static,
+                fixed_shape=is_static,
                 others_unfinished=peers_unfinished(self.model, synced_gpus),
             )
             pad_token = getattr(generation_config, "_pad_token_tensor", None)
             transcript = Transcript(input_ids, room, generation_config, 0 if pad_token is None else int(pad_token))
-            is_static = generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
             cache = RollbackCache(
                 prompt.start_B,
                 columns=columns + 1 + k + (k + 1) * k if is_static else None,
@@ -140,8 +142,11 @@ class MTPGenerationMixin:
                 self,
                 output_hidden_states=bool(returns and generation_config.output_hidden_states),
                 output_attentions=bool(returns and generation_config.output_attentions),
+                compiled=self._compiled_forward(generation_config) if is_static else None,
             )
-            self.mtp_statistics = decode(step, task, transcript, cache, self._pace(strategy, len(prompt.start_B), k))
+            self.mtp_statistics = decode(
+                step, task, transcript, cache, self._pace(strategy, len(prompt.start_B), k, is_static)
+            )
             if streamer is not None:
                 streamer.end()
             if returns_cache and prompt.cache is not None:
@@ -190,12 +195,21 @@ class MTPGenerationMixin:
     def _can_branch(self) -> bool:
         return takes_4d_masks(self.model) and takes_branches(self.model)
 
-    def _pace(self, strategy: str, batch: int, k: int) -> Whole | Pacer:
+    def _pace(self, strategy: str, batch: int, k: int, fixed_shape: bool) -> Whole | Pacer:
         """The strategy; an automatic one remembers, for this adapter, batch size and device, what passes cost."""
         if strategy != "auto":
             return Whole(linear=strategy == "linear")
         known = self.__dict__.setdefault("_pacers", {})
-        return known.setdefault((self.active_adapters[0], batch, k, str(self.model.device)), Pacer(k))
+        name = (self.active_adapters[0], batch, k, fixed_shape, str(self.model.device))
+        if name not in known:
+            known[name] = Pacer(k, fixed_budget=2 * k) if fixed_shape else Pacer(k)
+        return known[name]
+
+    def _compiled_forward(self, config: GenerationConfig) -> Callable | None:
+        """The base's compiled forward pass, under the conditions under which `generate` itself would compile it."""
+        if config.disable_compile or (self.model.device.type == "cpu" and config.compile_config is None):
+            return None
+        return self.model.get_compiled_call(config.compile_config)
 
 
 def _or_default(value, config: GenerationConfig, name: str, default):

@@ -25,7 +25,7 @@ class Pass:
         drafts (`int`): K, drafts verified per row.
         masks (`int`): M, masks computed per row.
         accepted (`list[tuple[int, int]]`): Drafts offered and drafts accepted, for each row that had any.
-        seconds (`float`): Wall clock from one pass to the next.
+        seconds (`float`): Wall clock since the pass before, drafting included.
     """
 
     drafts: int
@@ -59,6 +59,10 @@ class Whole:
         slots = choose_slots(value_BRk, k if self.linear else (count + 1) * k)
         return replace(slots, is_chain=slots.is_chain or (self.linear and batch == 1))
 
+    def fixed_drafts(self, k: int) -> int:
+        """Drafts per row, used or not, of passes that all have the same shape."""
+        return k
+
     def observe(self, done: Pass) -> None:
         """Nothing to learn."""
 
@@ -72,6 +76,7 @@ class Pacer:
 
     Args:
         k (`int`): Masks per block at most.
+        fixed_budget (`int`, *optional*): The one number of slots to choose from, besides none.
     """
 
     MARGIN = 1.04  # by which masks must be ahead of plain decoding
@@ -80,10 +85,10 @@ class Pacer:
     TRIAL = 4  # passes with masks before plain decoding may be resumed
     FIRST_REST, LONGEST_REST = 24, 1024  # plain passes between trials
 
-    def __init__(self, k: int):
-        self.k = k
+    def __init__(self, k: int, fixed_budget: int | None = None):
+        self.k, self.fixed_budget = k, fixed_budget
         self.costs, self.acceptance = StepCosts(), Acceptance(k)
-        self.budget = 2 * k  # slots while masks are on
+        self.budget = fixed_budget or 2 * k  # slots while masks are on
         self.plain_left = 3  # plain passes still to do: the first ones give the price to beat
         self.rest = self.FIRST_REST
         self.since_plan = self.since_plain = 0
@@ -94,7 +99,7 @@ class Pacer:
         device = drafts.token_BK.device
         budget = 0 if self.plain_left else min(self.budget, (count + 1) * k)
         if not budget:
-            return choose_slots(torch.zeros(batch, count + 1, 0, device=device), 0)
+            return choose_slots(torch.zeros(batch, count + 1, k, device=device), 0)
         has_draft_BK = drafts.token_BK != NO_TOKEN
         if drafts.candidate_BKC is None:
             accept_BK = drafts.confidence_BK
@@ -102,6 +107,10 @@ class Pacer:
             accept_BK = torch.tensor(self.acceptance.rates[:count], device=device).expand(batch, -1)
         survival_k = torch.tensor(self.acceptance.survival[:k], device=device)
         return choose_slots(slot_values(landing_probability(accept_BK * has_draft_BK), survival_k), budget)
+
+    def fixed_drafts(self, k: int) -> int:
+        """Drafts per row, used or not, of passes of two shapes: plain ones, and those with all drafts and masks."""
+        return 0 if self.plain_left else k
 
     def observe(self, done: Pass) -> None:
         """Learns from a pass."""
@@ -147,6 +156,8 @@ class Pacer:
         return 1 + sum(landing for _, landing in self.acceptance.best_values[:slots]) + slots
 
     def _budgets(self) -> list[int]:
+        if self.fixed_budget:
+            return [self.fixed_budget]
         whole = (self.k + 1) * self.k
         return sorted({min(slots, whole) for slots in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, whole)})
 

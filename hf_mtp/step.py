@@ -6,14 +6,11 @@ Shapes: B batch, T regular columns, M masks, N = T + M, R positions with logits,
 """
 
 import inspect
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .cache import RollbackCache
 from .drafting import Drafts, Draw, draft
@@ -44,7 +41,9 @@ class StepOutput:
     attentions: tuple[torch.Tensor, ...] | None = None
 
     def block(self, column_BK: torch.LongTensor) -> torch.Tensor:
-        """`(B, K, D)`: states of the masks in these columns; of any mask where the column is -1."""
+        """`(B, K, D)`: states of the masks in these columns; of any mask, or zeros, where the column is -1."""
+        if not self.mask_BMD.shape[1]:
+            return self.mask_BMD.new_zeros(*column_BK.shape, self.mask_BMD.shape[2])
         index = column_BK.clamp(min=0)[:, :, None].expand(-1, -1, self.mask_BMD.shape[2])
         return self.mask_BMD.gather(1, index)
 
@@ -72,9 +71,17 @@ class MaskedStep:
     Args:
         tuner ([`GatedLoraModel`]): The upgraded model.
         output_hidden_states, output_attentions (`bool`): Whether to return those of all layers.
+        compiled (`Callable`, *optional*): The model's compiled forward pass, for all passes but the prompt's.
     """
 
-    def __init__(self, tuner: "GatedLoraModel", output_hidden_states: bool = False, output_attentions: bool = False):
+    def __init__(
+        self,
+        tuner: "GatedLoraModel",
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        compiled: Callable | None = None,
+    ):
+        self.compiled = compiled
         self.tuner, self.model = tuner, tuner.model
         self.kinds = attention_kinds(self.model.config.get_text_config(decoder=True))
         self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
@@ -99,7 +106,8 @@ class MaskedStep:
         regular = regular_BT.shape[1]
         wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
         inputs = {
-            "position_ids": layout.position_BN,
+            # Columns past the model's last position belong to drafts and masks of no use.
+            "position_ids": layout.position_BN.clamp(max=self.positions_left(1)),
             "logits_to_keep": wanted,
             "past_key_values": cache,
             "use_cache": True,
@@ -116,14 +124,15 @@ class MaskedStep:
             inputs["attention_mask"] = attention_masks(layout, self.kinds, self.model.dtype, cached)
         inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
         past = list(cache.lengths)
-        with self.tuner.masks_in_columns(regular, layout.index_BM), self._captured_states() as states:
-            outputs = self.model(**inputs, **self.outputs)
+        forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
+        with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.gate.listen() as listener:
+            outputs = forward(**inputs, **self.outputs)
         logits = outputs.logits
         if "logits_to_keep" not in self.known_arguments:
             logits = logits[:, wanted]
         return StepOutput(
             logits,
-            states[0][:, regular:],
+            listener.states[:, regular:],
             regular - logits_rows,
             past,
             outputs.hidden_states if "output_hidden_states" in self.outputs else None,
@@ -139,18 +148,3 @@ class MaskedStep:
         """How many positions the model has after the first `used`; a large number if it has no maximum."""
         maximum = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return (maximum or 2**31) - used
-
-    @contextmanager
-    def _captured_states(self) -> Iterator[list[torch.Tensor]]:
-        """Within, the decoder's last hidden states land in the list: what the unembedding reads, at all columns."""
-        states, thread = [], threading.get_ident()
-
-        def keep(decoder: nn.Module, args: tuple, outputs) -> None:
-            if threading.get_ident() == thread:  # another one may be generating too
-                states.append(outputs.last_hidden_state)
-
-        hook = self.model.get_decoder().register_forward_hook(keep)
-        try:
-            yield states
-        finally:
-            hook.remove()

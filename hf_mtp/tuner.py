@@ -55,9 +55,10 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             self.gate = Gate()
             self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
             embedding = model.get_input_embeddings()
-            self._embedding_hooks = (
+            self._hooks = (
                 embedding.register_forward_pre_hook(self._embed_regular_ids),
                 embedding.register_forward_hook(self._append_mask_embeddings),
+                model.get_decoder().register_forward_hook(self._keep_last_states),
             )
         super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
@@ -126,7 +127,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
             self._refuse_merge()
-        for hook in self._embedding_hooks:
+        for hook in self._hooks:
             hook.remove()
         return super()._unload_and_optionally_merge(merge=False, **kwargs)
 
@@ -231,6 +232,12 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             return None
         masks = self.lora_mask_embeddings[columns.adapter](columns.index)
         return torch.cat([regular, masks.to(regular.dtype)], dim=1)
+
+    def _keep_last_states(self, decoder: nn.Module, args: tuple, outputs) -> None:
+        """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""
+        listener = self.gate.listener
+        if listener is not None:
+            listener.states = outputs.last_hidden_state
 
     # ---------------------------------------------------------------- forward passes
 

@@ -24,6 +24,7 @@ RUNS = {
     "sampler off": ["--adapter", "sampler=False"],
     "latent consistency off": ["--set", "lcm_weight=0.0"],
     "sampler as in the paper (not residual)": ["--adapter", "sampler_residual=False"],
+    "AdamW for all parameters": ["--set", "muon=False"],
     "targets from the data": ["--set", "targets='data'"],
 }
 

@@ -47,7 +47,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
-    adapter = {"k": 8, **named_values(args.adapter)}
+    # A rank that is small beside the model's width of 320: LoRA's cost in decoding grows with it.
+    adapter = {"k": 8, "r": 32, "lora_alpha": 64, **named_values(args.adapter)}
     model = get_peft_model(base, GatedLoraConfig(**adapter))
 
     settings = {
