@@ -36,8 +36,6 @@ bench: $(VENV)/quickstart.stamp  ## train and measure the reference adapter: mak
 	$(BIN)/python examples/benchmarks/measure_reference.py --base "$(BASE)" --data "$(DATA)" --adapter out/reference \
 		--output docs/results/reference.json
 	$(BIN)/python docs/make_tables.py
-	$(BIN)/python examples/benchmarks/measure_reference.py --base "$(BASE)" --data "$(DATA)" --adapter out/reference \
-		--output docs/results/reference.json
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -93,10 +93,41 @@ def training() -> str:
         ["time", f"{run['seconds'] / 60:.1f} minutes on {run['threads']} threads"],
         ["steps", f"{run['steps']:,}"],
         ["masks trained on", f"{run['masks_trained']:,}, {run['masks_trained'] / run['seconds']:,.0f} per second"],
-        ["trainable parameters", f"{run['trainable_parameters']:,} (k={run['adapter']['k']}, r=128)"],
+        ["trainable parameters", f"{run['trainable_parameters']:,} (k={run['adapter']['k']}, r={run['adapter'].get('r', 128)})"],
         ["settings", settings],
     ]
     return table(["", ""], rows)
+
+
+def decoding() -> str:
+    """Every exact way to decode, against plain decoding."""
+    report = load("decoding")
+    rows = []
+    for domain, result in report["domains"].items():
+        chance = f"T = {result['temperature']}" if result["do_sample"] else "greedy"
+        rows += decoding_rows(f"{NAMES[domain]}, {chance}", result["ways"], report)
+    rows += decoding_rows("maths, T = 1", report["temperature 1"], report)
+    rows += decoding_rows("maths, untrained adapter", report["untrained"], report)
+    for size, ways in report["batches"].items():
+        rows += decoding_rows(f"maths, batch of {size}", ways, report)
+    head = ["text", "way", "speed", "tokens per pass", "identical to plain"]
+    return table(head, rows) + f"\n{machine(report)}. k={report['arguments']['k']}, r={report['arguments']['r']}.\n"
+
+
+def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[str]]:
+    """A row for each way but plain decoding, whose speed is 1."""
+    sampled = title.count("T =")
+    return [
+        [
+            title,
+            name,
+            f"{row['speedup']:.2f}x",
+            f"{row['tokens_per_pass']:.2f}",
+            "sampled" if sampled else ("all" if row["identical"] == ways["plain"]["identical"] else "NOT ALL"),
+        ]
+        for name, row in ways.items()
+        if name != "plain"
+    ]
 
 
 def ablation() -> str:

@@ -32,10 +32,14 @@ class MaskColumns:
     adapter: str
 
     @property
+    def length(self) -> int:
+        """N, columns of the whole forward pass. Every layer asks."""
+        return self.first + self.index.shape[1]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(B, N) of the whole forward pass, regular columns included."""
-        batch, masks = self.index.shape
-        return batch, self.first + masks
+        return self.index.shape[0], self.length
 
 
 class Listener:
@@ -107,19 +111,22 @@ class GatedVariant(LoraVariant):
         if columns is None or columns.adapter != active_adapter:
             return result
         masks_x, masks_y = self._mask_rows(x, columns), self._mask_rows(result, columns)
-        if not torch.is_autocast_enabled(x.device.type):
-            masks_x = masks_x.to(module.lora_A[active_adapter].weight.dtype)
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        if masks_x.dtype != lora_A.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            masks_x = masks_x.to(lora_A.weight.dtype)
         if self.inner is not None:
             masks_y.copy_(self.inner.forward(module, active_adapter=active_adapter, x=masks_x, result=masks_y.clone()))
-        else:
+            return result
+        if module.training:
             masks_x = module.lora_dropout[active_adapter](masks_x)
-            delta = module.lora_B[active_adapter](module.lora_A[active_adapter](masks_x))
-            masks_y.add_(delta, alpha=module.scaling[active_adapter])
+        masks_y.add_(lora_B(lora_A(masks_x)), alpha=module.scaling[active_adapter])
         return result
 
     @staticmethod
     def _mask_rows(x: torch.Tensor, columns: MaskColumns) -> torch.Tensor:
         """The mask rows of `(B, N, D)`, or of `(B * N, D)` as mixture-of-experts layers pass it: a view of `x`."""
+        if x.dim() == 3 and x.shape[1] == columns.length:  # by far the usual case
+            return x[:, columns.first :]
         batch, length = columns.shape
         if x.dim() == 2 and x.shape[0] == batch * length:
             x = x.view(batch, length, -1)

@@ -8,7 +8,6 @@ from transformers import CompileConfig
 
 from hf_mtp.pacing import Pacer
 
-
 COMPILED = []
 
 
