@@ -93,7 +93,10 @@ def training() -> str:
         ["time", f"{run['seconds'] / 60:.1f} minutes on {run['threads']} threads"],
         ["steps", f"{run['steps']:,}"],
         ["masks trained on", f"{run['masks_trained']:,}, {run['masks_trained'] / run['seconds']:,.0f} per second"],
-        ["trainable parameters", f"{run['trainable_parameters']:,} (k={run['adapter']['k']}, r={run['adapter'].get('r', 128)})"],
+        [
+            "trainable parameters",
+            f"{run['trainable_parameters']:,} (k={run['adapter']['k']}, r={run['adapter'].get('r', 128)})",
+        ],
         ["settings", settings],
     ]
     return table(["", ""], rows)

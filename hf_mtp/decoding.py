@@ -96,13 +96,12 @@ def decode(
             pace.observe(Pass(columns - 1, layout.masks, offered, began - before_began))
 
         # The block that hangs on each row's last accepted token gives its next drafts.
-        column_BK = slots.column_BRk[torch.arange(len(batch.rows)), outcome.accepted_B]
-        count = min(outcome.next_drafts, batch.room - 1)
-        if task.fixed_shape:
-            count = pace.fixed_drafts(task.k)
-        column_BK = column_BK[:, : max(0, count)]
-        drafts = step.draft(outcome.pending_B, output.block(column_BK), task.draw).where(column_BK >= 0)
-        regular_BT = torch.cat([outcome.pending_B[:, None], drafts.token_BK.clamp(min=0)], dim=1)
+        drafts, regular_BT = no_drafts(len(batch.rows), regular_BT.device), outcome.pending_B[:, None]
+        count = pace.fixed_drafts(task.k) if task.fixed_shape else min(outcome.next_drafts, batch.room - 1)
+        if count > 0:
+            column_BK = slots.column_BRk[torch.arange(len(batch.rows)), outcome.accepted_B, :count]
+            drafts = step.draft(outcome.pending_B, output.block(column_BK), task.draw).where(column_BK >= 0)
+            regular_BT = torch.cat([regular_BT, drafts.token_BK.clamp(min=0)], dim=1)
         if (alive := batch.drop_finished()) is not None:
             cache.select_rows(alive)
             drafts, regular_BT = drafts.select_rows(alive), regular_BT[alive]
@@ -180,10 +179,13 @@ class Batch:
         token_BR, accepted_B, score_BRV = verify_together(
             output.logits_BRV, drafts, self.task.draw, self.task.processors
         )
-        next_B = slots.drafts_BR.gather(1, accepted_B[:, None])
-        offered_B = (drafts.token_BK != NO_TOKEN).sum(dim=1)
-        # The one time that the host waits for the device.
-        read = torch.cat([token_BR, accepted_B[:, None], offered_B[:, None], next_B], dim=1).tolist()
+        if drafts.count or slots.alive_BM.shape[1]:
+            next_B1 = slots.drafts_BR.gather(1, accepted_B[:, None])
+            offered_B1 = (drafts.token_BK != NO_TOKEN).sum(dim=1, keepdim=True)
+            numbers = torch.cat([token_BR, accepted_B[:, None], offered_B1, next_B1], dim=1)
+        else:  # a plain pass
+            numbers = torch.nn.functional.pad(token_BR, (0, 3))
+        read = numbers.tolist()  # the one time that the host waits for the device
         new_tokens, accepted_counts = [], []
         for index, row in enumerate(self.rows):
             *tokens, accepted, _, _ = read[index]

@@ -29,6 +29,7 @@ from .verification import WARPERS
 
 logger = logging.get_logger(__name__)
 
+COLUMNS_STEP = 256
 STRATEGIES = ("auto", "quadratic", "linear")
 
 
@@ -132,7 +133,7 @@ class MTPGenerationMixin:
             transcript = Transcript(input_ids, room, generation_config, 0 if pad_token is None else int(pad_token))
             cache = RollbackCache(
                 prompt.start_B,
-                columns=columns + 1 + k + (k + 1) * k if is_static else None,
+                columns=_fixed_columns(columns, k, generation_config) if is_static else None,
                 offloading=generation_config.cache_implementation == "offloaded" and torch.cuda.is_available(),
             )
             if prompt.read:
@@ -210,6 +211,15 @@ class MTPGenerationMixin:
         if config.disable_compile or (self.model.device.type == "cpu" and config.compile_config is None):
             return None
         return self.model.get_compiled_call(config.compile_config)
+
+
+def _fixed_columns(tokens: int, k: int, config: GenerationConfig) -> int:
+    """Columns of a cache of fixed size: room for the longest output and one more pass.
+
+    Rounded up, so that outputs of about the same length share one compiled graph.
+    """
+    columns = max(tokens, getattr(config, "max_cache_len", None) or 0) + (k + 1) ** 2 + k
+    return -(-columns // COLUMNS_STEP) * COLUMNS_STEP
 
 
 def _or_default(value, config: GenerationConfig, name: str, default):

@@ -73,6 +73,8 @@ class BlockLayout:
     @property
     def position_BN(self) -> torch.LongTensor:
         """`(B, N)`: position ids of all columns."""
+        if not self.masks:
+            return self.position_BT
         position_BM = self.position_BT.gather(1, self.anchor_BM) + self.step_BM
         return torch.cat([self.position_BT, position_BM], dim=1)
 

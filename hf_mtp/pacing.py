@@ -82,6 +82,7 @@ class Pacer:
     MARGIN = 1.04  # by which masks must be ahead of plain decoding
     REFRESH = 200  # passes after which the price of a plain pass is measured again
     PLAN_EVERY = 8  # passes
+    LEARNING_RATE = 0.03
     TRIAL = 4  # passes with masks before plain decoding may be resumed
     FIRST_REST, LONGEST_REST = 24, 1024  # plain passes between trials
 
@@ -89,6 +90,7 @@ class Pacer:
         self.k, self.fixed_budget = k, fixed_budget
         self.costs, self.acceptance = StepCosts(), Acceptance(k)
         self.budget = fixed_budget or 2 * k  # slots while masks are on
+        self.yield_ratio = 1.0  # accepted drafts, as measured, over those that were expected
         self.plain_left = 3  # plain passes still to do: the first ones give the price to beat
         self.rest = self.FIRST_REST
         self.since_plan = self.since_plain = 0
@@ -121,6 +123,7 @@ class Pacer:
         else:
             self.costs.masked.append((1 + done.drafts + done.masks, done.seconds))
             self.since_plain += 1
+            self._learn_yield(done)
         if self.plain_left:
             self.plain_left -= 1
             if not self.plain_left:
@@ -129,6 +132,13 @@ class Pacer:
         self.since_plan += 1
         if self.since_plan >= self.PLAN_EVERY:
             self.plan()
+
+    def _learn_yield(self, done: Pass) -> None:
+        """Confidences tell good drafts from bad ones, so that slots bring more than the averages say."""
+        expected = self.acceptance.expected_drafts(self.budget)
+        if done.accepted and done.drafts and expected > 0:
+            measured = sum(accepted for _, accepted in done.accepted) / len(done.accepted)
+            self.yield_ratio += self.LEARNING_RATE * (measured / expected - self.yield_ratio)
 
     def plan(self) -> None:
         """Sets the budget that makes most tokens per second, or rests."""
@@ -149,7 +159,7 @@ class Pacer:
 
     def tokens(self, slots: int) -> float:
         """Expected tokens of a pass that follows one with so many slots."""
-        return 1 + sum(value for value, _ in self.acceptance.best_values[:slots])
+        return 1 + self.yield_ratio * self.acceptance.expected_drafts(slots)
 
     def columns(self, slots: int) -> float:
         """Expected columns of such a pass: the pending token, drafts and masks."""
@@ -189,6 +199,10 @@ class Acceptance:
                 self.accepted[position] = self.accepted[position] * self.MEMORY + (position < accepted)
         if rows:
             self._update()
+
+    def expected_drafts(self, slots: int) -> float:
+        """Accepted drafts of a pass that follows one with so many slots, by averages alone."""
+        return sum(value for value, _ in self.best_values[:slots])
 
     def _update(self) -> None:
         self.rates = [accepted / offered for accepted, offered in zip(self.accepted, self.offered, strict=True)]

@@ -76,6 +76,9 @@ def choose_slots(value_BRk: torch.Tensor, budget: int) -> Slots:
         [`Slots`], sorted by anchor, then by step.
     """
     batch, regular, k = value_BRk.shape
+    if not budget:
+        none = torch.empty(batch, 0, dtype=torch.long, device=value_BRk.device)
+        return Slots(none, none, none.bool(), none.new_full((batch, regular, k), -1))
     # Among equals the earlier mask of a block comes first: a block has no gaps.
     order_k = 1 - 1e-4 * torch.arange(k, device=value_BRk.device, dtype=value_BRk.dtype)
     value_BF = (value_BRk.clamp(min=0) * order_k).flatten(1)

@@ -104,7 +104,9 @@ class MaskedStep:
             logits_rows (`int`): R, the last regular tokens whose logits are wanted.
         """
         regular = regular_BT.shape[1]
-        wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
+        wanted = logits_rows  # of all columns, the last
+        if layout.masks:
+            wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
         inputs = {
             # Columns past the model's last position belong to drafts and masks of no use.
             "position_ids": layout.position_BN.clamp(max=self.positions_left(1)),
@@ -115,8 +117,10 @@ class MaskedStep:
         if regular_BT.dim() == 3:
             masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
             inputs["inputs_embeds"] = torch.cat([regular_BT, masks_BMD], dim=1)
-        else:
+        elif layout.masks:
             inputs["input_ids"] = torch.cat([regular_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
+        else:
+            inputs["input_ids"] = regular_BT
         if not (
             cache.is_plain and (layout.masks == 0 or layout.is_chain)
         ):  # else the model's own causal mask is right
@@ -129,7 +133,7 @@ class MaskedStep:
             outputs = forward(**inputs, **self.outputs)
         logits = outputs.logits
         if "logits_to_keep" not in self.known_arguments:
-            logits = logits[:, wanted]
+            logits = logits[:, regular - logits_rows : regular]
         return StepOutput(
             logits,
             listener.states[:, regular:],

@@ -107,7 +107,22 @@ def test_dora_masks_are_as_pefts_own_dora():
     with model.base_model.masks_in_columns(4, torch.arange(K)[None]):
         gated = layer(x)
     layer.lora_variant["default"] = inner
-    torch.testing.assert_close(gated[:, 4:], layer(x)[:, 4:])
+    torch.testing.assert_close(gated[:, 4:], Linear.forward(layer, x)[:, 4:])
+
+
+def test_the_short_way_is_pefts_way():
+    """Masks and regular tokens, against PEFT's own forward pass of the same layer."""
+    model = upgraded("llama", K, dtype=torch.float64)
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    x = torch.randn(2, 4 + K, layer.in_features, dtype=torch.float64)
+    assert type(layer) is not Linear
+    assert torch.equal(layer(x), Linear.forward(layer, x))
+    with model.base_model.masks_in_columns(4, torch.arange(K).expand(2, -1)):
+        gated, expected = layer(x), Linear.forward(layer, x)
+    assert torch.equal(gated, expected)
+    assert not torch.equal(gated, layer(x))
+    with model.disable_adapter():
+        assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_dropout_draws_for_masks_only():

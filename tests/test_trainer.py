@@ -478,3 +478,39 @@ def test_stream_of_prompts_alone_trains_nothing_and_says_so(tmp_path, caplog, mo
     trained.train()
     assert trained.state.global_step == 0
     assert "not to be a single sample" in caplog.text
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def test_muon_trains_the_matrices_of_the_lora_and_adamw_the_rest(tmp_path):
+    trained = trainer(tmp_path)
+    muon, adamw = trained.create_optimizer().parts
+    names = {id(parameter): name for name, parameter in adapter_parameters(trained.model).items()}
+    by_muon, by_adamw = (
+        {names[id(parameter)] for group in part.param_groups for parameter in group["params"]}
+        for part in (muon, adamw)
+    )
+    assert by_muon | by_adamw == set(names.values())
+    assert not by_muon & by_adamw
+    assert all(".lora_A." in name or ".lora_B." in name for name in by_muon)
+    assert any("lora_mask_embeddings" in name for name in by_adamw)
+    assert any("lora_sampler_heads" in name for name in by_adamw)
+
+
+def test_the_schedule_reaches_both_optimizers(tmp_path):
+    trained = trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
+    trained.train()
+    rates = [group["lr"] for part in trained.optimizer.optimizer.parts for group in part.param_groups]
+    assert rates == [0.0] * len(rates)
+
+
+@pytest.mark.parametrize("options", [{"muon": False}, {"optim": "adafactor"}])
+def test_another_optimizer(options, tmp_path):
+    assert not hasattr(trainer(tmp_path, **options).create_optimizer(), "parts")
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    trainer(tmp_path, muon=False, save_strategy="steps", save_steps=2, max_steps=2).train()
+    with pytest.raises(ValueError, match="not Muon with AdamW. Resume with the arguments it was trained with"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
