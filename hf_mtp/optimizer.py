@@ -1,4 +1,4 @@
-"""Muon for the LoRA matrices, AdamW for the rest: learns an adapter in fewer steps than AdamW alone.
+"""Muon for the LoRA matrices, AdamW for the rest.
 
 Muon takes matrices only and gives all directions of an update the same length (Jordan et al., 2024,
 kellerjordan.github.io/posts/muon). torch has it since 2.9.

@@ -38,7 +38,7 @@ class MTPConfig(SFTConfig):
 
         > Parameters that control the optimizer
 
-        muon (`bool`, *optional*, defaults to `True`):
+        muon (`bool`, *optional*, defaults to `False`):
             Whether LoRA's matrices are trained by Muon and the rest by AdamW. Has no
             effect if `optim` is set, an optimizer is passed to the trainer, parameters are sharded (DeepSpeed, FSDP),
             or torch is older than 2.9.
@@ -69,7 +69,7 @@ class MTPConfig(SFTConfig):
     anchors_per_sequence: int | None = field(
         default=128, metadata={"help": "How many tokens of each sequence get a block of masks at most."}
     )
-    muon: bool = field(default=True, metadata={"help": "Whether LoRA's matrices are trained by Muon."})
+    muon: bool = field(default=False, metadata={"help": "Whether LoRA's matrices are trained by Muon."})
     max_minutes: float | None = field(
         default=None, metadata={"help": "Ends training after this time; the learning rate follows the clock."}
     )

@@ -91,8 +91,8 @@ def verify_together(
     batch, positions, vocab = logits_BRV.shape
     logits_XV = logits_BRV.reshape(-1, vocab).to(torch.float32, copy=len(warpers) > 0)
     score_XV = warpers(None, logits_XV) if warpers else logits_XV
-    if not drafts.count and draw is None:
-        token_B1 = score_XV.argmax(dim=-1, keepdim=True)
+    if not drafts.count:
+        token_B1 = score_XV.argmax(dim=-1, keepdim=True) if draw is None else draw.one_of(score_XV.softmax(dim=-1))
         return token_B1, torch.zeros_like(token_B1[:, 0]), score_XV[:, None]
     token_BR = torch.nn.functional.pad(drafts.token_BK, (0, 1), value=NO_TOKEN)
     spread = [None, None]

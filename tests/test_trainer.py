@@ -484,7 +484,7 @@ def test_stream_of_prompts_alone_trains_nothing_and_says_so(tmp_path, caplog, mo
 
 
 def test_muon_trains_the_matrices_of_the_lora_and_adamw_the_rest(tmp_path):
-    trained = trainer(tmp_path)
+    trained = trainer(tmp_path, muon=True)
     muon, adamw = trained.create_optimizer().parts
     names = {id(parameter): name for name, parameter in adapter_parameters(trained.model).items()}
     by_muon, by_adamw = (
@@ -499,18 +499,26 @@ def test_muon_trains_the_matrices_of_the_lora_and_adamw_the_rest(tmp_path):
 
 
 def test_the_schedule_reaches_both_optimizers(tmp_path):
-    trained = trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=0)
+    trained = trainer(tmp_path, muon=True, lr_scheduler_type="linear", warmup_steps=0)
     trained.train()
     rates = [group["lr"] for part in trained.optimizer.optimizer.parts for group in part.param_groups]
     assert rates == [0.0] * len(rates)
 
 
-@pytest.mark.parametrize("options", [{"muon": False}, {"optim": "adafactor"}])
+@pytest.mark.parametrize("options", [{}, {"muon": True, "optim": "adafactor"}])
 def test_another_optimizer(options, tmp_path):
     assert not hasattr(trainer(tmp_path, **options).create_optimizer(), "parts")
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
-    trainer(tmp_path, muon=False, save_strategy="steps", save_steps=2, max_steps=2).train()
+    trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     with pytest.raises(ValueError, match="not Muon with AdamW. Resume with the arguments it was trained with"):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        trainer(tmp_path, muon=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_muon_resumes_to_the_same_losses(tmp_path):
+    whole = trainer(tmp_path / "whole", muon=True, save_strategy="steps", save_steps=2)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", muon=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert logged(resumed) == pytest.approx(logged(whole), rel=1e-6)

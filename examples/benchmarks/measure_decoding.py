@@ -91,13 +91,14 @@ def compare(ways: dict, batches: list[dict], **arguments) -> dict[str, dict]:
     """Decodes every batch every way, in turns, and sums up. `ways` are (model, arguments), the first one plain."""
     timings = {name: Timing() for name in ways}
     names = list(ways)
-    for index, inputs in enumerate(tqdm(batches[:WARM_UP] + batches, leave=False)):
+    warm_up = batches[:WARM_UP]
+    for index, inputs in enumerate(tqdm(warm_up + batches, leave=False)):
         done = {}
         for name in names[index % len(names) :] + names[: index % len(names)]:
             torch.manual_seed(index)
             model, own = ways[name]
             done[name] = timed(model, inputs, **arguments, **own)
-        if index < WARM_UP:
+        if index < len(warm_up):
             continue
         for name, (seconds, output, passes) in done.items():
             new = output[:, inputs["input_ids"].shape[1] :]
