@@ -150,8 +150,8 @@ class GatedVariant(LoraVariant):
 class GatedLinear(Linear):
     """PEFT's LoRA over an ordinary linear layer, with a short way past PEFT's bookkeeping.
 
-    What it computes is PEFT's. Decoding runs a few columns through dozens of such layers at a time, and on a CPU the
-    bookkeeping costs as much as the arithmetic.
+    What it computes is PEFT's. Decoding runs a few columns through dozens of such layers at a time, where bookkeeping
+    is a part of the cost that one can see.
     """
 
     gate: Gate

@@ -36,7 +36,7 @@ class Transcript:
         batch, self.prompt = input_ids_BS.shape
         empty = input_ids_BS.new_full((batch, room), pad_token_id)
         self.sequence_BS = torch.cat([input_ids_BS, empty], dim=1)
-        self.room, self.pad_token_id = room, pad_token_id
+        self.room = room
         self.new_tokens = [0] * batch
         self.finished = [False] * batch
         wants = config.return_dict_in_generate
