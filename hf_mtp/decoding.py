@@ -18,8 +18,9 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 from transformers.generation.streamers import BaseStreamer
 
 from .cache import RollbackCache
-from .drafting import NO_TOKEN, Drafts, Draw, no_drafts
+from .drafting import NO_TOKEN, Drafts, Draw, found_drafts, no_drafts
 from .layout import decoding_layout
+from .lookup import Lookup, Match
 from .pacing import Pacer, Pass, Whole
 from .slots import Slots
 from .statistics import MTPStatistics
@@ -71,7 +72,7 @@ def decode(
         [`MTPStatistics`].
     """
     statistics = MTPStatistics()
-    batch = Batch(task, transcript)
+    batch = Batch(task, transcript, cache.rows.starts, looks_up=pace.looks_up)
     regular_BT, drafts = task.prompt_BT, no_drafts(len(batch.rows), task.prompt_BT.device)
     began = None  # a prompt's pass is of no use as a measure
     while True:
@@ -84,7 +85,7 @@ def decode(
         output = step(regular_BT, layout, cache, logits_rows=1 + drafts.count)
 
         outcome = batch.verify(output, drafts, slots)
-        statistics.count_pass(outcome.new_tokens, outcome.offered, outcome.accepted)
+        statistics.count_pass(outcome.new_tokens, outcome.offered, outcome.accepted, batch.takes)
 
         # What was accepted stays in the cache, with the token before it; masks and rejected drafts go.
         cache.keep([before * (new > 0) + new for new in outcome.new_tokens])
@@ -92,15 +93,19 @@ def decode(
             return statistics
         began, before_began = time.perf_counter(), began
         if before_began is not None:
-            offered = list(zip(outcome.offered, outcome.accepted, strict=True))
-            pace.observe(Pass(columns - 1, layout.masks, offered, began - before_began))
+            pace.observe(batch.describe(outcome, columns - 1, layout.masks, began - before_began))
 
-        # The block that hangs on each row's last accepted token gives its next drafts.
+        # Each row's next drafts are what followed such words before, or what the block on its last token says.
+        room = min(batch.room - 1, step.positions_left(cache.rows.longest + 1))
+        found = batch.look_up(outcome, pace, room)
+        count = pace.fixed_drafts(task.k) if task.fixed_shape else min(max(outcome.next_drafts), batch.room - 1)
         drafts, regular_BT = no_drafts(len(batch.rows), regular_BT.device), outcome.pending_B[:, None]
-        count = pace.fixed_drafts(task.k) if task.fixed_shape else min(outcome.next_drafts, batch.room - 1)
-        if count > 0:
+        if count > 0 and not all(batch.takes):
             column_BK = slots.column_BRk[torch.arange(len(batch.rows)), outcome.accepted_B, :count]
             drafts = step.draft(outcome.pending_B, output.block(column_BK), task.draw).where(column_BK >= 0)
+        if found is not None:
+            drafts = drafts.overridden_by(found) if drafts.count else found
+        if drafts.count:
             regular_BT = torch.cat([regular_BT, drafts.token_BK.clamp(min=0)], dim=1)
         if (alive := batch.drop_finished()) is not None:
             cache.select_rows(alive)
@@ -112,19 +117,24 @@ class Outcome:
     """What one pass gave, per row of the batch.
 
     Args:
-        new_tokens (`list[int]`): Tokens returned to the user.
+        tokens (`list[list[int]]`): Tokens returned to the user.
         offered, accepted (`list[int]`): Drafts verified, and how many of these were accepted.
         pending_B (`torch.LongTensor` of shape `(B,)`): The token that comes next, not yet read by the model.
         accepted_B (`torch.LongTensor` of shape `(B,)`): `accepted`, where kernels can read it.
-        next_drafts (`int`): Drafts that the pass's masks give to the row that gets most.
+        next_drafts (`list[int]`): Drafts that the pass's masks can give.
     """
 
-    new_tokens: list[int]
+    tokens: list[list[int]]
     offered: list[int]
     accepted: list[int]
     pending_B: torch.LongTensor
     accepted_B: torch.LongTensor
-    next_drafts: int
+    next_drafts: list[int]
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """How many tokens were returned."""
+        return [len(tokens) for tokens in self.tokens]
 
 
 class Batch:
@@ -133,11 +143,18 @@ class Batch:
     Args:
         task ([`Task`]): What to decode.
         transcript ([`Transcript`]): Of all rows.
+        starts (`list[int]`): Columns of padding at the left of each prompt.
+        looks_up (`bool`): Whether drafts may come from a row's own text.
     """
 
-    def __init__(self, task: Task, transcript: Transcript):
+    def __init__(self, task: Task, transcript: Transcript, starts: list[int], looks_up: bool):
         self.task, self.transcript = task, transcript
         self.rows = list(range(len(task.prompt_BT)))  # by their number in the transcript
+        self.takes = [0] * len(self.rows)  # looked up drafts of each row
+        self.lookups, self.matches = None, [Match(0, [])] * len(self.rows)
+        if looks_up:
+            prompts = (transcript.prefix(row)[0, start:].tolist() for row, start in enumerate(starts))
+            self.lookups = [Lookup(prompt) for prompt in prompts]
         self.ends = {
             token
             for criterion in task.criteria
@@ -186,7 +203,7 @@ class Batch:
         else:  # a plain pass
             numbers = torch.nn.functional.pad(token_BR, (0, 3))
         read = numbers.tolist()  # the one time that the host waits for the device
-        new_tokens, accepted_counts = [], []
+        returned, accepted_counts = [], []
         for index, row in enumerate(self.rows):
             *tokens, accepted, _, _ = read[index]
             tokens = [] if self.transcript.finished[row] else tokens[: min(accepted + 1, self.transcript.room_of(row))]
@@ -199,19 +216,19 @@ class Batch:
             self.transcript.append(
                 row, token_BR[index, :count], output.logits_BRV[index, :count], score_BRV[index, :count]
             )
-            new_tokens.append(count)
+            returned.append(tokens)
             accepted_counts.append(min(accepted, count))
         return Outcome(
-            new_tokens,
+            returned,
             [offered for *_, offered, _ in read],
             accepted_counts,
             token_BR.gather(1, accepted_B[:, None])[:, 0],
             accepted_B,
-            max(drafts for *_, drafts in read),
+            [drafts for *_, drafts in read],
         )
 
     def _verify_in_order(self, output: StepOutput, drafts: Drafts, slots: Slots) -> Outcome:
-        new_tokens, accepted, pending = [], [], []
+        returned, accepted = [], []
         for index, row in enumerate(self.rows):
             before, own = self.transcript.new_tokens[row], drafts.select_rows(slice(index, index + 1))
             accepted.append(
@@ -227,16 +244,46 @@ class Batch:
                     self.task.criteria,
                 )
             )
-            new_tokens.append(self.transcript.new_tokens[row] - before)
-            pending.append(self.transcript.prefix(row)[0, -1:])
+            new = self.transcript.new_tokens[row] - before
+            returned.append(self.transcript.prefix(row)[0, -new:].tolist() if new else [])
         accepted_B = torch.tensor(accepted, device=drafts.token_BK.device)
         return Outcome(
-            new_tokens,
+            returned,
             (drafts.token_BK != NO_TOKEN).sum(dim=1).tolist(),
             accepted,
-            torch.cat(pending),
+            torch.cat([self.transcript.prefix(row)[0, -1:] for row in self.rows]),
             accepted_B,
-            int(slots.drafts_BR.gather(1, accepted_B[:, None]).max()),
+            slots.drafts_BR.gather(1, accepted_B[:, None])[:, 0].tolist(),
+        )
+
+    def describe(self, outcome: Outcome, drafts: int, masks: int, seconds: float) -> Pass:
+        """What the strategy learns from a pass."""
+        by_masks = [
+            (offered, accepted)
+            for offered, accepted, taken in zip(outcome.offered, outcome.accepted, self.takes, strict=True)
+            if offered and not taken
+        ]
+        return Pass(drafts, masks, sum(outcome.new_tokens), len(self.rows), by_masks, seconds)
+
+    def look_up(self, outcome: Outcome, pace: Whole | Pacer, room: int) -> Drafts | None:
+        """Drafts for the rows that are better off with what followed the same words before; `None` if no row is."""
+        if self.lookups is None:
+            return None
+        pace.compare(self.matches, outcome.tokens)
+        for index, row in enumerate(self.rows):
+            self.lookups[row].extend(outcome.tokens[index])
+        wanted = max(0, min(pace.LOOKUP_DRAFTS, room))
+        self.matches = [
+            Match(0, []) if self.transcript.finished[row] else self.lookups[row].match(wanted) for row in self.rows
+        ]
+        self.takes = pace.lookups(self.matches, outcome.next_drafts)
+        if not any(self.takes):
+            return None
+        return found_drafts(
+            [match.tokens[:taken] for match, taken in zip(self.matches, self.takes, strict=True)],
+            [pace.confidences(match)[:taken] for match, taken in zip(self.matches, self.takes, strict=True)],
+            outcome.pending_B.device,
+            drawn=self.task.draw is not None,
         )
 
     def drop_finished(self) -> list[int] | None:
@@ -248,5 +295,7 @@ class Batch:
         alive = [index for index, row in enumerate(self.rows) if not self.transcript.finished[row]]
         if self.task.keep_rows or not alive or len(alive) == len(self.rows):
             return None
-        self.rows = [self.rows[index] for index in alive]
+        self.rows, self.takes, self.matches = (
+            [values[index] for index in alive] for values in (self.rows, self.takes, self.matches)
+        )
         return alive

@@ -64,8 +64,8 @@ class MTPGenerationMixin:
                 `"quadratic"` hangs whole blocks of masks on every draft, so that there are always drafts to verify;
                 `"linear"` hangs them on the last draft only, which makes shorter passes that waste one after each
                 rejected draft. `"auto"` computes the masks that are worth their time on this machine, as measured
-                while decoding, and decodes plainly while that is faster; it is `"linear"` for models that take no
-                branches.
+                while decoding, takes drafts from the text itself where it repeats, and decodes plainly while that is
+                faster; it is `"linear"` for models that take no branches.
             mtp_k (`int`, *optional*):
                 Drafts per forward pass, at most the adapter's `k`, which is the default.
             generator (`torch.Generator`, *optional*):

@@ -19,6 +19,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_RD, target_R, unembedding):
         losses, tops, gradients = [], [], []
         for hidden, target in zip(hidden_RD.split(ROWS_PER_CHUNK), target_R.split(ROWS_PER_CHUNK), strict=True):
+            if target.is_floating_point():
+                target = unembedding(target).float().softmax(dim=-1)
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
                 logits = unembedding(hidden).float()
@@ -39,18 +41,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    unembedding: torch.nn.Module, hidden_RD: torch.Tensor, target_R: torch.LongTensor
+    unembedding: torch.nn.Module, hidden_RD: torch.Tensor, target_R: torch.Tensor
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """Cross-entropy of `unembedding(hidden)` against the targets, a chunk of rows at a time.
 
     The unembedding is frozen, so that the gradient of a row depends on that row alone and is computed with its loss:
-    at most [`ROWS_PER_CHUNK`] rows of logits exist at one time and none is made twice.
+    at most [`ROWS_PER_CHUNK`] rows of logits exist at one time (twice as many with distributions as targets).
     (`torch.nn.functional.linear_cross_entropy`, in torch since 2.13, takes a bare weight: no bias, no quantization.)
 
     Args:
         unembedding (`torch.nn.Module`): The base model's output layer, D -> V, frozen.
         hidden_RD (`torch.Tensor` of shape `(R, D)`): Features to unembed.
-        target_R (`torch.LongTensor` of shape `(R,)`): Token ids.
+        target_R (`torch.Tensor`): Token ids, a `torch.LongTensor` of shape `(R,)`; or features of shape `(R, D)` whose
+            unembedding gives the distributions to learn.
 
     Returns:
         `torch.Tensor` of shape `(R,)`, nats, float32; and `torch.LongTensor` of shape `(R,)`, the likeliest tokens.

@@ -69,7 +69,11 @@ def multi_token_objective(
 
     unembedding = model.model.get_output_embeddings()
     base_choice_R = _base_choices(unembedding, regular_LBTD[-1], row_R, column_R)
-    target_R = base_choice_R if recipe.targets == "model" else input_ids_BT[row_R, target_column_R]
+    target_R = {
+        "model": base_choice_R,
+        "soft": regular_RD,
+        "data": input_ids_BT[row_R, target_column_R],
+    }[recipe.targets]
 
     losses = {}
     losses["base"], draft_R = cross_entropy(unembedding, mask_RD, target_R)

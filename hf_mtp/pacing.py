@@ -2,7 +2,7 @@
 
 `Whole` computes whole blocks, on every regular token (quadratic decoding) or on the last one (linear). `Pacer` buys
 masks where they are likely to pay, by what passes cost and what drafts achieved so far on this machine, and none where
-plain decoding is faster.
+plain decoding is faster; and takes drafts from the text itself where these promise more.
 
 Shapes: B batch, K drafts, R = K + 1 regular tokens, k masks per block, M slots.
 """
@@ -10,11 +10,16 @@ Shapes: B batch, K drafts, R = K + 1 regular tokens, k masks per block, M slots.
 import statistics
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
 
 import torch
 
+from .acceptance import MaskAcceptance, Rates
+from .costs import StepCosts
 from .drafting import NO_TOKEN, Drafts
-from .slots import Slots, choose_slots, landing_probability, slot_values
+from .lookup import LONGEST_MATCH, Match
+from .slots import Slots, choose_slots, landing_probability, no_slots, slot_values
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,16 @@ class Pass:
     Args:
         drafts (`int`): K, drafts verified per row.
         masks (`int`): M, masks computed per row.
-        accepted (`list[tuple[int, int]]`): Drafts offered and drafts accepted, for each row that had any.
+        tokens (`int`): Tokens that it gave, of all rows together.
+        rows (`int`): Rows that were decoded.
+        accepted (`list[tuple[int, int]]`): Drafts offered and drafts accepted, for each row whose drafts masks made.
         seconds (`float`): Wall clock since the pass before, drafting included.
     """
 
     drafts: int
     masks: int
+    tokens: int
+    rows: int
     accepted: list[tuple[int, int]]
     seconds: float
 
@@ -63,6 +72,8 @@ class Whole:
         """Drafts per row, used or not, of passes that all have the same shape."""
         return k
 
+    looks_up = False
+
     def observe(self, done: Pass) -> None:
         """Nothing to learn."""
 
@@ -71,62 +82,122 @@ class Pacer:
     """Masks where they pay.
 
     Chooses the number of slots that makes most tokens per second, from the measured seconds of passes and the measured
-    acceptance of drafts; gives them to the masks whose drafts are likeliest to be used (see `slots.py`); decodes
-    plainly while that is faster, and then tries again at growing distances. Kept from one `generate` to the next.
+    acceptance of drafts; gives them to the masks whose drafts are likeliest to be used (see `slots.py`); does without
+    masks while that is faster, and then tries again at growing distances. Kept from one `generate` to the next.
 
     Args:
         k (`int`): Masks per block at most.
         fixed_budget (`int`, *optional*): The one number of slots to choose from, besides none.
     """
 
-    MARGIN = 1.04  # by which masks must be ahead of plain decoding
-    REFRESH = 200  # passes after which the price of a plain pass is measured again
+    MARGIN = 1.02  # by which masks must be ahead of none
+    REFRESH = 200  # passes after which the pace without masks is measured again
+    REFRESH_PASSES = 3
     PLAN_EVERY = 8  # passes
     LEARNING_RATE = 0.03
-    TRIAL = 4  # passes with masks before plain decoding may be resumed
-    FIRST_REST, LONGEST_REST = 24, 1024  # plain passes between trials
+    TRIAL = 4  # passes with masks before they may be left out again
+    FIRST_REST, LONGEST_REST = 24, 1024  # passes without masks between trials
+    LOOKUP_DRAFTS = 16  # at most
 
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget = k, fixed_budget
-        self.costs, self.acceptance = StepCosts(), Acceptance(k)
+        self.looks_up = not fixed_budget  # passes of a fixed shape have no room for drafts of other lengths
+        self.costs, self.acceptance = StepCosts(), MaskAcceptance(k)
+        self.lookup_rates = Rates(LONGEST_MATCH)  # by the number of tokens that agree
         self.budget = fixed_budget or 2 * k  # slots while masks are on
         self.yield_ratio = 1.0  # accepted drafts, as measured, over those that were expected
-        self.plain_left = 3  # plain passes still to do: the first ones give the price to beat
+        self.maskless: deque[tuple[float, float]] = deque(maxlen=64)  # tokens per row and seconds, masks left out
+        self.resting = 3  # passes without masks still to do: the first ones give the pace to beat
         self.rest = self.FIRST_REST
-        self.since_plan = self.since_plain = 0
+        self.since_plan = self.since_rest = 0
+
+    # ---------------------------------------------------------------- choices for the next pass
 
     def slots(self, drafts: Drafts, k: int) -> Slots:
         """The masks of the next pass. Arguments as in [`Whole.slots`]."""
         batch, count = drafts.token_BK.shape
         device = drafts.token_BK.device
-        budget = 0 if self.plain_left else min(self.budget, (count + 1) * k)
+        budget = 0 if self.resting else min(self.budget, (count + 1) * k)
         if not budget:
-            return choose_slots(torch.zeros(batch, count + 1, k, device=device), 0)
+            return no_slots(batch, count + 1, k, device)
         has_draft_BK = drafts.token_BK != NO_TOKEN
         if drafts.candidate_BKC is None:
             accept_BK = drafts.confidence_BK
         else:  # how likely a drawn draft was says little about whether it is accepted
-            accept_BK = torch.tensor(self.acceptance.rates[:count], device=device).expand(batch, -1)
+            rates = [self.acceptance.rates[min(place, self.k - 1)] for place in range(count)]
+            accept_BK = torch.tensor(rates, device=device).where(~drafts.looked_up_B[:, None], drafts.confidence_BK)
         survival_k = torch.tensor(self.acceptance.survival[:k], device=device)
         return choose_slots(slot_values(landing_probability(accept_BK * has_draft_BK), survival_k), budget)
 
     def fixed_drafts(self, k: int) -> int:
         """Drafts per row, used or not, of passes of two shapes: plain ones, and those with all drafts and masks."""
-        return 0 if self.plain_left else k
+        return 0 if self.resting else k
+
+    def lookups(self, found: list[Match], from_masks: list[int]) -> list[int]:
+        """How many tokens of each row's match to take as its drafts, instead of those that masks would give.
+
+        Args:
+            found (`list[Match]`): One per row.
+            from_masks (`list[int]`): Drafts that each row could have from masks.
+
+        Returns:
+            `list[int]`: 0 for rows that are better off without.
+        """
+        none = [0] * len(found)
+        if not self.costs.plain:
+            return none
+        survival = [list(accumulate(self.confidences(match), mul)) for match in found]
+        seconds_per_token = 1 / (max(self._pace(), 1 / self.costs.plain_seconds) * len(found))
+        # Each further column costs all rows the same, so it must pay for all rows that have it together.
+        length, gained = 0, 0.0
+        while length < max(map(len, survival)):
+            gain = sum(row[length] for row in survival if len(row) > length) * seconds_per_token
+            if gain <= self.costs.slope():
+                break
+            length, gained = length + 1, gained + gain
+        if not length:
+            return none
+        if not any(from_masks):
+            dearer = self.costs.seconds(1 + length, masks=False) - self.costs.plain_seconds
+            return [min(len(row), length) for row in survival] if gained > dearer else none
+        return [
+            min(len(row), length)
+            if sum(row[:length]) > self.yield_ratio * sum(self.acceptance.survival[:masks])
+            else 0
+            for row, masks in zip(survival, from_masks, strict=True)
+        ]
+
+    def confidences(self, match: Match) -> list[float]:
+        """The probability that each token of a match is accepted if all before it are."""
+        return [self.lookup_rates.rate(match.length - 1 + place) for place in range(len(match.tokens))]
+
+    # ---------------------------------------------------------------- learning from passes
+
+    def compare(self, found: list[Match], tokens: list[list[int]]) -> None:
+        """Learns how often lookups are right, also from those that were not taken.
+
+        Args:
+            found (`list[Match]`): One per row.
+            tokens (`list[list[int]]`): What followed in truth.
+        """
+        for match, truth in zip(found, tokens, strict=True):
+            compared = list(zip(match.tokens, truth, strict=False))
+            right = next((place for place, (guess, token) in enumerate(compared) if guess != token), len(compared))
+            self.lookup_rates.count(len(compared), right, match.length - 1)
 
     def observe(self, done: Pass) -> None:
         """Learns from a pass."""
         self.acceptance.count(done.accepted)
-        if done.drafts == done.masks == 0:
-            self.costs.plain.append(done.seconds)
-            self.since_plain = 0
-        else:
-            self.costs.masked.append((1 + done.drafts + done.masks, done.seconds))
-            self.since_plain += 1
+        self.costs.add(done.drafts, done.masks, done.seconds)
+        if done.masks:
+            self.since_rest += 1
             self._learn_yield(done)
-        if self.plain_left:
-            self.plain_left -= 1
-            if not self.plain_left:
+        elif not done.accepted:
+            self.maskless.append((done.tokens / done.rows, done.seconds))
+            self.since_rest = 0
+        if self.resting:
+            self.resting -= 1
+            if not self.resting:
                 self.since_plan = self.PLAN_EVERY - self.TRIAL
             return
         self.since_plan += 1
@@ -134,107 +205,52 @@ class Pacer:
             self.plan()
 
     def _learn_yield(self, done: Pass) -> None:
-        """Confidences tell good drafts from bad ones, so that slots bring more than the averages say."""
+        """Confidences tell good drafts from bad ones and lookups add theirs: more than the averages of masks say."""
         expected = self.acceptance.expected_drafts(self.budget)
-        if done.accepted and done.drafts and expected > 0:
-            measured = sum(accepted for _, accepted in done.accepted) / len(done.accepted)
+        if done.drafts and expected > 0:
+            measured = done.tokens / done.rows - 1
             self.yield_ratio += self.LEARNING_RATE * (measured / expected - self.yield_ratio)
+
+    # ---------------------------------------------------------------- masks or none
 
     def plan(self) -> None:
         """Sets the budget that makes most tokens per second, or rests."""
         self.since_plan = 0
-        if not (self.costs.plain and self.costs.masked):
+        if not (self.maskless and self.costs.masked):
             return
-        if self.since_plain >= self.REFRESH:
-            self.plain_left, self.since_plain = 2, 0
+        if self.since_rest >= self.REFRESH:
+            self.resting, self.since_rest = self.REFRESH_PASSES, 0
             return
         self.budget, rate = max(
-            ((slots, self.tokens(slots) / self.costs.seconds(self.columns(slots))) for slots in self._budgets()),
+            (
+                (slots, self.tokens(slots) / self.costs.seconds(self.columns(slots), masks=True))
+                for slots in self._budgets()
+            ),
             key=lambda option: option[1],
         )
-        if rate * self.costs.plain_seconds < self.MARGIN:
-            self.plain_left, self.rest = self.rest, min(2 * self.rest, self.LONGEST_REST)
+        if rate < self.MARGIN * self._pace():
+            self.resting, self.rest = self.rest, min(2 * self.rest, self.LONGEST_REST)
         else:
             self.rest = self.FIRST_REST
 
     def tokens(self, slots: int) -> float:
-        """Expected tokens of a pass that follows one with so many slots."""
+        """Expected tokens per row of a pass that follows one with so many slots."""
         return 1 + self.yield_ratio * self.acceptance.expected_drafts(slots)
 
     def columns(self, slots: int) -> float:
         """Expected columns of such a pass: the pending token, drafts and masks."""
-        return 1 + sum(landing for _, landing in self.acceptance.best_values[:slots]) + slots
+        return 1 + self.acceptance.expected_columns(slots) + slots
+
+    def _pace(self) -> float:
+        """Tokens per second and row without masks, lookups included, slow exceptions left out."""
+        if not self.maskless:
+            return 0.0
+        middle = statistics.median(seconds for _, seconds in self.maskless)
+        usual = [(tokens, seconds) for tokens, seconds in self.maskless if seconds < 3 * middle]
+        return sum(tokens for tokens, _ in usual) / sum(seconds for _, seconds in usual)
 
     def _budgets(self) -> list[int]:
         if self.fixed_budget:
             return [self.fixed_budget]
         whole = (self.k + 1) * self.k
         return sorted({min(slots, whole) for slots in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, whole)})
-
-
-class Acceptance:
-    """How often the first, second ... draft was accepted where all before it were; old passes count less and less.
-
-    Args:
-        k (`int`): Drafts at most.
-    """
-
-    MEMORY = 0.98
-    # Before anything was seen: as if so many drafts had been verified. High enough that deep masks get tried.
-    PRIOR_RATE, PRIOR_COUNT = 0.6, 2.0
-
-    def __init__(self, k: int):
-        self.offered = [self.PRIOR_COUNT] * k
-        self.accepted = [self.PRIOR_RATE * self.PRIOR_COUNT] * k
-        self.rates: list[float]
-        self.survival: list[float]  # of the first 1, 2 ... k drafts together
-        self.best_values: list[tuple[float, float]]  # of each mask of each block, best first: value, landing
-        self._update()
-
-    def count(self, rows: list[tuple[int, int]]) -> None:
-        """Counts, for each row, drafts offered and drafts accepted."""
-        for offered, accepted in rows:
-            for position in range(min(offered, accepted + 1)):
-                self.offered[position] = self.offered[position] * self.MEMORY + 1
-                self.accepted[position] = self.accepted[position] * self.MEMORY + (position < accepted)
-        if rows:
-            self._update()
-
-    def expected_drafts(self, slots: int) -> float:
-        """Accepted drafts of a pass that follows one with so many slots, by averages alone."""
-        return sum(value for value, _ in self.best_values[:slots])
-
-    def _update(self) -> None:
-        self.rates = [accepted / offered for accepted, offered in zip(self.accepted, self.offered, strict=True)]
-        self.survival, reached = [], 1.0
-        for rate in self.rates:
-            reached *= rate
-            self.survival.append(reached)
-        landings = [
-            reached * (1 - rate) for reached, rate in zip([1.0, *self.survival[:-1]], self.rates, strict=True)
-        ] + [self.survival[-1]]
-        self.best_values = sorted(
-            ((landing * s, landing) for landing in landings for s in self.survival), reverse=True
-        )
-
-
-class StepCosts:
-    """Seconds of a pass: measured for plain ones, a straight line in the number of columns for the others."""
-
-    def __init__(self):
-        self.plain: deque[float] = deque(maxlen=15)
-        self.masked: deque[tuple[float, float]] = deque(maxlen=64)
-
-    @property
-    def plain_seconds(self) -> float:
-        return statistics.median(self.plain)
-
-    def seconds(self, columns: float) -> float:
-        """Expected seconds of a pass over so many columns."""
-        middle = statistics.median(seconds for _, seconds in self.masked)
-        usual = [(columns, seconds) for columns, seconds in self.masked if seconds < 2 * middle]
-        xs, ys = zip(*usual, strict=True)
-        slope = 0.0
-        if len(set(xs)) > 1:
-            slope = max(0.0, statistics.linear_regression(xs, ys).slope)
-        return max(statistics.fmean(ys) + slope * (columns - statistics.fmean(xs)), 1e-9)

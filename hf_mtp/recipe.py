@@ -1,7 +1,10 @@
 """What training optimises: the weights of the four losses and where targets come from."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
+
+Targets = Literal["model", "soft", "data"]
+TARGETS = get_args(Targets)
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,8 @@ class Recipe:
         sampler (`float`): Weight of the cross-entropy of the sampler head.
         lcm (`float`): Weight of the latent consistency of last hidden states.
         auxiliary (`float`): Weight of the consistency of intermediate layers' states.
-        targets (`"model"` or `"data"`): Masks learn the base's own likeliest token, or the token of the data.
+        targets (`"model"`, `"soft"` or `"data"`): Masks learn the base's own likeliest token, the base's whole
+            distribution, or the token of the data.
         position_decay (`float`): Weight of the i-th mask relative to the mask before it. A draft counts only if all
             before it were accepted, so early masks are worth more.
     """
@@ -22,7 +26,7 @@ class Recipe:
     sampler: float = 1.0
     lcm: float = 1.0
     auxiliary: float = 0.0
-    targets: Literal["model", "data"] = "model"
+    targets: Targets = "model"
     position_decay: float = 1.0
 
     def with_overrides(self, **overrides) -> "Recipe":

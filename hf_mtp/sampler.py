@@ -3,7 +3,10 @@
 Knows embeddings and hidden states. Knows nothing of the base model, of vocabularies or of decoding.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -46,3 +49,28 @@ class SamplerHead(nn.Module):
         dtype = self.blocks[0].weight.dtype
         refined = self.blocks(torch.cat([previous, hidden], dim=-1).to(dtype)).to(hidden.dtype)
         return hidden + refined if self.residual else refined
+
+    def given(self, hidden_BKD: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """The same for a block of masks whose tokens become known one after the other.
+
+        What depends on the hidden states alone is computed at once.
+
+        Args:
+            hidden_BKD (`torch.Tensor` of shape `(B, K, D)`): Last hidden states of the blocks' masks.
+
+        Returns:
+            A function of a step, 0..K-1, and the embeddings `(B, E)` of the tokens before: features `(B, D)`.
+        """
+        mix, *rest = self.blocks
+        split = mix.in_features - hidden_BKD.shape[-1]
+        from_hidden_KBD = F.linear(hidden_BKD.to(mix.weight.dtype), mix.weight[:, split:], mix.bias).unbind(dim=1)
+        from_previous_DE = mix.weight[:, :split].mT
+
+        def refine(step: int, previous_BE: torch.Tensor) -> torch.Tensor:
+            refined = torch.addmm(from_hidden_KBD[step], previous_BE.to(mix.weight.dtype), from_previous_DE)
+            for layer in rest:
+                refined = layer(refined)
+            refined = refined.to(hidden_BKD.dtype)
+            return hidden_BKD[:, step] + refined if self.residual else refined
+
+        return refine

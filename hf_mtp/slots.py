@@ -42,6 +42,12 @@ class Slots:
         return Slots(self.anchor_BM[own], self.step_BM[own], self.alive_BM[own], self.column_BRk[own])
 
 
+def no_slots(batch: int, regular: int, k: int, device: torch.device) -> Slots:
+    """No mask at all after `regular` tokens."""
+    none = torch.empty(batch, 0, dtype=torch.long, device=device)
+    return Slots(none, none, none.bool(), none.new_full((batch, regular, k), -1))
+
+
 def landing_probability(accept_BK: torch.Tensor) -> torch.Tensor:
     """`(B, K + 1)`: the probability that exactly the first 0, 1 ... K drafts are accepted.
 
@@ -77,8 +83,7 @@ def choose_slots(value_BRk: torch.Tensor, budget: int) -> Slots:
     """
     batch, regular, k = value_BRk.shape
     if not budget:
-        none = torch.empty(batch, 0, dtype=torch.long, device=value_BRk.device)
-        return Slots(none, none, none.bool(), none.new_full((batch, regular, k), -1))
+        return no_slots(batch, regular, k, value_BRk.device)
     # Among equals the earlier mask of a block comes first: a block has no gaps.
     order_k = 1 - 1e-4 * torch.arange(k, device=value_BRk.device, dtype=value_BRk.dtype)
     value_BF = (value_BRk.clamp(min=0) * order_k).flatten(1)

@@ -14,6 +14,7 @@ class MTPStatistics:
         tokens (`int`): New tokens returned.
         drafted (`int`): Drafts that were verified.
         accepted (`int`): Drafts that were returned to the user.
+        looked_up (`int`): How many of these were found in the text before; masks made the others.
         drafted_per_position, accepted_per_position (`list[int]`): The same for the first, second ... draft of a step.
         steps (`list[int]`): New tokens of each forward pass, in order, all rows together.
         row_steps (`int`): Forward passes, counted once for each row of the batch that had not ended.
@@ -23,6 +24,7 @@ class MTPStatistics:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    looked_up: int = 0
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -33,19 +35,21 @@ class MTPStatistics:
         """New tokens per forward pass and row of the batch. Plain decoding has 1."""
         return self.tokens / self.row_steps if self.row_steps else 0.0
 
-    def count_pass(self, tokens: list[int], drafted: list[int], accepted: list[int]) -> None:
+    def count_pass(self, tokens: list[int], drafted: list[int], accepted: list[int], taken: list[int]) -> None:
         """Counts one forward pass.
 
         Args:
             tokens (`list[int]`): New tokens that it gave to each row of the batch.
             drafted (`list[int]`): Drafts that it verified for each row.
             accepted (`list[int]`): How many of these were right and returned.
+            taken (`list[int]`): How many drafts were looked up: all of a row's or none.
         """
         self.forward_passes += 1
         self.steps.append(sum(tokens))
-        for new, offered, right in zip(tokens, drafted, accepted, strict=True):
+        for new, offered, right, looked_up in zip(tokens, drafted, accepted, taken, strict=True):
             if new:
                 self._count_row(new, offered, right)
+                self.looked_up += right if looked_up else 0
 
     def _count_row(self, tokens: int, drafted: int, accepted: int) -> None:
         self.row_steps += 1

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from .recipe import Recipe, get_recipe
+from .recipe import TARGETS, Recipe, get_recipe
 
 
 @dataclass
@@ -24,7 +24,7 @@ class MTPConfig(SFTConfig):
             arXiv 2507.11851. The parameters below override single entries of it.
         targets (`str`, *optional*):
             What masks learn to predict: `"model"`, the base's own likeliest token, which is what a draft must match to
-            be accepted; or `"data"`, the token of the text.
+            be accepted; `"soft"`, the base's whole distribution; or `"data"`, the token of the text.
         base_weight, sampler_weight, lcm_weight, auxiliary_weight (`float`, *optional*):
             Weights of the four losses.
         position_decay (`float`, *optional*):
@@ -57,7 +57,7 @@ class MTPConfig(SFTConfig):
     recipe: str = field(default="default", metadata={"help": "Named set of loss weights and targets."})
     targets: str | None = field(
         default=None,
-        metadata={"help": "What masks learn to predict: 'model' or 'data'.", "choices": ["model", "data"]},
+        metadata={"help": "What masks learn to predict: 'model', 'soft' or 'data'.", "choices": [*TARGETS]},
     )
     base_weight: float | None = field(default=None, metadata={"help": "Weight of the base cross-entropy."})
     sampler_weight: float | None = field(default=None, metadata={"help": "Weight of the sampler cross-entropy."})
@@ -80,8 +80,8 @@ class MTPConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` must not be negative, but got {value}.")
-        if self.targets not in (None, "model", "data"):
-            raise ValueError(f"`targets` must be 'model' or 'data', but got {self.targets!r}.")
+        if self.targets not in (None, *TARGETS):
+            raise ValueError(f"`targets` must be one of {', '.join(map(repr, TARGETS))}, but got {self.targets!r}.")
         if self.anchors_per_sequence is not None and self.anchors_per_sequence < 1:
             raise ValueError(
                 f"`anchors_per_sequence` must be at least 1, or None for all, but got {self.anchors_per_sequence}."

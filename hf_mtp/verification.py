@@ -11,6 +11,7 @@ Shapes: B batch, K drafts, R = K + 1 positions, C shortlisted tokens, V vocabula
 """
 
 import pickle
+from copy import copy
 
 import torch
 from transformers import (
@@ -41,6 +42,11 @@ WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) + tuple(
     )
     if hasattr(logits_process, name)
 )
+
+# transformers' own that remember earlier calls.
+KEEPS_STATE = {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
+# Attributes of transformers' own with an entry for each row of the batch.
+PER_ROW = {"prompt_ignore_length", "encoder_input_ids"}
 
 
 def judge(
@@ -170,9 +176,18 @@ def _of_row(processor, row: int):
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(lambda _, prefix: allowed(row, prefix), 1)
-    if type(processor).__module__ == logits_process.__name__:
-        return processor
-    return _Stateless(processor)
+    if type(processor).__module__ != logits_process.__name__:
+        return _Stateless(processor)
+    if type(processor).__name__ in KEEPS_STATE:
+        raise ValueError(
+            f"{type(processor).__name__} keeps a state over all rows of a batch, which accept different numbers of "
+            "drafts per pass. Pass one sequence at a time (batch size 1 is exact), or drop `mtp=True`."
+        )
+    own = copy(processor)
+    for name in PER_ROW & vars(own).keys():
+        value = getattr(own, name)
+        setattr(own, name, value[row : row + 1] if isinstance(value, torch.Tensor) else value)
+    return own
 
 
 class _Stateless:

@@ -43,7 +43,7 @@ class Oracle(BaseStreamer):
         tokens = [self.sequence[p].item() if p < len(self.sequence) else 0 for p in positions]
         drafts = [token if self.right(p) else (token + 1) % VOCAB for p, token in zip(positions, tokens, strict=True)]
         tokens = torch.tensor([drafts], dtype=torch.long)
-        return Drafts(tokens, torch.full(tokens.shape, 0.5))
+        return Drafts(tokens, torch.full(tokens.shape, 0.5), torch.zeros(1, dtype=torch.bool))
 
 
 def expected_steps(right, start: int, new_tokens: int, k: int, strategy: str) -> list[tuple[int, int]]:

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from tiny_models import CONFIGS, WITHOUT_BRANCHES, generate, prompt, tiny_base, upgraded
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+)
 
 STRATEGIES = ("quadratic", "linear", "auto")
 PAD = 0
@@ -56,6 +62,7 @@ def test_rows_end_each_by_itself(cache, strategy):
     "options",
     [
         {"repetition_penalty": 2.0},
+        {"encoder_repetition_penalty": 2.0},
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 6, "eos_token_id": 2},
         {"prefix_allowed_tokens_fn": lambda row, ids: [row, (row + len(ids)) % SMALL]},
@@ -64,10 +71,18 @@ def test_rows_end_each_by_itself(cache, strategy):
 )
 def test_processors_see_the_prefix_of_their_row(options):
     model = upgraded(tiny_base("llama", vocab_size=SMALL), k=3)
-    inputs = padded((9, 9, 9, 9)) | {"do_sample": False, "max_new_tokens": 15}
+    lengths = (9, 6, 3, 8) if "repetition_penalty" in options else (9, 9, 9, 9)  # others count padding as text
+    inputs = padded(lengths) | {"do_sample": False, "max_new_tokens": 15}
     for strategy in STRATEGIES:
         output = model.generate(**inputs, **options, mtp=True, mtp_strategy=strategy)
         assert torch.equal(output, model.generate(**inputs, **options))
+
+
+def test_a_processor_with_a_state_over_rows_is_refused():
+    model = upgraded(tiny_base("llama", vocab_size=SMALL), k=3)
+    watermark = SynthIDTextWatermarkLogitsProcessor(2, [1, 2], 64, 0, 4, torch.device("cpu"))
+    with pytest.raises(ValueError, match="SynthIDTextWatermarkLogitsProcessor keeps a state.*one sequence at a time"):
+        model.generate(**padded(), mtp=True, max_new_tokens=4, logits_processor=LogitsProcessorList([watermark]))
 
 
 def test_num_return_sequences():

@@ -55,6 +55,6 @@ def test_without_compile_config_a_cpu_runs_the_same_shapes_uncompiled(graphs):
 def test_automatic_decoding_of_fixed_shape_has_two_shapes():
     pacer = Pacer(k=3, fixed_budget=6)
     assert pacer.fixed_drafts(3) == 0
-    pacer.plain_left = 0
+    pacer.resting = 0
     assert pacer.fixed_drafts(3) == 3
     assert pacer._budgets() == [6]

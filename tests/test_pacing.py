@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from hf_mtp.acceptance import MaskAcceptance
 from hf_mtp.drafting import Drafts, no_drafts
-from hf_mtp.pacing import Acceptance, Pacer, Pass, Whole
+from hf_mtp.pacing import Pacer, Pass, Whole
 from hf_mtp.slots import choose_slots, landing_probability, slot_values
 
 
@@ -53,7 +54,7 @@ def test_masks_of_no_value_are_dead():
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_whole_blocks(linear):
-    drafts = Drafts(torch.tensor([[5, 6, 7], [5, -1, -1]]), torch.ones(2, 3))
+    drafts = Drafts(torch.tensor([[5, 6, 7], [5, -1, -1]]), torch.ones(2, 3), torch.zeros(2).bool())
     counts = Whole(linear).slots(drafts, 2).drafts_BR.tolist()
     assert counts == ([[0, 0, 0, 2], [0, 2, 0, 0]] if linear else [[2, 2, 2, 2], [2, 2, 0, 0]])
 
@@ -63,13 +64,15 @@ def decode(pacer: Pacer, rates: list[float], plain: float, fixed: float, column:
     generator = torch.Generator().manual_seed(0)
     drafts, budgets = 0, []
     for _ in range(passes):
-        slots = pacer.slots(Drafts(torch.ones(1, drafts).long(), torch.full((1, drafts), 0.7)), pacer.k)
+        slots = pacer.slots(
+            Drafts(torch.ones(1, drafts).long(), torch.full((1, drafts), 0.7), torch.zeros(1).bool()), pacer.k
+        )
         masks = slots.alive_BM.shape[1]
         accepted = 0
         while accepted < drafts and torch.rand((), generator=generator) < rates[accepted]:
             accepted += 1
         seconds = plain if drafts == masks == 0 else fixed + column * (1 + drafts + masks)
-        pacer.observe(Pass(drafts, masks, [(drafts, accepted)], seconds))
+        pacer.observe(Pass(drafts, masks, 1 + accepted, 1, [(drafts, accepted)] if drafts else [], seconds))
         budgets.append(masks)
         drafts = int(slots.drafts_BR[0, accepted])
     return budgets
@@ -96,7 +99,7 @@ def test_a_dearer_column_buys_fewer_masks():
 
 
 def test_acceptance_forgets():
-    acceptance = Acceptance(2)
+    acceptance = MaskAcceptance(2)
     acceptance.count([(2, 2)] * 400)
     assert acceptance.rates[0] > 0.95
     acceptance.count([(2, 0)] * 400)
@@ -107,5 +110,5 @@ def test_nothing_to_draft_from_gives_a_chain():
     slots = Pacer(3).slots(no_drafts(1, torch.device("cpu")), 3)
     assert slots.alive_BM.shape == (1, 0)  # the first passes are plain ones, for their price
     pacer = Pacer(3)
-    pacer.plain_left = 0
+    pacer.resting = 0
     assert pacer.slots(no_drafts(1, torch.device("cpu")), 3).is_chain

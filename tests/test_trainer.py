@@ -454,7 +454,7 @@ def test_own_loss_is_refused(tmp_path):
     ("options", "message"),
     [
         ({"recipe": "soup"}, "Unknown recipe 'soup'. Known: 'default', 'paper'"),
-        ({"targets": "dreams"}, "'model' or 'data', but got 'dreams'"),
+        ({"targets": "dreams"}, "'model', 'soft', 'data', but got 'dreams'"),
         ({"lcm_weight": -1.0}, "`lcm_weight` must not be negative, but got -1.0"),
         ({"max_minutes": 0}, "`max_minutes` must be positive, or None for no limit, but got 0"),
         ({"anchors_per_sequence": 0}, "at least 1, or None for all, but got 0"),

@@ -53,8 +53,10 @@ def main() -> None:
 
     settings = {
         # Small steps, many of them: in half an hour on a CPU the number of steps is what is scarce.
-        "learning_rate": 1.5e-3,
+        "learning_rate": 5e-3,
         "muon": True,
+        "targets": "soft",
+        "position_decay": 0.8,
         "per_device_train_batch_size": 4,
         "anchors_per_sequence": 48,
         "bf16": True,
