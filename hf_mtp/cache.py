@@ -28,16 +28,14 @@ class Rows:
     def __init__(self, start_B: torch.LongTensor, columns: int | None = None):
         self.start_B = start_B
         self.length_B = torch.zeros_like(start_B)
-        self.starts, self.lengths = start_B.tolist(), [0] * len(start_B)  # the same, without asking the device
+        self.starts = start_B.tolist()  # the same, without asking the device
         self.columns = columns
+        self.set_lengths([0] * len(start_B))
 
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    @property
-    def are_equal(self) -> bool:
-        return min(self.lengths) == self.longest
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Says how many columns each row holds, what all layers go by until the next time."""
+        self.lengths, self.longest = lengths, max(lengths)
+        self.are_equal = min(lengths) == self.longest
 
 
 class RollbackLayer(CacheLayerMixin):
@@ -48,11 +46,12 @@ class RollbackLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_compileable = True
 
     def __init__(self, rows: Rows):
         super().__init__()
         self.rows = rows
+        # transformers makes a mask even for a plain causal pass if the cache is to be compiled.
+        self.is_compileable = rows.columns is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -83,12 +82,13 @@ class RollbackLayer(CacheLayerMixin):
         if self.rows.columns is None and end > self.keys.shape[2]:
             self._grow(end)
         if self.rows.are_equal:
-            self.keys[:, :, self.rows.longest : end] = key_states
-            self.values[:, :, self.rows.longest : end] = value_states
+            new = self.rows.longest, key_states.shape[2]
+            self.keys.narrow(2, *new).copy_(key_states)
+            self.values.narrow(2, *new).copy_(value_states)
         else:
             self._write_behind_each_row(key_states, value_states)
         end = self.rows.columns or end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def _write_behind_each_row(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         new_N = torch.arange(key_states.shape[2], device=key_states.device)
@@ -156,14 +156,14 @@ class RollbackCache(Cache):
         """
         if tokens_B is None:
             tokens_B = torch.tensor(tokens, device=self.rows.length_B.device)
-        self.rows.lengths = [length + kept for length, kept in zip(self.rows.lengths, tokens, strict=True)]
+        self.rows.set_lengths([length + kept for length, kept in zip(self.rows.lengths, tokens, strict=True)])
         self.rows.length_B += tokens_B
 
     def select_rows(self, rows: list[int]) -> None:
         """Drops all rows but these."""
         index = torch.tensor(rows, device=self.rows.length_B.device)
         self.rows.starts = [self.rows.starts[row] for row in rows]
-        self.rows.lengths = [self.rows.lengths[row] for row in rows]
+        self.rows.set_lengths([self.rows.lengths[row] for row in rows])
         self.rows.start_B, self.rows.length_B = self.rows.start_B[index], self.rows.length_B[index]
         for layer in self.layers:
             layer.keys, layer.values = (

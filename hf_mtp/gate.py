@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 
@@ -164,7 +165,16 @@ class GatedLinear(Linear):
         base = self._modules["base_layer"]
         has_hooks = base._forward_hooks or base._forward_pre_hooks
         result = base(x) if has_hooks else base.forward(x)
-        return result if variant is None else variant.forward(self, columns.adapter, x, result)
+        if variant is None:
+            return result
+        if variant.inner is None and not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == columns.length:
+            lora_A, lora_B = self.lora_A[columns.adapter], self.lora_B[columns.adapter]
+            if lora_A.weight.dtype == x.dtype == result.dtype and lora_B.bias is None and not self.training:
+                masks = result[:, columns.first :]  # a view
+                low_rank = F.linear(x[:, columns.first :], lora_A.weight)
+                masks.baddbmm_(low_rank, lora_B.weight.mT.expand(len(x), -1, -1), alpha=self.scaling[columns.adapter])
+                return result
+        return variant.forward(self, columns.adapter, x, result)
 
 
 def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) -> None:
