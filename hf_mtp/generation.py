@@ -67,7 +67,8 @@ class MTPGenerationMixin:
                 while decoding, takes drafts from the text itself where it repeats, and decodes plainly while that is
                 faster; it is `"linear"` for models that take no branches.
             mtp_k (`int`, *optional*):
-                Drafts per forward pass, at most the adapter's `k`, which is the default.
+                Masks per block, and so drafts that masks give per forward pass: at most the adapter's `k`, which is
+                the default.
             generator (`torch.Generator`, *optional*):
                 Source of chance in sampling. torch's own if `None`.
             args, kwargs:
