@@ -11,7 +11,7 @@ class Rates:
         classes (`int`): How many. A run of drafts goes through them one by one and stays in the last.
     """
 
-    MEMORY = 0.98
+    MEMORY = 0.99
     # Before anything was seen: as if so many drafts had been verified. High enough that deep masks get tried.
     PRIOR_RATE, PRIOR_COUNT = 0.6, 2.0
 

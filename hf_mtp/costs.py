@@ -16,27 +16,24 @@ class StepCosts:
 
     def __init__(self):
         self.plain: deque[float] = deque(maxlen=15)
-        self.checked: deque[tuple[float, float]] = deque(maxlen=64)
-        self.masked: deque[tuple[float, float]] = deque(maxlen=64)
+        self.checked, self.masked = Line(), Line()
+        self.plain_seconds = 0.0  # the median; 0 before there was one
 
     def add(self, drafts: int, masks: int, seconds: float) -> None:
         """Counts in one pass."""
         if masks:
-            self.masked.append((1 + drafts + masks, seconds))
+            self.masked.add(1 + drafts + masks, seconds)
         elif drafts:
-            self.checked.append((1 + drafts, seconds))
+            self.checked.add(1 + drafts, seconds)
         else:
             self.plain.append(seconds)
-
-    @property
-    def plain_seconds(self) -> float:
-        """Of a plain pass, once there was one."""
-        return statistics.median(self.plain)
+            self.plain_seconds = statistics.median(self.plain)
 
     def seconds(self, columns: float, masks: bool) -> float:
         """Expected seconds of a pass over so many columns."""
-        if passes := self.masked if masks else self.checked:
-            return _on_line(passes, columns)
+        line = self.masked if masks else self.checked
+        if line.points:
+            return line.at(columns)
         base, slope = self.FIRST_GUESS
         return self.plain_seconds * (base + slope * columns)
 
@@ -45,12 +42,28 @@ class StepCosts:
         return max(self.seconds(9, masks=False) - self.seconds(8, masks=False), 0.01 * self.plain_seconds)
 
 
-def _on_line(passes: deque[tuple[float, float]], columns: float) -> float:
-    """Seconds for so many columns on the line that fits the passes best, without the slow exceptions."""
-    middle = statistics.median(seconds for _, seconds in passes)
-    usual = [(columns, seconds) for columns, seconds in passes if seconds < 2 * middle]
-    xs, ys = zip(*usual, strict=True)
-    slope = 0.0
-    if len(set(xs)) > 1:
-        slope = max(0.0, statistics.linear_regression(xs, ys).slope)
-    return max(statistics.fmean(ys) + slope * (columns - statistics.fmean(xs)), 1e-9)
+class Line:
+    """The straight line through the latest points, without those that are far too high; fitted now and then."""
+
+    REFIT_EVERY = 8  # points
+
+    def __init__(self):
+        self.points: deque[tuple[float, float]] = deque(maxlen=64)
+        self.unseen = 0
+
+    def add(self, x: float, y: float) -> None:
+        self.points.append((x, y))
+        self.unseen += 1
+        if self.unseen >= self.REFIT_EVERY or len(self.points) < self.REFIT_EVERY:
+            self._fit()
+
+    def at(self, x: float) -> float:
+        return max(self.middle_y + self.slope * (x - self.middle_x), 1e-9)
+
+    def _fit(self) -> None:
+        self.unseen = 0
+        limit = 2 * statistics.median(y for _, y in self.points)
+        xs, ys = zip(*((x, y) for x, y in self.points if y < limit), strict=True)
+        self.middle_x, self.middle_y, self.slope = statistics.fmean(xs), statistics.fmean(ys), 0.0
+        if len(set(xs)) > 1:
+            self.slope = max(0.0, statistics.linear_regression(xs, ys).slope)

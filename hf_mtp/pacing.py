@@ -90,7 +90,8 @@ class Pacer:
         fixed_budget (`int`, *optional*): The one number of slots to choose from, besides none.
     """
 
-    MARGIN = 1.02  # by which masks must be ahead of none
+    MARGIN = 1.05  # by which masks must be ahead of none
+    LOOKUP_MARGIN = 1.5  # by which the expected gain of lookups must exceed their cost: both are rough
     REFRESH = 200  # passes after which the pace without masks is measured again
     REFRESH_PASSES = 3
     PLAN_EVERY = 8  # passes
@@ -107,9 +108,10 @@ class Pacer:
         self.budget = fixed_budget or 2 * k  # slots while masks are on
         self.yield_ratio = 1.0  # accepted drafts, as measured, over those that were expected
         self.maskless: deque[tuple[float, float]] = deque(maxlen=64)  # tokens per row and seconds, masks left out
+        self.pace = 0.0  # tokens per second and row without masks
         self.resting = 3  # passes without masks still to do: the first ones give the pace to beat
         self.rest = self.FIRST_REST
-        self.since_plan = self.since_rest = 0
+        self.since_plan = self.since_rest = self.since_pace = 0
 
     # ---------------------------------------------------------------- choices for the next pass
 
@@ -147,7 +149,7 @@ class Pacer:
         if not self.costs.plain:
             return none
         survival = [list(accumulate(self.confidences(match), mul)) for match in found]
-        seconds_per_token = 1 / (max(self._pace(), 1 / self.costs.plain_seconds) * len(found))
+        seconds_per_token = 1 / (max(self.pace, 1 / self.costs.plain_seconds) * len(found))
         # Each further column costs all rows the same, so it must pay for all rows that have it together.
         length, gained = 0, 0.0
         while length < max(map(len, survival)):
@@ -159,7 +161,7 @@ class Pacer:
             return none
         if not any(from_masks):
             dearer = self.costs.seconds(1 + length, masks=False) - self.costs.plain_seconds
-            return [min(len(row), length) for row in survival] if gained > dearer else none
+            return [min(len(row), length) for row in survival] if gained > self.LOOKUP_MARGIN * dearer else none
         return [
             min(len(row), length)
             if sum(row[:length]) > self.yield_ratio * sum(self.acceptance.survival[:masks])
@@ -195,6 +197,9 @@ class Pacer:
         elif not done.accepted:
             self.maskless.append((done.tokens / done.rows, done.seconds))
             self.since_rest = 0
+            self.since_pace += 1
+            if self.since_pace >= self.PLAN_EVERY or not self.pace:
+                self._measure_pace()
         if self.resting:
             self.resting -= 1
             if not self.resting:
@@ -216,7 +221,7 @@ class Pacer:
     def plan(self) -> None:
         """Sets the budget that makes most tokens per second, or rests."""
         self.since_plan = 0
-        if not (self.maskless and self.costs.masked):
+        if not (self.maskless and self.costs.masked.points):
             return
         if self.since_rest >= self.REFRESH:
             self.resting, self.since_rest = self.REFRESH_PASSES, 0
@@ -228,7 +233,7 @@ class Pacer:
             ),
             key=lambda option: option[1],
         )
-        if rate < self.MARGIN * self._pace():
+        if rate < self.MARGIN * self.pace:
             self.resting, self.rest = self.rest, min(2 * self.rest, self.LONGEST_REST)
         else:
             self.rest = self.FIRST_REST
@@ -241,13 +246,12 @@ class Pacer:
         """Expected columns of such a pass: the pending token, drafts and masks."""
         return 1 + self.acceptance.expected_columns(slots) + slots
 
-    def _pace(self) -> float:
+    def _measure_pace(self) -> None:
         """Tokens per second and row without masks, lookups included, slow exceptions left out."""
-        if not self.maskless:
-            return 0.0
+        self.since_pace = 0
         middle = statistics.median(seconds for _, seconds in self.maskless)
         usual = [(tokens, seconds) for tokens, seconds in self.maskless if seconds < 3 * middle]
-        return sum(tokens for tokens, _ in usual) / sum(seconds for _, seconds in usual)
+        self.pace = sum(tokens for tokens, _ in usual) / sum(seconds for _, seconds in usual)
 
     def _budgets(self) -> list[int]:
         if self.fixed_budget:

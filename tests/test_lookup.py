@@ -133,7 +133,7 @@ def test_lookups_are_taken_where_they_pay():
 
 
 def test_lookups_are_not_taken_where_masks_promise_more():
-    pacer = pacer_that_saw(0.5)
+    pacer = pacer_that_saw(0.3)
     pacer.acceptance.count([(4, 4)] * 300)
     assert pacer.lookups([Match(1, [7] * 12)], [4]) == [0]
     assert pacer.lookups([Match(1, [7] * 12)], [0])[0] > 0
