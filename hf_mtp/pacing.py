@@ -50,6 +50,8 @@ class Whole:
         linear (`bool`): On the last token of each row only.
     """
 
+    looks_up = False  # drafts come from masks alone
+
     def __init__(self, linear: bool):
         self.linear = linear
 
@@ -71,8 +73,6 @@ class Whole:
     def fixed_drafts(self, k: int) -> int:
         """Drafts per row, used or not, of passes that all have the same shape."""
         return k
-
-    looks_up = False
 
     def observe(self, done: Pass) -> None:
         """Nothing to learn."""
@@ -151,10 +151,10 @@ class Pacer:
         survival = [list(accumulate(self.confidences(match), mul)) for match in found]
         seconds_per_token = 1 / (max(self.pace, 1 / self.costs.plain_seconds) * len(found))
         # Each further column costs all rows the same, so it must pay for all rows that have it together.
-        length, gained = 0, 0.0
+        length, gained, column = 0, 0.0, self.costs.slope()
         while length < max(map(len, survival)):
             gain = sum(row[length] for row in survival if len(row) > length) * seconds_per_token
-            if gain <= self.costs.slope():
+            if gain <= column:
                 break
             length, gained = length + 1, gained + gain
         if not length:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from report import finish
 
 from hf_mtp.measuring import describe_machine
 
@@ -68,10 +69,7 @@ def main() -> None:
         for name in args.only:
             report["runs"].append(run(name, args, Path(folder, name.replace(" ", "_"))))
             print(name, report["runs"][-1]["tokens_per_step"], flush=True)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ outputs are compared with plain decoding's token by token. Prints tables; the la
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from reference_data import test_dataset
+from report import finish
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -158,10 +158,7 @@ def main() -> None:
         pair = {name: ways[name] for name in ("plain", "auto")}
         report["batches"][str(size)] = compare(pair, batches, **common)
         print_rows(f"maths, batch {size}", report["batches"][str(size)], len(batches))
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.output)
 
 
 def print_rows(title: str, ways: dict[str, dict], batches: int) -> None:

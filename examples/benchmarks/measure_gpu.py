@@ -12,13 +12,13 @@ Prints a table; the last line is one JSON document.
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from report import finish
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hf_mtp import GatedLoraConfig
@@ -211,10 +211,7 @@ def main() -> None:
         )
         for domain, row in speedups.items():
             print(f"  {domain:10} {row['speedup']:.2f}x at the paper's {PAPER[domain][k]} tokens per pass")
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.output)
 
 
 if __name__ == "__main__":

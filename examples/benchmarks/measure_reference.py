@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from reference_data import DOMAINS, test_dataset
+from report import finish
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,10 +100,7 @@ def main() -> None:
             result |= decoded(model, tokenizer, dataset, args)
         report["domains"][domain] = result
         print_rows(domain, result)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    finish(report, args.output)
 
 
 def print_rows(domain: str, result: dict) -> None:
