@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList
 from hf_mtp import generation
 from hf_mtp.drafting import Draw
 from hf_mtp.pacing import Pacer
+from hf_mtp.recipe import get_recipe
 from hf_mtp.verification import judge
 
 VOCAB, NEW_TOKENS = 3, 3
@@ -153,10 +154,36 @@ def test_judge_draws_what_the_base_would():
 # ---------------------------------------------------------------- statistics
 
 
-@pytest.mark.parametrize("strategy", ["quadratic", "linear"])
-def test_twenty_thousand_draws(strategy):
-    """A chi-square test against the base's own probabilities, in batches whose rows accept differently."""
+@pytest.fixture(scope="module")
+def trained():
+    """An upgraded model that was trained on text of its base, and its share of accepted drafts before and after."""
+    torch.manual_seed(0)
     model = upgraded(tiny_base("llama", vocab_size=VOCAB, initializer_range=0.15), k=2)
+    before = acceptance(model)
+    text = model.generate(torch.zeros(32, 1, dtype=torch.long), do_sample=True, top_k=0, max_new_tokens=40)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(60):
+        model(input_ids=text, labels=text, mtp_recipe=get_recipe("default"), mtp_anchors=16).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), before, acceptance(model)
+
+
+def acceptance(model) -> float:
+    """Accepted drafts over those offered, greedily."""
+    counts = [0, 0]
+    for seed in range(8):
+        model.generate(prompt(5, seed=seed) % VOCAB, mtp=True, mtp_strategy="linear", max_new_tokens=20)
+        counts = [counts[0] + model.mtp_statistics.accepted, counts[1] + model.mtp_statistics.drafted]
+    return counts[0] / counts[1]
+
+
+@pytest.mark.parametrize("strategy", ["quadratic", "linear", "auto"])
+def test_twenty_thousand_draws(strategy, trained):
+    """A chi-square test against the base's own probabilities, in batches whose rows accept differently."""
+    model, before, after = trained
+    assert after > before + 0.1
     input_ids = prompt(5) % VOCAB
     with torch.no_grad():
         expected = base_probabilities(model, input_ids, lambda prefix, logits: logits / 0.8)
@@ -177,7 +204,7 @@ def test_twenty_thousand_draws(strategy):
         accepted += model.mtp_statistics.accepted
         for continuation in output[:, 5:].tolist():
             counts[tuple(continuation)] += 1
-    assert accepted > 1000
+    assert accepted > 1000 or strategy == "auto"
     whole = sum(expected.values())  # 1, up to the rounding of float32
     wanted = torch.tensor([20_000 * p / whole for p in expected.values()], dtype=torch.float64)
     seen = torch.tensor(list(counts.values()), dtype=torch.float64)

@@ -14,20 +14,17 @@ model card. The checkpoint kept is the one with the lowest loss on held-out text
 
 import argparse
 import copy
-import importlib.metadata
 import importlib.util
 import json
 import math
-import os
-import platform
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from base_report import answer_loss, licence_of, measure, write_card
 from make_data import (
     HERE,
     Example,
@@ -40,19 +37,15 @@ from make_data import (
     without,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_mtp.measuring import describe_machine
 
 CODE_PACKAGES = (
     "numpy scipy pandas sympy networkx torch transformers peft trl accelerate datasets huggingface_hub".split()
 )
 BOS, USER, ASSISTANT, EOS, PAD = SPECIAL_TOKENS = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>", "<pad>"]
+BOS_ID = SPECIAL_TOKENS.index(BOS)  # a tokenizer's special tokens come first
 CHAT_TEMPLATE = (
     "{{ '<|endoftext|>' }}"
     "{% for message in messages %}"
@@ -63,7 +56,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 CONTEXT = 512  # tokens of one packed training window
-NEW_TOKENS = 128  # length of the measured greedy answers
 MIN_LR_SHARE = 0.02
 
 Corpus = dict[str, list[Example]]
@@ -223,7 +215,8 @@ def train(
     def loss_of(ids_BT: torch.Tensor) -> torch.Tensor:
         hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
         logits_BTV = model.lm_head(hidden_BTD).float()
-        return F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten())
+        return loss + args.unlikelihood * unlikelihood(logits_BTV, ids_BT) if args.unlikelihood else loss
 
     step_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
     history, best_loss = [], math.inf
@@ -250,191 +243,30 @@ def train(
     return history
 
 
+def unlikelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
+    """How likely the model thinks it to repeat a 4-gram where the text does not, per token.
+
+    Token-level unlikelihood (Welleck et al., arXiv 1908.04319), with as candidates what followed the last three tokens
+    earlier in the same text. Small models loop; this teaches them not to.
+
+    Args:
+        logits_BTV (`torch.Tensor` of shape `(B, T, V)`): After each token but the last.
+        ids_BT (`torch.Tensor` of shape `(B, T + 1)`): The tokens.
+    """
+    text_BT = (ids_BT == BOS_ID).cumsum(dim=1)
+    same_BTS = (ids_BT[:, :, None] == ids_BT[:, None, :]) & (text_BT[:, :, None] == text_BT[:, None, :])
+    alike_BTS = same_BTS[:, :-1, :-1]  # the tokens here and there, and with each round the ones before them
+    for _ in range(2):
+        alike_BTS = same_BTS[:, :-1, :-1] & F.pad(alike_BTS[:, :-1, :-1], (1, 0, 1, 0))
+    repeats_BTS = (alike_BTS & ~same_BTS[:, 1:, 1:]).tril(diagonal=-1)
+    next_BTS = ids_BT[:, None, 1:].expand_as(repeats_BTS)
+    probability_BTS = logits_BTV.softmax(dim=-1).gather(2, next_BTS)
+    return -(torch.log1p(-probability_BTS.clamp(max=1 - 1e-4)) * repeats_BTS).sum() / repeats_BTS[:, :, 0].numel()
+
+
 def save_bfloat16(model: LlamaForCausalLM, folder: Path) -> None:
     """Save a bfloat16 copy of `model`, which itself stays as it is."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
-
-
-# --- measuring -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def answer_loss(model: LlamaForCausalLM, sequences: list[tuple[list[int], int]], batch_size: int = 16) -> float:
-    """Mean loss in nats per answer token over encoded examples."""
-    model.eval()
-    total, count = 0.0, 0
-    sequences = sorted(sequences, key=lambda item: len(item[0]))
-    for begin in range(0, len(sequences), batch_size):
-        batch = sequences[begin : begin + batch_size]
-        longest = max(len(ids) for ids, _ in batch)
-        ids_BT = torch.full((len(batch), longest), model.config.pad_token_id)
-        labels_BT = torch.full((len(batch), longest), -100)
-        for row, (ids, prompt_length) in enumerate(batch):
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
-            labels_BT[row, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
-        logits_BTV = model(input_ids=ids_BT.to(model.device)).logits[:, :-1].float()
-        targets = labels_BT[:, 1:].to(model.device)
-        total += F.cross_entropy(logits_BTV.mT, targets, ignore_index=-100, reduction="sum").item()
-        count += int((targets != -100).sum())
-    return round(total / count, 4)
-
-
-def repeated_share(ids: list[int], n: int = 4) -> float:
-    """The share of an answer's n-grams that stood in it before: 1 - distinct / total."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-@torch.no_grad()
-def greedy_answers(model: LlamaForCausalLM, sequences: list[tuple[list[int], int]]) -> list[list[int]]:
-    """The greedy answer to each example's prompt, at most `NEW_TOKENS` tokens with the end token."""
-    answers = []
-    for ids, prompt_length in sequences:
-        prompt = torch.tensor([ids[:prompt_length]], device=model.device)
-        output = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        answers.append(output[0, prompt_length:].tolist())
-    return answers
-
-
-def generation_statistics(answers: list[list[int]], references: list[list[int]], eos_id: int) -> dict[str, float]:
-    """How fluent greedy answers are: repetition, how many end by themselves, how long they are."""
-    return {
-        "answers": len(answers),
-        "repeated_4grams": statistics.fmean(repeated_share(ids) for ids in answers),
-        "repeated_4grams_of_references": statistics.fmean(repeated_share(ids) for ids in references),
-        "ended_with_eos": statistics.fmean(ids[-1] == eos_id for ids in answers),
-        "mean_tokens": statistics.fmean(map(len, answers)),
-    }
-
-
-def measure(folder: Path, watched: Corpus, test: Corpus) -> dict[str, dict]:
-    """Every number of the model card, from the saved bfloat16 weights computed with in float32."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    results = {}
-    for domain in test:
-        sequences = encode(tokenizer, test[domain])
-        answers = greedy_answers(model, sequences)
-        results[domain] = {
-            "watched_examples": len(watched[domain]),
-            "watched_loss": answer_loss(model, encode(tokenizer, watched[domain])),
-            "test_loss": answer_loss(model, sequences),
-            "greedy": generation_statistics(answers, [ids[n:] for ids, n in sequences], tokenizer.eos_token_id),
-            "samples": [
-                {"prompt": example.prompt, "answer": tokenizer.decode(ids)}
-                for example, ids in zip(test[domain][:4], answers, strict=False)
-            ],
-        }
-    return results
-
-
-# --- the folder ------------------------------------------------------------------------------------------------
-
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-language: en
----
-
-# Quickstart base
-
-A Llama of {parameters:,} parameters, trained from scratch in {minutes:.0f} minutes so that `make quickstart` can show
-multi-token prediction without a download. It is an ordinary causal language model of `transformers`; nothing in it
-knows about multi-token prediction.
-
-```python
-AutoModelForCausalLM.from_pretrained("examples/quickstart/base", dtype=torch.float32)
-```
-
-**What it is for:** a small base for examples and tests, in two domains: worked grade-school maths problems
-and short Python functions. **What it is not for:** anything else. Its sums are mostly wrong, its functions seldom
-work, and it knows nothing about the world. Do not use its answers.
-
-## Measured
-
-With the stored bfloat16 weights, computed in float32. Loss is in nats per answer token, on text that was not trained
-on: "watched" chose the checkpoint, "test" is the 40 rows of `../data/*_test.jsonl`. Greedy answers to these 40 prompts
-have at most {new_tokens} tokens. A repeated 4-gram is one that stood in the same answer before; "written" is the same
-share in the reference answers.
-
-| domain | watched loss | test loss | repeated 4-grams | written | ended with `<|end|>` | tokens per answer |
-|---|---|---|---|---|---|---|
-{table}
-
-`training.json` has these numbers, the losses during training, and sample answers.
-
-## Training
-
-- {tokens:,} tokens in windows of {context}, {maths_share:.0%} maths, with Muon and AdamW.
-- The tokenizer is a byte-level BPE of {vocabulary:,} ids.
-- Machine: {machine}. {versions}.
-- Made by `../make_base.py`.
-
-## Data and licences
-
-- maths: GSM8K's train split ({maths_examples:,} problems), MIT, Copyright (c) 2021 OpenAI.
-- python: {python_examples:,} short documented functions of CPython {python_version}'s standard library (PSF-2.0) and
-  of the packages below. Only the weights have seen these packages; none of their text is shipped here.
-
-| package | licence |
-|---|---|
-{packages}
-
-The notices of the text that is shipped are in `../data/README.md`.
-"""
-
-
-def machine(device: str) -> str:
-    """The machine in words."""
-    if device.startswith("cuda"):
-        return f"one {torch.cuda.get_device_name()}"
-    names = [line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()}"
-
-
-def cpu_info() -> list[str]:
-    """The lines of Linux's processor description, none elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def licence_of(package: str) -> str:
-    """The licence that an installed package states, in one line."""
-    metadata = importlib.metadata.metadata(package)
-    stated = (metadata["License-Expression"] or metadata["License"] or "").strip().split("\n")[0]
-    classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier", []) if c.startswith("License")]
-    return classifiers[0] if classifiers and (not stated or stated.startswith("Copyright")) else stated
-
-
-def write_card(folder: Path, record: dict) -> None:
-    """Write the model card from `training.json`'s record."""
-    rows = [
-        f"| {domain} | {r['watched_loss']:.2f} | {r['test_loss']:.2f} | {r['greedy']['repeated_4grams']:.2f} "
-        f"| {r['greedy']['repeated_4grams_of_references']:.2f} | {r['greedy']['ended_with_eos']:.0%} "
-        f"| {r['greedy']['mean_tokens']:.0f} |"
-        for domain, r in record["results"].items()
-    ]
-    card = CARD.format(
-        parameters=record["parameters"],
-        minutes=record["training_minutes"],
-        new_tokens=NEW_TOKENS,
-        table="\n".join(rows),
-        tokens=record["tokens"],
-        context=CONTEXT,
-        maths_share=record["arguments"]["maths_share"],
-        vocabulary=record["arguments"]["vocab_size"],
-        machine=record["machine"],
-        versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        maths_examples=record["training_examples"]["maths"],
-        python_examples=record["training_examples"]["python"],
-        python_version=record["versions"]["Python"],
-        packages="\n".join(f"| {name} | {licence} |" for name, licence in record["code_packages"].items()),
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def parse_args() -> argparse.Namespace:
@@ -453,6 +285,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--maths-share", type=float, default=0.5, help="share of maths in a batch; the rest is Python")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="AdamW's; Muon has twice that")
     parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument(
+        "--unlikelihood", type=float, default=1.0, help="weight of the loss that keeps it from looping"
+    )
     parser.add_argument("--evaluations", type=int, default=6, help="how often the held-out loss is watched")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without `torch.compile`")
     parser.add_argument("--seed", type=int, default=0)
@@ -469,15 +304,18 @@ def main() -> None:
     texts = [text for examples in corpus.values() for example in examples for text in example]
     tokenizer = make_tokenizer(texts, args.vocab_size)
     encoded = {domain: [ids for ids, _ in encode(tokenizer, examples)] for domain, examples in corpus.items()}
+    watched_ids, test_ids = (
+        {domain: encode(tokenizer, examples) for domain, examples in split.items()} for split in (watched, test)
+    )
     for domain, sequences in encoded.items():
         print(f"{domain}: {len(sequences)} examples, {sum(map(len, sequences)):,} tokens", flush=True)
 
     tokenizer.save_pretrained(args.output)
     model = make_model(tokenizer).to(args.device)
-    watched_ids = {domain: encode(tokenizer, examples[:64]) for domain, examples in watched.items()}
+    few = {domain: ids[:64] for domain, ids in watched_ids.items()}
     streams = {domain: packed_windows(sequences, args.seed) for domain, sequences in encoded.items()}
     start = time.perf_counter()
-    history = train(model, streams, lambda: {d: answer_loss(model, ids) for d, ids in watched_ids.items()}, args)
+    history = train(model, streams, lambda: {domain: answer_loss(model, ids) for domain, ids in few.items()}, args)
     minutes = (time.perf_counter() - start) / 60
 
     record = {
@@ -486,13 +324,12 @@ def main() -> None:
         "corpus_tokens": {domain: sum(map(len, sequences)) for domain, sequences in encoded.items()},
         "tokens": history[-1]["step"] * args.batch_size * CONTEXT,
         "training_minutes": round(minutes, 2),
-        "machine": machine(args.device),
-        "versions": {"Python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
+        "window": CONTEXT,
+        "machine": describe_machine(),
         "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path | list)},
         "code_packages": {p: licence_of(p) for p in args.code_packages},
         "history": history,
-        "results": measure(args.output, watched, test),
+        "results": measure(args.output, watched_ids, test_ids),
     }
     (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_card(args.output, record)
