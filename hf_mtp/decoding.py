@@ -72,7 +72,7 @@ def decode(
         [`MTPStatistics`].
     """
     statistics = MTPStatistics()
-    batch = Batch(task, transcript, cache.rows.starts, looks_up=pace.looks_up)
+    batch = Batch(task, transcript, cache.rows.starts, looks_up=pace.lookups is not None)
     regular_BT, drafts = task.prompt_BT, no_drafts(len(batch.rows), task.prompt_BT.device)
     began = None  # a prompt's pass is of no use as a measure
     while True:
@@ -269,19 +269,19 @@ class Batch:
         """Drafts for the rows that are better off with what followed the same words before; `None` if no row is."""
         if self.lookups is None:
             return None
-        pace.compare(self.matches, outcome.tokens)
+        pace.lookups.compare(self.matches, outcome.tokens)
         for index, row in enumerate(self.rows):
             self.lookups[row].extend(outcome.tokens[index])
-        wanted = max(0, min(pace.LOOKUP_DRAFTS, room))
+        wanted = max(0, min(pace.lookups.MOST_DRAFTS, room))
         self.matches = [
             Match(0, []) if self.transcript.finished[row] else self.lookups[row].match(wanted) for row in self.rows
         ]
-        self.takes = pace.lookups(self.matches, outcome.next_drafts)
+        self.takes = pace.lookups_to_take(self.matches, outcome.next_drafts)
         if not any(self.takes):
             return None
         return found_drafts(
             [match.tokens[:taken] for match, taken in zip(self.matches, self.takes, strict=True)],
-            [pace.confidences(match)[:taken] for match, taken in zip(self.matches, self.takes, strict=True)],
+            [pace.lookups.confidences(match)[:taken] for match, taken in zip(self.matches, self.takes, strict=True)],
             outcome.pending_B.device,
             drawn=self.task.draw is not None,
         )

@@ -2,7 +2,7 @@
 
 `Whole` computes whole blocks, on every regular token (quadratic decoding) or on the last one (linear). `Pacer` buys
 masks where they are likely to pay, by what passes cost and what drafts achieved so far on this machine, and none where
-plain decoding is faster; and takes drafts from the text itself where these promise more.
+plain decoding is faster.
 
 Shapes: B batch, K drafts, R = K + 1 regular tokens, k masks per block, M slots.
 """
@@ -10,15 +10,14 @@ Shapes: B batch, K drafts, R = K + 1 regular tokens, k masks per block, M slots.
 import statistics
 from collections import deque
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from operator import mul
 
 import torch
 
-from .acceptance import MaskAcceptance, Rates
+from .acceptance import MaskAcceptance
 from .costs import StepCosts
 from .drafting import NO_TOKEN, Drafts
-from .lookup import LONGEST_MATCH, Match
+from .lookup import Match
+from .lookup_policy import LookupPolicy
 from .slots import Slots, choose_slots, landing_probability, no_slots, slot_values
 
 
@@ -50,7 +49,7 @@ class Whole:
         linear (`bool`): On the last token of each row only.
     """
 
-    looks_up = False  # drafts come from masks alone
+    lookups: LookupPolicy | None = None  # drafts come from masks alone
 
     def __init__(self, linear: bool):
         self.linear = linear
@@ -83,34 +82,37 @@ class Pacer:
 
     Chooses the number of slots that makes most tokens per second, from the measured seconds of passes and the measured
     acceptance of drafts; gives them to the masks whose drafts are likeliest to be used (see `slots.py`); does without
-    masks while that is faster, and then tries again at growing distances. Kept from one `generate` to the next.
+    masks while that is faster. Then it tries them again as soon as a small share of the time since has paid for the
+    trial. Kept from one `generate` to the next.
 
     Args:
         k (`int`): Masks per block at most.
         fixed_budget (`int`, *optional*): The one number of slots to choose from, besides none.
+
+    Attributes:
+        lookups ([`LookupPolicy`] or `None`): Drafts from the text itself.
     """
 
     MARGIN = 1.05  # by which masks must be ahead of none
-    LOOKUP_MARGIN = 1.5  # by which the expected gain of lookups must exceed their cost: both are rough
-    REFRESH = 200  # passes after which the pace without masks is measured again
-    REFRESH_PASSES = 3
-    PLAN_EVERY = 8  # passes
     LEARNING_RATE = 0.03
+    PLAN_EVERY = 8  # passes
+    REFRESH = 200  # passes with masks after which the pace without them is measured again
+    REFRESH_PASSES = 3
     TRIAL = 4  # passes with masks before they may be left out again
-    FIRST_REST, LONGEST_REST = 24, 1024  # passes without masks between trials
-    LOOKUP_DRAFTS = 16  # at most
+    REST = 24  # passes without masks between trials, at least
+    TRIAL_SHARE = 0.015  # of the time without masks that a trial may cost
 
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget = k, fixed_budget
-        self.looks_up = not fixed_budget  # passes of a fixed shape have no room for drafts of other lengths
         self.costs, self.acceptance = StepCosts(), MaskAcceptance(k)
-        self.lookup_rates = Rates(LONGEST_MATCH)  # by the number of tokens that agree
+        # Passes of a fixed shape have no room for drafts of other lengths.
+        self.lookups = None if fixed_budget else LookupPolicy(self.costs)
         self.budget = fixed_budget or 2 * k  # slots while masks are on
         self.yield_ratio = 1.0  # accepted drafts, as measured, over those that were expected
         self.maskless: deque[tuple[float, float]] = deque(maxlen=64)  # tokens per row and seconds, masks left out
         self.pace = 0.0  # tokens per second and row without masks
         self.resting = 3  # passes without masks still to do: the first ones give the pace to beat
-        self.rest = self.FIRST_REST
+        self.saved = 0.0  # seconds that trials may cost
         self.since_plan = self.since_rest = self.since_pace = 0
 
     # ---------------------------------------------------------------- choices for the next pass
@@ -135,57 +137,19 @@ class Pacer:
         """Drafts per row, used or not, of passes of two shapes: plain ones, and those with all drafts and masks."""
         return 0 if self.resting else k
 
-    def lookups(self, found: list[Match], from_masks: list[int]) -> list[int]:
+    def lookups_to_take(self, found: list[Match], from_masks: list[int]) -> list[int]:
         """How many tokens of each row's match to take as its drafts, instead of those that masks would give.
 
         Args:
             found (`list[Match]`): One per row.
             from_masks (`list[int]`): Drafts that each row could have from masks.
-
-        Returns:
-            `list[int]`: 0 for rows that are better off without.
         """
-        none = [0] * len(found)
         if not self.costs.plain:
-            return none
-        survival = [list(accumulate(self.confidences(match), mul)) for match in found]
-        seconds_per_token = 1 / (max(self.pace, 1 / self.costs.plain_seconds) * len(found))
-        # Each further column costs all rows the same, so it must pay for all rows that have it together.
-        length, gained, column = 0, 0.0, self.costs.slope()
-        while length < max(map(len, survival)):
-            gain = sum(row[length] for row in survival if len(row) > length) * seconds_per_token
-            if gain <= column:
-                break
-            length, gained = length + 1, gained + gain
-        if not length:
-            return none
-        if not any(from_masks):
-            dearer = self.costs.seconds(1 + length, masks=False) - self.costs.plain_seconds
-            return [min(len(row), length) for row in survival] if gained > self.LOOKUP_MARGIN * dearer else none
-        return [
-            min(len(row), length)
-            if sum(row[:length]) > self.yield_ratio * sum(self.acceptance.survival[:masks])
-            else 0
-            for row, masks in zip(survival, from_masks, strict=True)
-        ]
-
-    def confidences(self, match: Match) -> list[float]:
-        """The probability that each token of a match is accepted if all before it are."""
-        return [self.lookup_rates.rate(match.length - 1 + place) for place in range(len(match.tokens))]
+            return [0] * len(found)
+        expected = [self.yield_ratio * sum(self.acceptance.survival[:masks]) for masks in from_masks]
+        return self.lookups.choose(found, expected, max(self.pace, 1 / self.costs.plain_seconds))
 
     # ---------------------------------------------------------------- learning from passes
-
-    def compare(self, found: list[Match], tokens: list[list[int]]) -> None:
-        """Learns how often lookups are right, also from those that were not taken.
-
-        Args:
-            found (`list[Match]`): One per row.
-            tokens (`list[list[int]]`): What followed in truth.
-        """
-        for match, truth in zip(found, tokens, strict=True):
-            compared = list(zip(match.tokens, truth, strict=False))
-            right = next((place for place, (guess, token) in enumerate(compared) if guess != token), len(compared))
-            self.lookup_rates.count(len(compared), right, match.length - 1)
 
     def observe(self, done: Pass) -> None:
         """Learns from a pass."""
@@ -194,16 +158,19 @@ class Pacer:
         if done.masks:
             self.since_rest += 1
             self._learn_yield(done)
+            if self.pace:
+                self.saved -= done.seconds - done.tokens / done.rows / self.pace
         elif not done.accepted:
             self.maskless.append((done.tokens / done.rows, done.seconds))
             self.since_rest = 0
+            self.saved += self.TRIAL_SHARE * done.seconds
             self.since_pace += 1
             if self.since_pace >= self.PLAN_EVERY or not self.pace:
                 self._measure_pace()
         if self.resting:
             self.resting -= 1
             if not self.resting:
-                self.since_plan = self.PLAN_EVERY - self.TRIAL
+                self._try_again()
             return
         self.since_plan += 1
         if self.since_plan >= self.PLAN_EVERY:
@@ -226,25 +193,28 @@ class Pacer:
         if self.since_rest >= self.REFRESH:
             self.resting, self.since_rest = self.REFRESH_PASSES, 0
             return
-        self.budget, rate = max(
-            (
-                (slots, self.tokens(slots) / self.costs.seconds(self.columns(slots), masks=True))
-                for slots in self._budgets()
-            ),
-            key=lambda option: option[1],
-        )
-        if rate < self.MARGIN * self.pace:
-            self.resting, self.rest = self.rest, min(2 * self.rest, self.LONGEST_REST)
+        self.budget = max(self._budgets(), key=lambda slots: self.tokens(slots) / self.seconds(slots))
+        if self.tokens(self.budget) < self.MARGIN * self.pace * self.seconds(self.budget):
+            self.resting = self.REST
         else:
-            self.rest = self.FIRST_REST
+            self.saved = 0.0  # what masks win is not for losing
+
+    def _try_again(self) -> None:
+        """Masks once more, if they have not lost more than they may; else rests on."""
+        self.since_plan = self.PLAN_EVERY - self.TRIAL
+        if not self.costs.masked.points:
+            return  # they were never tried
+        loss = self.seconds(self.budget) - self.tokens(self.budget) / self.pace
+        if self.saved < self.TRIAL * loss:
+            self.resting = self.REST
 
     def tokens(self, slots: int) -> float:
         """Expected tokens per row of a pass that follows one with so many slots."""
         return 1 + self.yield_ratio * self.acceptance.expected_drafts(slots)
 
-    def columns(self, slots: int) -> float:
-        """Expected columns of such a pass: the pending token, drafts and masks."""
-        return 1 + self.acceptance.expected_columns(slots) + slots
+    def seconds(self, slots: int) -> float:
+        """Expected seconds of such a pass, over the pending token, drafts and masks."""
+        return self.costs.seconds(1 + self.acceptance.expected_columns(slots) + slots, masks=True)
 
     def _measure_pace(self) -> None:
         """Tokens per second and row without masks, lookups included, slow exceptions left out."""

@@ -9,6 +9,7 @@ from hf_mtp import generation
 from hf_mtp.acceptance import Rates
 from hf_mtp.drafting import Drafts, found_drafts
 from hf_mtp.lookup import LONGEST_MATCH, Lookup, Match
+from hf_mtp.lookup_policy import LookupPolicy
 from hf_mtp.pacing import Pacer, Pass
 
 
@@ -50,7 +51,7 @@ def test_rates_go_by_the_length_of_the_match():
 class EveryMatch(Pacer):
     """Takes whatever is found, in every second row."""
 
-    def lookups(self, found, from_masks):
+    def lookups_to_take(self, found, from_masks):
         return [len(match.tokens) if row % 2 == 0 else 0 for row, match in enumerate(found)]
 
 
@@ -77,7 +78,7 @@ def test_long_runs_are_taken_whole(every_match):
     input_ids = prompt(9) % SMALL
     output = generate(model, input_ids, 100, mtp=True)
     assert torch.equal(output, generate(model, input_ids, 100))
-    assert max(model.mtp_statistics.steps) == 1 + Pacer.LOOKUP_DRAFTS
+    assert max(model.mtp_statistics.steps) == 1 + LookupPolicy.MOST_DRAFTS
 
 
 def test_rows_end_within_lookups(every_match):
@@ -117,27 +118,27 @@ def pacer_that_saw(rate: float, dearer: float = 0.3, column: float = 0.01) -> Pa
         for drafts in (3, 6):
             pacer.observe(Pass(drafts, 0, 2, 1, [], 1 + dearer + column * drafts))
     for number in range(100):
-        pacer.compare([Match(1, [7] * 12)], [[7] * 12 if number < 100 * rate else [8]])
+        pacer.lookups.compare([Match(1, [7] * 12)], [[7] * 12 if number < 100 * rate else [8]])
     return pacer
 
 
 def test_lookups_are_taken_where_they_pay():
     found = [Match(1, [7] * 12)]
-    assert pacer_that_saw(1.0).lookups(found, [0]) == [12]
-    assert pacer_that_saw(0.0).lookups(found, [0]) == [0]
-    assert pacer_that_saw(0.9, dearer=30.0).lookups(found, [0]) == [0]
+    assert pacer_that_saw(1.0).lookups_to_take(found, [0]) == [12]
+    assert pacer_that_saw(0.0).lookups_to_take(found, [0]) == [0]
+    assert pacer_that_saw(0.9, dearer=30.0).lookups_to_take(found, [0]) == [0]
     three_right = pacer_that_saw(1.0)
     for _ in range(400):
-        three_right.compare(found, [[7, 7, 7, 8]])
-    assert three_right.lookups(found, [0]) == [3]
+        three_right.lookups.compare(found, [[7, 7, 7, 8]])
+    assert three_right.lookups_to_take(found, [0]) == [3]
 
 
 def test_lookups_are_not_taken_where_masks_promise_more():
     pacer = pacer_that_saw(0.3)
     pacer.acceptance.count([(4, 4)] * 300)
-    assert pacer.lookups([Match(1, [7] * 12)], [4]) == [0]
-    assert pacer.lookups([Match(1, [7] * 12)], [0])[0] > 0
+    assert pacer.lookups_to_take([Match(1, [7] * 12)], [4]) == [0]
+    assert pacer.lookups_to_take([Match(1, [7] * 12)], [0])[0] > 0
 
 
 def test_nothing_found_takes_nothing():
-    assert pacer_that_saw(1.0).lookups([Match(0, [])] * 2, [0, 3]) == [0, 0]
+    assert pacer_that_saw(1.0).lookups_to_take([Match(0, [])] * 2, [0, 3]) == [0, 0]

@@ -21,8 +21,8 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Both flows from top to bottom: a module imports from those before it only.
 ORDER = """
 peft_type card config statistics slots layout masks losses recipe sampler gate fingerprint support drafting lookup
-transcript verification acceptance costs pacing cache step request peers decoding generation objective tuner hub
-registration measuring training_config interrupt deadline optimizer trainer __init__
+transcript verification acceptance costs lookup_policy pacing cache step request peers decoding generation objective
+tuner hub registration measuring training_config interrupt deadline optimizer trainer __init__
 """.split()
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
