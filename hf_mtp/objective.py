@@ -75,9 +75,9 @@ def multi_token_objective(
         "data": input_ids_BT[row_R, target_column_R],
     }[recipe.targets]
 
-    losses = {}
-    losses["base"], draft_R = cross_entropy(unembedding, mask_RD, target_R)
-    sampler = model.sampler_head()
+    losses, sampler = {}, model.sampler_head()
+    if recipe.base > 0 or sampler is None:  # else a pass over the vocabulary is saved
+        losses["base"], draft_R = cross_entropy(unembedding, mask_RD, target_R)
     if sampler is not None:
         previous_RE = model.model.get_input_embeddings()(input_ids_BT[row_R, column_R])
         losses["sampler"], draft_R = cross_entropy(unembedding, sampler(previous_RE, mask_RD), target_R)

@@ -26,7 +26,7 @@ class MTPConfig(SFTConfig):
             What masks learn to predict: `"model"`, the base's own likeliest token, which is what a draft must match to
             be accepted; `"soft"`, the base's whole distribution; or `"data"`, the token of the text.
         base_weight, sampler_weight, lcm_weight, auxiliary_weight (`float`, *optional*):
-            Weights of the four losses.
+            Weights of the four losses. The base and the auxiliary one are not computed if their weight is 0.
         position_decay (`float`, *optional*):
             Weight of each mask relative to the one before it.
 

@@ -169,6 +169,14 @@ def test_every_measure_is_logged_in_training_and_evaluation(tmp_path):
         assert entry[prefix + "loss"] == pytest.approx(weighted, rel=1e-3)
 
 
+def test_a_loss_of_no_weight_is_not_computed(tmp_path):
+    trained = trainer(tmp_path, base_weight=0.0, auxiliary_weight=0.0)
+    trained.train()
+    entry = trained.state.log_history[0]
+    assert not {"loss_base", "loss_auxiliary"} & entry.keys()
+    assert {"loss_sampler", "loss_lcm", "accuracy_1"} <= entry.keys()
+
+
 def test_evaluation_draws_the_same_masks_every_time(tmp_path):
     made = trainer(tmp_path, eval_dataset=texts(6), anchors_per_sequence=2)
     first, second = made.evaluate(), made.evaluate()
