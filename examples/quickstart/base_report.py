@@ -116,11 +116,11 @@ share in the reference answers.
 
 ## Training
 
-- {tokens:,} tokens in windows of {window}, {maths_share:.0%} maths, with Muon and AdamW.
-- Beside the cross-entropy, unlikelihood (Welleck et al., arXiv 1908.04319) of repeating a 4-gram of the same text,
-  with weight {unlikelihood}: a model this small loops otherwise.
+{trainings}
+- Unlikelihood (Welleck et al., arXiv 1908.04319) of repeating a 4-gram of the same text keeps a model this small from
+  looping.
 - The tokenizer is a byte-level BPE of {vocabulary:,} ids.
-- Machine: {processor}, {threads} threads, {minutes:.0f} minutes. {versions}.
+- The last training and the measurements: {processor}, {threads} threads, {versions}.
 - Made by `../make_base.py`.
 
 ## Data and licences
@@ -153,17 +153,21 @@ def write_card(folder: Path, record: dict) -> None:
         f"| {r['greedy']['mean_tokens']:.0f} |"
         for domain, r in record["results"].items()
     ]
-    arguments, machine = record["arguments"], record["machine"]
+    trainings = [
+        "- {tokens:,} tokens in windows of {window}, {minutes:.0f} minutes, with Muon and AdamW: {maths_share:.0%} "
+        "maths, learning rate {learning_rate}, unlikelihood {unlikelihood}.".format(
+            **training, **training["arguments"]
+        )
+        for training in record["trainings"]
+    ]
+    machine = record["machine"]
     card = CARD.format(
         parameters=record["parameters"],
-        minutes=record["training_minutes"],
+        minutes=sum(training["minutes"] for training in record["trainings"]),
         new_tokens=NEW_TOKENS,
         table="\n".join(rows),
-        tokens=record["tokens"],
-        window=record["window"],
-        maths_share=arguments["maths_share"],
-        unlikelihood=arguments["unlikelihood"],
-        vocabulary=arguments["vocab_size"],
+        trainings="\n".join(trainings),
+        vocabulary=record["trainings"][0]["arguments"]["vocab_size"],
         processor=machine["processor"],
         threads=machine["threads"],
         versions=", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers")),

@@ -3,6 +3,7 @@
 
     python make_base.py                                 # on the CPU; GSM8K comes from the Hugging Face Hub
     python make_base.py --device cuda --tokens 30e6     # a longer training on a GPU
+    python make_base.py --init base --tokens 2e6 --learning-rate 1e-3 --unlikelihood 1     # trains it further
 
 The model learns the two domains of `make_data.py`: worked GSM8K problems, and short documented Python functions
 of the standard library and of the installed, permissively licensed packages named by `--code-packages`. It knows
@@ -37,7 +38,14 @@ from make_data import (
     without,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hf_mtp.measuring import describe_machine
 
@@ -272,6 +280,7 @@ def save_bfloat16(model: LlamaForCausalLM, folder: Path) -> None:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", type=Path, help="folder of an earlier result, to train it further")
     parser.add_argument("--output", type=Path, default=HERE / "base", help="folder to write to")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="folder of the bundled test files")
     parser.add_argument("--gsm8k-train", type=Path, help="GSM8K's train split as JSON Lines (default: from the Hub)")
@@ -294,6 +303,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def trainings(folder: Path) -> list[dict]:
+    """The trainings that made an earlier result, the first one first."""
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))["trainings"]
+
+
 def main() -> None:
     """Load the text, train the tokenizer and the model, measure them, write the folder."""
     args = parse_args()
@@ -302,7 +316,13 @@ def main() -> None:
 
     corpus, watched, test = load_corpora(args)
     texts = [text for examples in corpus.values() for example in examples for text in example]
-    tokenizer = make_tokenizer(texts, args.vocab_size)
+    if args.init is None:
+        earlier, tokenizer = [], make_tokenizer(texts, args.vocab_size)
+        model = make_model(tokenizer)
+    else:
+        earlier, tokenizer = trainings(args.init), AutoTokenizer.from_pretrained(args.init)
+        model = AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32, attn_implementation="eager")
+    model.to(args.device)
     encoded = {domain: [ids for ids, _ in encode(tokenizer, examples)] for domain, examples in corpus.items()}
     watched_ids, test_ids = (
         {domain: encode(tokenizer, examples) for domain, examples in split.items()} for split in (watched, test)
@@ -311,7 +331,6 @@ def main() -> None:
         print(f"{domain}: {len(sequences)} examples, {sum(map(len, sequences)):,} tokens", flush=True)
 
     tokenizer.save_pretrained(args.output)
-    model = make_model(tokenizer).to(args.device)
     few = {domain: ids[:64] for domain, ids in watched_ids.items()}
     streams = {domain: packed_windows(sequences, args.seed) for domain, sequences in encoded.items()}
     start = time.perf_counter()
@@ -322,13 +341,18 @@ def main() -> None:
         "parameters": model.num_parameters(),
         "training_examples": {domain: len(examples) for domain, examples in corpus.items()},
         "corpus_tokens": {domain: sum(map(len, sequences)) for domain, sequences in encoded.items()},
-        "tokens": history[-1]["step"] * args.batch_size * CONTEXT,
-        "training_minutes": round(minutes, 2),
-        "window": CONTEXT,
+        "trainings": [
+            *earlier,
+            {
+                "tokens": history[-1]["step"] * args.batch_size * CONTEXT,
+                "window": CONTEXT,
+                "minutes": round(minutes, 2),
+                "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path | list)},
+                "history": history,
+            },
+        ],
         "machine": describe_machine(),
-        "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path | list)},
         "code_packages": {p: licence_of(p) for p in args.code_packages},
-        "history": history,
         "results": measure(args.output, watched_ids, test_ids),
     }
     (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
