@@ -56,11 +56,12 @@ class Gate(threading.local):
     on a thread of its own (gradient checkpointing) sees the gate of *its* forward pass and not the latest one.
     """
 
-    columns: MaskColumns | None = None
-    listener: "Listener | None" = None
+    def __init__(self):  # runs once per thread; torch.compile wants the attributes to be there from the start
+        self.columns: MaskColumns | None = None
+        self.listener: Listener | None = None
 
     @contextmanager
-    def listen(self) -> Iterator["Listener"]:
+    def listen(self) -> Iterator[Listener]:
         """Within, the listener gets the decoder's output: last hidden states, which the unembedding reads."""
         self.listener = Listener()
         try:

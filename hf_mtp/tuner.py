@@ -122,7 +122,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     @property
     def adapters_disabled(self) -> bool:
         """Whether the adapter layers are switched off, as in `with model.disable_adapter():`."""
-        return any(m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer))
+        # PEFT switches all layers alike, so the first one tells.
+        return next((m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer)), False)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:

@@ -6,10 +6,13 @@
 
 Batch 1: greedy on maths, sampling at temperature 0.7 on chat and Python; plain decoding, prompt lookup, an assistant
 model, and the strategies of hf_mtp, in turns. Batches of 4 and 16: plain and automatic. An untrained adapter. Greedy
-outputs are compared with plain decoding's token by token. Prints tables; the last line is one JSON document.
+outputs are compared with plain decoding's token by token. The base, with and without adapters, is one set of weights:
+where weights lie in memory would make two copies differ by some percent.
+Prints tables; the last line is one JSON document.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +29,7 @@ from hf_mtp.measuring import describe_machine
 
 DOMAINS = {"maths": {"do_sample": False}, **dict.fromkeys(("chat", "python"), {"do_sample": True, "temperature": 0.7})}
 WARM_UP = 3  # prompts that are decoded before any is timed
+IN_BATCHES = 64  # prompts that batches are made of
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,6 +70,11 @@ class Timing:
             "tokens_per_pass": round(sum(self.tokens) / sum(self.passes), 4),
             "identical": self.identical,
         }
+
+
+def same_weights(base: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the modules, but not of the weights."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
 
 
 def timed(model, inputs: dict, **arguments) -> tuple[float, torch.Tensor, int]:
@@ -112,13 +121,13 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.base, padding_side="left")
-    base, upgraded, untrained, draft = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-        for name in (args.base, args.base, args.base, args.draft)
+    base, draft = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval() for name in (args.base, args.draft)
     )
-    model = PeftModel.from_pretrained(upgraded, args.adapter).eval()
+    model = PeftModel.from_pretrained(same_weights(base), args.adapter).eval()
     config = model.peft_config["default"]
-    untrained = get_peft_model(untrained, GatedLoraConfig(k=config.k, r=config.r, lora_alpha=config.lora_alpha)).eval()
+    fresh = GatedLoraConfig(k=config.k, r=config.r, lora_alpha=config.lora_alpha)
+    untrained = get_peft_model(same_weights(base), fresh).eval()
     common = {"max_new_tokens": args.new_tokens, "pad_token_id": tokenizer.pad_token_id, "top_k": 0}
     ways = {
         "plain": (base, {}),
@@ -129,7 +138,9 @@ def main() -> None:
         "linear": (model, {"mtp": True, "mtp_strategy": "linear"}),
     }
     prompts = {
-        domain: [row["prompt"] for row in test_dataset(args.data, tokenizer, domain, max(32, args.prompts))]
+        domain: [
+            row["prompt"] for row in test_dataset(args.data, tokenizer, domain, max(IN_BATCHES, 2 * args.prompts))
+        ]
         for domain in DOMAINS
     }
     report = {
@@ -151,10 +162,11 @@ def main() -> None:
     report["untrained"] = compare({"plain": ways["plain"], "auto": (untrained, {"mtp": True})}, maths, **common)
     print_rows("untrained adapter", report["untrained"], len(maths))
     hot = {"plain": (base, {}), "quadratic": ways["quadratic"]}
+    maths += [tokenized([text]) for text in prompts["maths"][args.prompts : 2 * args.prompts]]  # chance needs more
     report["temperature 1"] = compare(hot, maths, **common, do_sample=True)
     print_rows("maths, T = 1", report["temperature 1"], len(maths))
     for size in (4, 16):
-        batches = [tokenized(prompts["maths"][start : start + size]) for start in range(0, 32, size)]
+        batches = [tokenized(prompts["maths"][start : start + size]) for start in range(0, IN_BATCHES, size)]
         pair = {name: ways[name] for name in ("plain", "auto")}
         report["batches"][str(size)] = compare(pair, batches, **common)
         print_rows(f"maths, batch {size}", report["batches"][str(size)], len(batches))
