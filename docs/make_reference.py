@@ -48,7 +48,7 @@ SECTIONS = {
         "hf_mtp.slots": ["Slots", "choose_slots", "landing_probability", "slot_values"],
         "hf_mtp.pacing": ["Whole", "Pacer"],
         "hf_mtp.drafting": ["draft", "Drafts", "Draw"],
-        "hf_mtp.verification": ["judge", "verify_together", "verify_in_order"],
+        "hf_mtp.verification": ["accepted_drafts", "next_token", "verify_together", "verify_in_order"],
         "hf_mtp.transcript": ["Transcript"],
         "hf_mtp.cache": ["RollbackCache"],
     },

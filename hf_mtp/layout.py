@@ -157,6 +157,7 @@ def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTens
     return segment_BT if attention_mask_BT is None else segment_BT.masked_fill(attention_mask_BT == 0, NO_DOCUMENT)
 
 
+@torch.compiler.disable  # which cannot trace a draw of a size that varies
 def training_layout(
     labels_BT: torch.LongTensor,
     position_BT: torch.LongTensor,

@@ -40,6 +40,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient_RD * loss_gradient_R[:, None].to(gradient_RD.dtype), None, None
 
 
+@torch.compiler.disable  # R varies, and the backward pass is ready-made
 def cross_entropy(
     unembedding: torch.nn.Module, hidden_RD: torch.Tensor, target_R: torch.Tensor
 ) -> tuple[torch.Tensor, torch.LongTensor]:

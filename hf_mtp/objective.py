@@ -40,6 +40,9 @@ class Objective:
     rows: int
 
 
+# How many masks are supervised depends on the data. With `torch_compile=True` the forward passes are compiled, and the
+# few functions around them that have such shapes are left as they are.
+@torch.compiler.disable(recursive=False)
 def multi_token_objective(
     model: "GatedLoraModel",
     input_ids_BT: torch.LongTensor,
@@ -97,6 +100,7 @@ def multi_token_objective(
     return Objective(loss, metrics, len(row_R))
 
 
+@torch.compiler.disable
 def _base_choices(
     unembedding: torch.nn.Module, hidden_BTD: torch.Tensor, row_R: torch.LongTensor, column_R: torch.LongTensor
 ) -> torch.LongTensor:
@@ -108,6 +112,7 @@ def _base_choices(
     return choice_BT[row_R, column_R]
 
 
+@torch.compiler.disable
 def _draft_quality(
     accepted_R: torch.BoolTensor, row_R: torch.LongTensor, mask_R: torch.LongTensor, layout: BlockLayout, k: int
 ) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import pickle
 from copy import copy
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
@@ -49,14 +50,14 @@ KEEPS_STATE = {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGu
 PER_ROW = {"prompt_ignore_length", "encoder_input_ids"}
 
 
-def judge(
+def accepted_drafts(
     score_XV: torch.Tensor,
     token_X: torch.LongTensor,
     draw: Draw | None = None,
     candidate_XC: torch.LongTensor | None = None,
     probability_XC: torch.Tensor | None = None,
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    """The next token at each position, and whether it is the position's accepted draft.
+) -> torch.BoolTensor:
+    """`(X,)`: whether each draft, taken by itself, is accepted.
 
     Args:
         score_XV (`torch.Tensor` of shape `(X, V)`): The base's scores, after the processors.
@@ -65,19 +66,36 @@ def judge(
         candidate_XC, probability_XC (*optional*): With `draw`, the distributions that the drafts were drawn from.
     """
     if draw is None:
-        choice_X = score_XV.argmax(dim=-1)
-        return choice_X, choice_X == token_X
+        return score_XV.argmax(dim=-1) == token_X
+    log_p_X = score_XV.gather(1, token_X.clamp(min=0)[:, None])[:, 0] - score_XV.logsumexp(dim=-1)
+    q_X = (probability_XC * (candidate_XC == token_X[:, None])).sum(dim=-1)
+    return draw.happens((log_p_X.exp() / q_X).where(q_X > 0, 0.0))
+
+
+def next_token(
+    score_XV: torch.Tensor,
+    draw: Draw | None = None,
+    rejected_X: torch.LongTensor | None = None,
+    candidate_XC: torch.LongTensor | None = None,
+    probability_XC: torch.Tensor | None = None,
+) -> torch.LongTensor:
+    """`(X,)`: the base's own token, where its draft was rejected or there is none.
+
+    Args:
+        score_XV (`torch.Tensor` of shape `(X, V)`): The base's scores, after the processors.
+        draw ([`Draw`], *optional*): Samples; greedy if `None`.
+        rejected_X (`torch.LongTensor` of shape `(X,)`, *optional*): The rejected drafts, -1 where there was none.
+        candidate_XC, probability_XC (*optional*): The distributions that these were drawn from.
+    """
+    if draw is None:
+        return score_XV.argmax(dim=-1)
     p_XV = score_XV.softmax(dim=-1)
-    if candidate_XC is None:
-        return draw.one_of(p_XV)[:, 0], torch.zeros_like(token_X, dtype=torch.bool)
-    probability_XC = probability_XC * (token_X != NO_TOKEN)[:, None]
-    q_draft_X = (probability_XC * (candidate_XC == token_X[:, None])).sum(dim=-1)
-    p_draft_X = p_XV.gather(1, token_X.clamp(min=0)[:, None])[:, 0]
-    accepted_X = draw.happens((p_draft_X / q_draft_X).where(q_draft_X > 0, 0.0))
-    surplus_XV = p_XV.scatter_add(1, candidate_XC, -probability_XC).clamp(min=0)
-    # No surplus at all means p = q up to rounding; then no draft is rejected but by rounding.
-    surplus_XV = torch.where(surplus_XV.sum(dim=-1, keepdim=True) > 0, surplus_XV, p_XV)
-    return torch.where(accepted_X, token_X, draw.one_of(surplus_XV)[:, 0]), accepted_X
+    if candidate_XC is not None:
+        q_XC = probability_XC * (rejected_X != NO_TOKEN)[:, None]
+        surplus_XV = p_XV.scatter_add(1, candidate_XC, -q_XC).clamp(min=0)
+        # No surplus at all means p = q up to rounding; then no draft is rejected but by rounding.
+        p_XV = torch.where(surplus_XV.sum(dim=-1, keepdim=True) > 0, surplus_XV, p_XV)
+    return draw.one_of(p_XV)[:, 0]
 
 
 def verify_together(
@@ -96,20 +114,21 @@ def verify_together(
     """
     batch, positions, vocab = logits_BRV.shape
     logits_XV = logits_BRV.reshape(-1, vocab).to(torch.float32, copy=len(warpers) > 0)
-    score_XV = warpers(None, logits_XV) if warpers else logits_XV
-    if not drafts.count:
-        token_B1 = score_XV.argmax(dim=-1, keepdim=True) if draw is None else draw.one_of(score_XV.softmax(dim=-1))
-        return token_B1, torch.zeros_like(token_B1[:, 0]), score_XV[:, None]
-    token_BR = torch.nn.functional.pad(drafts.token_BK, (0, 1), value=NO_TOKEN)
-    spread = [None, None]
-    if drafts.candidate_BKC is not None:
-        pad = (0, 0, 0, 1)
-        spread = [
-            torch.nn.functional.pad(part, pad).flatten(0, 1) for part in (drafts.candidate_BKC, drafts.probability_BKC)
-        ]
-    token_X, accepted_X = judge(score_XV, token_BR.flatten(), draw, *spread)
-    accepted_B = accepted_X.view(batch, positions).long().cumprod(dim=1).sum(dim=1)
-    return token_X.view(batch, positions), accepted_B, score_XV.view(batch, positions, vocab)
+    score_BRV = (warpers(None, logits_XV) if warpers else logits_XV).view(batch, positions, vocab)
+    token_BR = F.pad(drafts.token_BK, (0, 1), value=NO_TOKEN)
+    accepted_B = torch.zeros_like(token_BR[:, 0])
+    row_B, spread = torch.arange(batch, device=accepted_B.device), ()
+    if drafts.count:
+        if draw is not None:
+            spread = drafts.candidate_BKC, drafts.probability_BKC
+        per_draft = (part.flatten(0, 1) for part in (score_BRV[:, :-1], drafts.token_BK))
+        accepted_X = accepted_drafts(*per_draft, draw, *(part.flatten(0, 1) for part in spread))
+        accepted_B = accepted_X.view(batch, drafts.count).long().cumprod(dim=1).sum(dim=1)
+        # Behind the last draft none is rejected: its distribution is not looked at.
+        spread = [part[row_B, accepted_B.clamp(max=drafts.count - 1)] for part in spread]
+    # One choice per row: the distributions behind a rejected draft are of no use.
+    next_B = next_token(score_BRV[row_B, accepted_B], draw, token_BR[row_B, accepted_B], *spread)
+    return token_BR.scatter(1, accepted_B[:, None], next_B[:, None]), accepted_B, score_BRV
 
 
 def verify_in_order(
@@ -141,19 +160,18 @@ def verify_in_order(
     for position, logits_1V in enumerate(logits_RV.split(1)):
         logits_1V = logits_1V.to(dtype=torch.float32, copy=True)  # as plain decoding does; processors may write
         score_1V = processors(transcript.prefix(row), logits_1V)
-        here = slice(position, position + 1)
-        token_1 = drafts.token_BK[0, here]
-        if not len(token_1):
-            token_1 = torch.full((1,), NO_TOKEN, device=logits_RV.device)
-        spread = [None, None]
-        if drafts.candidate_BKC is not None and position < drafts.count:
-            spread = [drafts.candidate_BKC[0, here], drafts.probability_BKC[0, here]]
-        token_1, accepted_1 = judge(score_1V, token_1, draw, *spread)
+        here, spread = slice(position, position + 1), ()
+        draft_1, accepted = torch.full((1,), NO_TOKEN, device=logits_RV.device), False
+        if position < drafts.count:
+            draft_1 = drafts.token_BK[0, here]
+            if draw is not None:
+                spread = drafts.candidate_BKC[0, here], drafts.probability_BKC[0, here]
+            accepted = bool(accepted_drafts(score_1V, draft_1, draw, *spread))
+        token_1 = draft_1 if accepted else next_token(score_1V, draw, draft_1, *spread)
         transcript.append(row, token_1, logits_1V, score_1V)
         stopped = bool(criteria(transcript.prefix(row), transcript.scores_of(row)).all())
         if stopped:
             transcript.finish(row)
-        accepted = bool(accepted_1)
         if stopped or not accepted:
             return position + accepted
     return drafts.count

@@ -530,3 +530,19 @@ def test_muon_resumes_to_the_same_losses(tmp_path):
     resumed = trainer(tmp_path / "resumed", muon=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert logged(resumed) == pytest.approx(logged(whole), rel=1e-6)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def test_compiled_training_has_the_same_losses(tmp_path):
+    """The forward passes are traced, whatever the lengths of the batches; what is made of them is not."""
+    torch.compiler.reset()
+    plain = trainer(tmp_path / "plain")
+    plain.train()
+    compiled = trainer(
+        tmp_path / "compiled", anchors_per_sequence=None, torch_compile=True, torch_compile_backend="eager"
+    )
+    compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert logged(compiled) == pytest.approx(logged(plain), abs=1e-4)

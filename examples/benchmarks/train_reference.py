@@ -64,6 +64,7 @@ def main() -> None:
         "anchors_per_sequence": 48,
         "bf16": True,
         "gradient_checkpointing": False,
+        "torch_compile": True,
         "max_length": 384,
         **named_values(args.set),
     }
