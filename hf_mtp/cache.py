@@ -7,6 +7,7 @@ nothing, however differently rows go on.
 Shapes: B batch, H heads, N columns of a pass, S columns of storage, D features.
 """
 
+from collections.abc import Container
 from functools import partial
 
 import torch
@@ -15,6 +16,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .masks import CachedColumns
 
 SPARE_COLUMNS = 64  # storage grows by half and by no less than this
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # transformers 5.24 renamed the others to the first
+
+
+def cache_name(names: Container[str]) -> str:
+    """What a cache is called among these names of arguments or fields, which transformers' releases differ in."""
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
 class Rows:

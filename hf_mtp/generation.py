@@ -8,7 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
 
-from .cache import RollbackCache
+from .cache import RollbackCache, cache_name
 from .decoding import Task, decode
 from .drafting import Draw
 from .pacing import Pacer, Whole
@@ -161,8 +161,8 @@ class MTPGenerationMixin:
                 logits=transcript.stacked("logits"),
                 hidden_states=transcript.stacked("hidden_states"),
                 attentions=transcript.stacked("attentions"),
-                past_key_values=prompt.cache,
                 mtp_statistics=self.mtp_statistics,
+                **{cache_name(MTPGenerateOutput.__dataclass_fields__): prompt.cache},
             )
 
         return self.model.generate(*args, custom_generate=decode_batch, **kwargs)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
+from .cache import CACHE_NAMES, cache_name
+
 # Arguments of a model's forward pass that the decode loop makes itself.
 _OWN_ARGUMENTS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *CACHE_NAMES,
     "inputs_embeds",
     "use_cache",
     "logits_to_keep",
@@ -54,17 +56,17 @@ class Prompt:
                 f"`mtp=True` decodes text: the model's argument(s) {', '.join(map(repr, unknown))} are not passed on. "
                 "Leave them out, or decode with mtp=False."
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(cache_name(model_kwargs))
         read = cache.get_seq_length() if getattr(cache, "_is_user_defined", False) else 0
         read = int(read)
         embeds = model_kwargs.get("inputs_embeds")
         if embeds is not None and read:
-            raise NotImplementedError("`inputs_embeds` together with `past_key_values`: pass one of them.")
+            raise NotImplementedError("`inputs_embeds` together with a cache: pass one of them.")
         unread = embeds if embeds is not None else input_ids[:, read:]
         columns = read + unread.shape[1]
         if not unread.shape[1]:
             raise ValueError(
-                f"The cache in `past_key_values` holds all {read} tokens of the prompt: nothing is left to read. Pass "
+                f"The cache that was passed holds all {read} tokens of the prompt: nothing is left to read. Pass "
                 "the prompt with at least one token more than the cache holds."
             )
         start_B = _left_padding(model_kwargs.get("attention_mask"), input_ids.shape[0], columns, unread.device)
@@ -160,7 +162,7 @@ def refuse_short_cache(cache: Cache | None, columns: int) -> None:
         size = layer.get_max_length()
         if size != -1 and not layer.is_sliding and size < columns:
             raise ValueError(
-                f"The cache in `past_key_values` has room for {size} tokens, but the prompt and its new tokens need "
+                f"The cache that was passed has room for {size} tokens, but the prompt and its new tokens need "
                 f"up to {columns}. Make it with max_cache_len={columns}, or lower `max_new_tokens`."
             )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cache import RollbackCache
+from .cache import RollbackCache, cache_name
 from .drafting import Drafts, Draw, draft
 from .layout import BlockLayout
 from .masks import attention_kinds, attention_masks
@@ -111,7 +111,7 @@ class MaskedStep:
             # Columns past the model's last position belong to drafts and masks of no use.
             "position_ids": layout.position_BN.clamp(max=self.positions_left(1)),
             "logits_to_keep": wanted,
-            "past_key_values": cache,
+            cache_name(self.known_arguments): cache,
             "use_cache": True,
         }
         if regular_BT.dim() == 3:

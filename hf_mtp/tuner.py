@@ -3,6 +3,7 @@
 Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, tuner-level modules for the two heads.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import Cache, DynamicCache
 
+from .cache import cache_name
 from .config import GatedLoraConfig
 from .fingerprint import refuse_other_base
 from .gate import Gate, MaskColumns, gate_lora_layer
@@ -340,13 +342,14 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         queries, device_type = input_ids_BQ.shape[1], input_ids_BQ.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.model.dtype
-        outputs = self.model.get_decoder()(
+        decoder = self.model.get_decoder()
+        outputs = decoder(
             input_ids=input_ids_BQ,
             attention_mask=attention_masks(layout, self._attention_kinds(), dtype, queries=queries),
             position_ids=layout.position_BN[:, -queries:],
-            past_key_values=cache,
             use_cache=cache is not None,
             output_hidden_states=all_layers,
+            **{cache_name(inspect.signature(decoder.forward).parameters): cache},
         )
         return [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
 

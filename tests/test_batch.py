@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import CONFIGS, WITHOUT_BRANCHES, generate, prompt, tiny_base, upgraded
+from tiny_models import CACHE, CONFIGS, WITHOUT_BRANCHES, generate, prompt, tiny_base, upgraded
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -108,7 +108,7 @@ def test_returned_dict(strategy):
         for fast_token, plain_token in zip(fast[name][1:], plain[name][1:], strict=True):
             for fast_layer, plain_layer in zip(fast_token, plain_token, strict=True):
                 torch.testing.assert_close(fast_layer, plain_layer, **CLOSE)
-    for fast_layer, plain_layer in zip(fast.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for fast_layer, plain_layer in zip(fast[CACHE].layers, plain[CACHE].layers, strict=True):
         for row, start in enumerate(inputs["attention_mask"].argmax(dim=1).tolist()):
             torch.testing.assert_close(fast_layer.keys[row, :, start:], plain_layer.keys[row, :, start:], **CLOSE)
 

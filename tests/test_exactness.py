@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from oracle import RIGHT, Oracle, expected_steps
-from tiny_models import CONFIGS, VOCAB, WITHOUT_BRANCHES, generate, prompt, tiny_base, upgraded
+from tiny_models import CACHE, CONFIGS, VOCAB, WITHOUT_BRANCHES, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import (
     GenerationConfig,
@@ -334,8 +334,8 @@ def test_returned_cache_is_that_of_plain_decoding(strategy, right, monkeypatch):
     fast = generate(
         model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle, return_dict_in_generate=True
     )
-    assert fast.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == PROMPT + 19
-    for fast_layer, plain_layer in zip(fast.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    assert fast[CACHE].get_seq_length() == plain[CACHE].get_seq_length() == PROMPT + 19
+    for fast_layer, plain_layer in zip(fast[CACHE].layers, plain[CACHE].layers, strict=True):
         torch.testing.assert_close(fast_layer.keys, plain_layer.keys)
         torch.testing.assert_close(fast_layer.values, plain_layer.values)
 

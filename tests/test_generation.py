@@ -5,7 +5,7 @@ from threading import Thread
 
 import pytest
 import torch
-from tiny_models import generate, prompt, tiny_base, upgraded
+from tiny_models import CACHE, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import (
     DynamicCache,
@@ -63,10 +63,10 @@ def test_a_second_turn_reads_the_first_turns_cache(architecture, new_cache):
             mtp=True,
             mtp_strategy="quadratic",
             return_dict_in_generate=True,
-            **({} if cache is None else {"past_key_values": cache}),
+            **({} if cache is None else {CACHE: cache}),
         )
         assert torch.equal(output.sequences, expected)
-        cache = output.past_key_values
+        cache = output[CACHE]
         assert cache.get_seq_length() == output.sequences.shape[1] - 1
         if turn:  # the last token of the turn before, five new ones, and masks
             assert widths[0] == 6 + 3
@@ -78,30 +78,28 @@ def test_a_cache_goes_from_plain_decoding_to_mtp_and_back():
     sequence, cache = small_prompt(), DynamicCache(config=model.config)
     for mtp in (False, True, False, True):
         expected = generate(model, sequence, 12)
-        sequence = generate(model, sequence, 12, past_key_values=cache, mtp=mtp)
+        sequence = generate(model, sequence, 12, **{CACHE: cache}, mtp=mtp)
         assert torch.equal(sequence, expected)
 
 
 def test_a_static_cache_is_filled():
     model = small_model()
     plain, fast = (StaticCache(config=model.config, max_cache_len=40) for _ in range(2))
-    expected = generate(model, small_prompt(), 20, past_key_values=plain)
-    assert torch.equal(generate(model, small_prompt(), 20, past_key_values=fast, mtp=True), expected)
+    expected = generate(model, small_prompt(), 20, **{CACHE: plain})
+    assert torch.equal(generate(model, small_prompt(), 20, **{CACHE: fast}, mtp=True), expected)
     for one, two in zip(plain.layers, fast.layers, strict=True):
         torch.testing.assert_close(one.keys, two.keys, atol=1e-4, rtol=1e-4)
     with pytest.raises(
         ValueError, match="has room for 40 tokens, but .* need up to 50. Make it with max_cache_len=50"
     ):
-        generate(
-            model, small_prompt(), 40, past_key_values=StaticCache(config=model.config, max_cache_len=40), mtp=True
-        )
+        generate(model, small_prompt(), 40, **{CACHE: StaticCache(config=model.config, max_cache_len=40)}, mtp=True)
 
 
 def test_a_cache_that_holds_the_whole_prompt():
     model, cache = small_model(), DynamicCache()
-    sequence = generate(model, small_prompt(), 5, past_key_values=cache, mtp=True)
+    sequence = generate(model, small_prompt(), 5, **{CACHE: cache}, mtp=True)
     with pytest.raises(ValueError, match="nothing is left to read"):
-        generate(model, sequence[:, :-1], 5, past_key_values=cache, mtp=True)
+        generate(model, sequence[:, :-1], 5, **{CACHE: cache}, mtp=True)
 
 
 def test_rolling_back_copies_nothing():

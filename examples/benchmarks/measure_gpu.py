@@ -11,6 +11,7 @@ Prints a table; the last line is one JSON document.
 """
 
 import argparse
+import inspect
 import itertools
 import statistics
 import time
@@ -22,7 +23,7 @@ from report import finish
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.cache import RollbackCache
+from hf_mtp.cache import RollbackCache, cache_name
 from hf_mtp.drafting import no_drafts
 from hf_mtp.layout import decoding_layout
 from hf_mtp.measuring import describe_machine
@@ -122,15 +123,14 @@ class PlainDecoding:
     def __init__(self, model, prefix: torch.LongTensor, new_tokens: int, device: str):
         self.base = model.get_base_model()
         self.cache = StaticCache(config=self.base.config, max_cache_len=prefix.shape[1] + new_tokens + 64)
-        self.base(prefix, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.past = {cache_name(inspect.signature(self.base.forward).parameters): self.cache}
+        self.base(prefix, **self.past, use_cache=True, logits_to_keep=1)
         self.forward = self.base.get_compiled_call(compile_config(device))
         self.token = prefix[:, -1:].clone()
         self.position = torch.full((1, 1), prefix.shape[1], device=prefix.device)
 
     def __call__(self) -> None:
-        logits = self.forward(
-            input_ids=self.token, past_key_values=self.cache, use_cache=True, position_ids=self.position
-        ).logits
+        logits = self.forward(input_ids=self.token, **self.past, use_cache=True, position_ids=self.position).logits
         self.token = logits[:, -1:].argmax(dim=-1)
         self.position += 1
         for layer in self.cache.layers:  # the same length for each pass that is measured

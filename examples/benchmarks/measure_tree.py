@@ -14,6 +14,7 @@ Prints tables; the last line is one JSON document.
 
 import argparse
 import heapq
+import inspect
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from reference_data import DOMAINS, test_dataset
 from report import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from hf_mtp.cache import cache_name
 from hf_mtp.layout import IGNORE, segments, training_layout
 from hf_mtp.measuring import describe_machine
 
@@ -62,6 +64,8 @@ def candidate_rates(model: PeftModel, tokenizer, dataset) -> list[list[float]]:
         labels_1T[:, : len(prompt)] = IGNORE
         position_1T = torch.arange(ids_1T.shape[1])[None]
         layout = training_layout(labels_1T, position_1T, segments(None, position_1T), k)
+        if not layout.masks:  # the prompt alone is as long as the text is cut
+            continue
         target_M = layout.target_columns(labels_1T)[0]
         mask_R = (target_M != IGNORE).nonzero()[:, 0]
         column_R = target_M[mask_R] - 1
@@ -104,12 +108,13 @@ def chain(rates: list[list[float]]) -> list[float]:
 def seconds_by_columns(base, columns: list[int]) -> dict[int, float]:
     """Median seconds of the base's forward pass over so many tokens behind a prefix, in turns."""
     seconds = {count: [] for count in columns}
+    name = cache_name(inspect.signature(base.forward).parameters)
     for number in range(ROUNDS + 2):
         for count in columns:
             cache = DynamicCache()
-            base(input_ids=torch.zeros(1, PREFIX, dtype=torch.long), past_key_values=cache)
+            base(input_ids=torch.zeros(1, PREFIX, dtype=torch.long), **{name: cache})
             start = time.perf_counter()
-            base(input_ids=torch.zeros(1, count, dtype=torch.long), past_key_values=cache)
+            base(input_ids=torch.zeros(1, count, dtype=torch.long), **{name: cache})
             if number >= 2:  # the first ones warm up
                 seconds[count].append(time.perf_counter() - start)
     return {count: statistics.median(values) for count, values in seconds.items()}
