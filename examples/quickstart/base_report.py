@@ -156,7 +156,7 @@ def write_card(folder: Path, record: dict) -> None:
     trainings = [
         "- {tokens:,} tokens in windows of {window}, {minutes:.0f} minutes, with Muon and AdamW: {maths_share:.0%} "
         "maths, learning rate {learning_rate}, unlikelihood {unlikelihood}.".format(
-            **training, **training["arguments"]
+            **{**training["arguments"], **training}
         )
         for training in record["trainings"]
     ]
