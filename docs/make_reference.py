@@ -23,7 +23,10 @@ SECTIONS = {
     "Generation": {
         "hf_mtp.generation": ["MTPGenerationMixin.generate"],
         "hf_mtp.statistics": ["MTPGenerateOutput", "MTPStatistics"],
-        "hf_mtp.support": ["takes_branches"],
+        "hf_mtp.check": ["check_support", "SupportReport"],
+        "hf_mtp.reading": ["Reading", "reading_of"],
+        "hf_mtp.targets": ["layers_out_of_reach"],
+        "hf_mtp.prefill": ["read_by_base"],
         "hf_mtp.measuring": ["decode_both_ways", "summarize", "Record", "describe_machine"],
     },
     "The upgraded model": {
@@ -33,6 +36,7 @@ SECTIONS = {
             "GatedLoraModel.masked_states",
         ],
         "hf_mtp.step": ["MaskedStep", "StepOutput"],
+        "hf_mtp.sequence": ["SequenceStep", "SequenceCache", "WholeTextStep", "WholeTextCache"],
         "hf_mtp.gate": ["Gate", "GatedVariant", "MaskColumns"],
         "hf_mtp.sampler": ["SamplerHead"],
     },

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of README.md and docs/benchmarks.md from the committed results.
+"""Write the tables of README.md, docs/benchmarks.md and docs/support.md from the committed results.
 
     python docs/make_tables.py            # writes them
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
@@ -14,8 +14,9 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md")
+PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "support.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
 NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
 
 
@@ -175,6 +176,54 @@ def quickstart() -> str:
     ]
     head = ["domain", "tokens per step", "forward passes", "wall-clock against plain", "identical", "repeated 4-grams"]
     return table(head, rows)
+
+
+def support_counts() -> str:
+    """How many model types decode in which way."""
+    report = load("support")
+    types = [row for row in report["rows"] if not row["variant"]]
+    counts = [
+        ("`auto` is quadratic", sum(row["strategy"] == "quadratic" for row in types)),
+        ("`auto` is linear", sum(row["strategy"] == "linear" for row in types)),
+        (
+            "`auto` is plain, `linear` reads the whole text again",
+            sum(row["reading"] == "whole texts" for row in types),
+        ),
+        ("plain only", sum(row["reading"] == "single tokens" for row in types)),
+        ("refused", sum(row["strategy"] is None for row in types)),
+        ("all", len(types)),
+        ("output differs from plain decoding anywhere", sum(not row["is_exact"] for row in report["rows"])),
+    ]
+    about = f"\n{machine(report)}. The sweep took {report['seconds']:.0f} seconds.\n"
+    return table(["", "model types"], [[name, f"{count}"] for name, count in counts]) + about
+
+
+def support() -> str:
+    """Every model type that can be upgraded."""
+    rows = []
+    for row in load("support")["rows"]:
+        if row["strategy"] is not None:
+            cells = (_support_cell(row["checks"][check]) for check in SUPPORT_CHECKS)
+            rows.append([_support_name(row), row["strategy"], row["reading"], *cells])
+    return table(["model type", "`auto`", "reads", *SUPPORT_CHECKS], rows)
+
+
+def refused() -> str:
+    """Every model type that cannot, and why."""
+    rows = [
+        [_support_name(row), row["reason"].replace("|", "\\|")]
+        for row in load("support")["rows"]
+        if row["strategy"] is None
+    ]
+    return table(["model type", "why"], rows)
+
+
+def _support_name(row: dict) -> str:
+    return f"`{row['model_type']}`" + (f" ({row['variant']})" if row["variant"] else "")
+
+
+def _support_cell(result: str) -> str:
+    return "exact" if result == "exact" else "–" if result.startswith("refused") else result
 
 
 def fill(name: str) -> str:

@@ -16,7 +16,12 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_LAZY = {"MTPConfig": ".training_config", "MTPTrainer": ".trainer"}
+_LAZY = {
+    "MTPConfig": ".training_config",
+    "MTPTrainer": ".trainer",
+    "SupportReport": ".check",
+    "check_support": ".check",
+}
 
 __all__ = [
     "GatedLoraConfig",
@@ -25,6 +30,8 @@ __all__ = [
     "MTPGenerateOutput",
     "MTPStatistics",
     "MTPTrainer",
+    "SupportReport",
+    "check_support",
 ]
 
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .masks import CachedColumns
 
 SPARE_COLUMNS = 64  # storage grows by half and by no less than this
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # transformers 5.24 renamed the others to the first
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first since transformers 5.24
 
 
 def cache_name(names: Container[str]) -> str:
@@ -38,11 +38,35 @@ class Rows:
         self.starts = start_B.tolist()  # the same, without asking the device
         self.columns = columns
         self.set_lengths([0] * len(start_B))
+        self.set_ahead(torch.zeros_like(start_B))
+
+    def set_ahead(self, ahead_B: torch.LongTensor) -> None:
+        """Says how far each row's positions are ahead of a count from 0 at its first token.
+
+        Args:
+            ahead_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models of R position ids per token).
+        """
+        self.ahead_B, self.most_ahead = ahead_B, int(ahead_B.max())
+
+    def positions_of(self, place_BN: torch.LongTensor) -> torch.LongTensor:
+        """`(B, N)` or `(R, B, N)`: position ids of columns counted from each row's first token."""
+        return place_BN + self.ahead_B[..., None]
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Says how many columns each row holds, what all layers go by until the next time."""
         self.lengths, self.longest = lengths, max(lengths)
         self.are_equal = min(lengths) == self.longest
+
+    def next_columns(self, new: int) -> torch.LongTensor:
+        """`(B, new)`: the columns that a pass of so many writes."""
+        return self.length_B[:, None] + torch.arange(new, device=self.length_B.device)
+
+    def add(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
+        """Counts in so many columns more of each row; `tokens_B` is the same, if it is on the device already."""
+        if tokens_B is None:
+            tokens_B = torch.tensor(tokens, device=self.length_B.device)
+        self.set_lengths([length + kept for length, kept in zip(self.lengths, tokens, strict=True)])
+        self.length_B += tokens_B
 
 
 class RollbackLayer(CacheLayerMixin):
@@ -141,9 +165,14 @@ class RollbackCache(Cache):
         """Tokens that each row holds."""
         return self.rows.lengths
 
+    @property
+    def positions(self) -> int:
+        """Positions that the row which is farthest has used."""
+        return self.rows.longest + self.rows.most_ahead
+
     def next_columns(self, new: int) -> torch.LongTensor:
         """`(B, new)`: the columns that a pass of so many writes."""
-        return self.rows.length_B[:, None] + torch.arange(new, device=self.rows.length_B.device)
+        return self.rows.next_columns(new)
 
     def seen_by(self, new: int) -> CachedColumns:
         """What the attention of a pass of `new` columns sees."""
@@ -161,10 +190,7 @@ class RollbackCache(Cache):
             tokens (`list[int]`): How many, for each row.
             tokens_B (`torch.LongTensor` of shape `(B,)`, *optional*): The same, if it is on the device already.
         """
-        if tokens_B is None:
-            tokens_B = torch.tensor(tokens, device=self.rows.length_B.device)
-        self.rows.set_lengths([length + kept for length, kept in zip(self.rows.lengths, tokens, strict=True)])
-        self.rows.length_B += tokens_B
+        self.rows.add(tokens, tokens_B)
 
     def select_rows(self, rows: list[int]) -> None:
         """Drops all rows but these."""
@@ -172,6 +198,7 @@ class RollbackCache(Cache):
         self.rows.starts = [self.rows.starts[row] for row in rows]
         self.rows.set_lengths([self.rows.lengths[row] for row in rows])
         self.rows.start_B, self.rows.length_B = self.rows.start_B[index], self.rows.length_B[index]
+        self.rows.ahead_B = self.rows.ahead_B[..., index]
         for layer in self.layers:
             layer.keys, layer.values = (
                 layer.keys[index.to(layer.keys.device)],

@@ -22,6 +22,8 @@ from .drafting import NO_TOKEN, Drafts, Draw, found_drafts, no_drafts
 from .layout import decoding_layout
 from .lookup import Lookup, Match
 from .pacing import Pacer, Pass, Whole
+from .request import Prompt
+from .sequence import SequenceCache
 from .slots import Slots
 from .statistics import MTPStatistics
 from .step import MaskedStep, StepOutput
@@ -31,11 +33,9 @@ from .verification import WARPERS, processors_of_row, verify_in_order, verify_to
 
 @dataclass(frozen=True)
 class Task:
-    """What to decode, and how.
+    """How to decode.
 
     Args:
-        prompt_BT (`torch.Tensor`): What the first pass reads behind the cache: token ids of shape `(B, T)`, or
-            embeddings of shape `(B, T, D)`.
         k (`int`): Drafts per row at most.
         processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]), streamer
             ([`~transformers.generation.streamers.BaseStreamer`], *optional*): As prepared by `generate`.
@@ -43,9 +43,9 @@ class Task:
         keep_rows (`bool`): Whether the cache must keep rows that ended.
         fixed_shape (`bool`): Whether every pass has the same number of columns, so that one compiled graph serves all.
         others_unfinished (`Callable`): Whether other processes still decode, told that this one does or does not.
+        agreed_seconds (`Callable`): What a pass took for all processes that share the weights, told what it took here.
     """
 
-    prompt_BT: torch.Tensor
     k: int
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
@@ -54,49 +54,58 @@ class Task:
     keep_rows: bool
     fixed_shape: bool
     others_unfinished: Callable[[bool], bool]
+    agreed_seconds: Callable[[float], float]
 
 
 def decode(
-    step: MaskedStep, task: Task, transcript: Transcript, cache: RollbackCache, pace: Whole | Pacer
-) -> MTPStatistics:
+    step: MaskedStep,
+    task: Task,
+    prompt: Prompt,
+    transcript: Transcript,
+    cache: RollbackCache | SequenceCache,
+    pace: Whole | Pacer,
+    statistics: MTPStatistics,
+) -> None:
     """Speculative decoding of a batch.
 
     Args:
         step ([`MaskedStep`]): The upgraded model's forward pass.
-        task ([`Task`]): What to decode.
-        transcript ([`Transcript`]): The prompts; extended in place.
-        cache ([`RollbackCache`]): The tokens before the prompt; afterwards, all but each row's last.
+        task ([`Task`]): How to decode.
+        prompt ([`Prompt`]): What to go on from.
+        transcript ([`Transcript`]): Of all rows, these among them; extended in place.
+        cache ([`RollbackCache`] or [`SequenceCache`]): The tokens before the prompt; afterwards, all but each row's
+            last.
         pace ([`Whole`] or [`Pacer`]): The strategy.
-
-    Returns:
-        [`MTPStatistics`].
+        statistics ([`MTPStatistics`]): Counted on.
     """
-    statistics = MTPStatistics()
-    batch = Batch(task, transcript, cache.rows.starts, looks_up=pace.lookups is not None)
-    regular_BT, drafts = task.prompt_BT, no_drafts(len(batch.rows), task.prompt_BT.device)
+    batch = Batch(task, transcript, prompt.rows, cache.rows.starts, looks_up=pace.lookups is not None)
+    regular_BT, drafts = prompt.unread_BT, no_drafts(len(batch.rows), prompt.unread_BT.device)
     began = None  # a prompt's pass is of no use as a measure
     while True:
         # One pass over what the cache lacks, the drafts, and masks on the tokens that may turn out last.
         columns = regular_BT.shape[1]
         before = columns - 1 - drafts.count  # columns of the prompt before its last
-        room = min(batch.room - 2, step.positions_left(cache.rows.longest + columns))
+        room = min(
+            batch.room - 2, step.positions_left(cache.positions + columns) - 1
+        )  # drafts stand behind their masks
         slots = pace.slots(drafts, task.k if task.fixed_shape else max(0, min(task.k, room)))
         layout = decoding_layout(cache.next_columns(columns) - cache.rows.start_B[:, None], slots, first=before)
         output = step(regular_BT, layout, cache, logits_rows=1 + drafts.count)
 
         outcome = batch.verify(output, drafts, slots)
-        statistics.count_pass(outcome.new_tokens, outcome.offered, outcome.accepted, batch.takes)
+        statistics.count_pass(outcome.new_tokens, outcome.offered, outcome.accepted, batch.takes, output.calls)
 
         # What was accepted stays in the cache, with the token before it; masks and rejected drafts go.
         cache.keep([before * (new > 0) + new for new in outcome.new_tokens])
         if not task.others_unfinished(batch.is_done):
-            return statistics
+            return
         began, before_began = time.perf_counter(), began
         if before_began is not None:
-            pace.observe(batch.describe(outcome, columns - 1, layout.masks, began - before_began))
+            seconds = task.agreed_seconds(began - before_began)
+            pace.observe(batch.describe(outcome, columns - 1, layout.masks, seconds))
 
         # Each row's next drafts are what followed such words before, or what the block on its last token says.
-        room = min(batch.room - 1, step.positions_left(cache.rows.longest + 1))
+        room = min(batch.room - 1, step.positions_left(cache.positions + 1))
         found = batch.look_up(outcome, pace, room)
         count = pace.fixed_drafts(task.k) if task.fixed_shape else min(max(outcome.next_drafts), batch.room - 1)
         drafts, regular_BT = no_drafts(len(batch.rows), regular_BT.device), outcome.pending_B[:, None]
@@ -141,20 +150,22 @@ class Batch:
     """The rows still being decoded.
 
     Args:
-        task ([`Task`]): What to decode.
+        task ([`Task`]): How to decode.
         transcript ([`Transcript`]): Of all rows.
+        rows (`list[int]`): Their numbers in the transcript.
         starts (`list[int]`): Columns of padding at the left of each prompt.
         looks_up (`bool`): Whether drafts may come from a row's own text.
     """
 
-    def __init__(self, task: Task, transcript: Transcript, starts: list[int], looks_up: bool):
-        self.task, self.transcript = task, transcript
-        self.rows = list(range(len(task.prompt_BT)))  # by their number in the transcript
+    def __init__(self, task: Task, transcript: Transcript, rows: list[int], starts: list[int], looks_up: bool):
+        self.task, self.transcript, self.rows = task, transcript, rows
         self.takes = [0] * len(self.rows)  # looked up drafts of each row
         self.lookups, self.matches = None, [Match(0, [])] * len(self.rows)
         if looks_up:
-            prompts = (transcript.prefix(row)[0, start:].tolist() for row, start in enumerate(starts))
-            self.lookups = [Lookup(prompt) for prompt in prompts]
+            self.lookups = {
+                row: Lookup(transcript.prefix(row)[0, start:].tolist())
+                for row, start in zip(rows, starts, strict=True)
+            }
         self.ends = {
             token
             for criterion in task.criteria
@@ -167,11 +178,11 @@ class Batch:
             type(criterion) not in known for criterion in task.criteria
         )
         self.clocks = [criterion for criterion in task.criteria if type(criterion) is MaxTimeCriteria]
-        self.row_processors = [processors_of_row(task.processors, row, len(self.rows)) for row in self.rows]
+        self.row_processors = {row: processors_of_row(task.processors, row, len(transcript)) for row in rows}
 
     @property
     def is_done(self) -> bool:
-        return all(self.transcript.finished)
+        return all(self.transcript.finished[row] for row in self.rows)
 
     @property
     def room(self) -> int:

@@ -155,8 +155,9 @@ def _shortlisted(
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """Scores, `(B, C)`, of each step's candidates from features `(B, D)`, without reading the whole unembedding."""
     weight_VD = getattr(unembedding, "weight", None)
-    if not (isinstance(weight_VD, torch.Tensor) and weight_VD.dim() == 2 and weight_VD.is_floating_point()):
-        # Quantized: its rows cannot be picked.
+    is_whole = type(weight_VD) in (torch.Tensor, nn.Parameter) and weight_VD.device.type != "meta"
+    if not (is_whole and weight_VD.dim() == 2 and weight_VD.is_floating_point()):
+        # Quantized, spread over devices, or offloaded: its rows cannot be picked.
         return lambda step, feature_BD: unembedding(feature_BD).float().gather(1, candidate_BKC[:, step])
     weight_KBCD = weight_VD[candidate_BKC].transpose(0, 1)
     bias_V = getattr(unembedding, "bias", None)

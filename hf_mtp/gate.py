@@ -90,6 +90,10 @@ class Gate(threading.local):
         return Gate, ()
 
 
+class GateError(ValueError):
+    """A layer was asked to act on masks only, but cannot tell which of its inputs are masks."""
+
+
 class GatedVariant(LoraVariant):
     """A [`LoraVariant`] that lets the wrapped variant (or plain LoRA) see and change mask columns only.
 
@@ -112,6 +116,8 @@ class GatedVariant(LoraVariant):
         columns = self.gate.columns
         if columns is None or columns.adapter != active_adapter:
             return result
+        if result.requires_grad and result._is_view():  # of a quantized layer's own function, not to be written to
+            result = result.clone()
         masks_x, masks_y = self._mask_rows(x, columns), self._mask_rows(result, columns)
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if masks_x.dtype != lora_A.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -133,7 +139,7 @@ class GatedVariant(LoraVariant):
         if x.dim() == 2 and x.shape[0] == batch * length:
             x = x.view(batch, length, -1)
         if x.dim() != 3 or x.shape[1] != length:
-            raise ValueError(
+            raise GateError(
                 f"A gated LoRA layer got an input of shape {tuple(x.shape)}, but the forward pass has {batch} rows of "
                 f"{length} tokens: the layer sees a selection of tokens (an expert, say) and the gate cannot tell "
                 "masks from regular tokens in it. Exclude it: GatedLoraConfig(exclude_modules=...)."
@@ -170,7 +176,8 @@ class GatedLinear(Linear):
             return result
         if variant.inner is None and not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == columns.length:
             lora_A, lora_B = self.lora_A[columns.adapter], self.lora_B[columns.adapter]
-            if lora_A.weight.dtype == x.dtype == result.dtype and lora_B.bias is None and not self.training:
+            is_plain = type(lora_A.weight) is type(lora_B.weight) is torch.nn.Parameter and lora_B.bias is None
+            if is_plain and lora_A.weight.dtype == x.dtype == result.dtype and not self.training:
                 masks = result[:, columns.first :]  # a view
                 low_rank = F.linear(x[:, columns.first :], lora_A.weight)
                 masks.baddbmm_(low_rank, lora_B.weight.mT.expand(len(x), -1, -1), alpha=self.scaling[columns.adapter])

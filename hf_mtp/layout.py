@@ -165,6 +165,7 @@ def training_layout(
     k: int,
     anchors_per_row: int | None = None,
     generator: torch.Generator | None = None,
+    same_in_all_rows: bool = False,
 ) -> BlockLayout:
     """Hangs a block on regular tokens inside the loss: on all of them, or on a random sample per row.
 
@@ -175,6 +176,7 @@ def training_layout(
         k (`int`): Masks per block.
         anchors_per_row (`int`, *optional*): Blocks per row at most, drawn without replacement. All if `None`.
         generator (`torch.Generator`, *optional*): Source of the draw.
+        same_in_all_rows (`bool`, *optional*, defaults to `False`): Whether blocks hang on the same columns everywhere.
 
     Returns:
         [`BlockLayout`] with as many blocks per row as the row that needs most; rows that need fewer get blocks on
@@ -188,12 +190,14 @@ def training_layout(
         & (segment_BT[:, :-2] == segment_BT[:, 2:])
         & (segment_BT[:, :-2] >= 0)
     )
+    if same_in_all_rows:
+        useful_BT = useful_BT.any(dim=0, keepdim=True)
     anchors = int(useful_BT.sum(dim=1).max())
     if anchors_per_row is not None:
         anchors = min(anchors, anchors_per_row)
-    score_BT = torch.rand(labels_BT.shape, generator=generator, device=labels_BT.device)
-    anchor_BA = score_BT.masked_fill(~useful_BT, -1.0).topk(anchors, dim=1).indices
-    return BlockLayout.of_blocks(anchor_BA.sort(dim=1).values, position_BT, segment_BT, k)
+    score_BT = torch.rand(useful_BT.shape, generator=generator, device=labels_BT.device)
+    anchor_BA = score_BT.masked_fill(~useful_BT, -1.0).topk(anchors, dim=1).indices.sort(dim=1).values
+    return BlockLayout.of_blocks(anchor_BA.expand(len(labels_BT), -1), position_BT, segment_BT, k)
 
 
 def decoding_layout(position_BT: torch.LongTensor, slots: Slots, first: int = 0) -> BlockLayout:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
+from .support import decoder_of
+
 LIBRARIES = ("hf_mtp", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -70,7 +72,7 @@ def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
         nonlocal passes
         passes += 1
 
-    hook = model.get_base_model().get_decoder().register_forward_pre_hook(count)
+    hook = decoder_of(model.get_base_model()).register_forward_pre_hook(count)
     try:
         yield lambda: passes
     finally:

@@ -27,3 +27,25 @@ def peers_unfinished(model: torch.nn.Module, synced_gpus: bool | None) -> Callab
         return unfinished.item() > 0
 
     return anyone_unfinished
+
+
+def agreed_seconds(model: torch.nn.Module) -> Callable[[float], float]:
+    """What a pass costs by the clock of one process, for all that hold parts of the same weights.
+
+    They must run the same passes, and so decide alike what pays.
+
+    Args:
+        model ([`torch.nn.Module`]): The base.
+    """
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]  # of a DTensor
+    if not meshes:
+        return lambda seconds: seconds
+    group, device = meshes[0].get_group(), model.device
+    first = torch.distributed.get_process_group_ranks(group)[0]
+
+    def agree(seconds: float) -> float:
+        shared = torch.tensor([seconds], dtype=torch.float64, device=device)
+        torch.distributed.broadcast(shared, src=first, group=group)
+        return shared.item()
+
+    return agree

@@ -4,9 +4,18 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    Cache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from .cache import CACHE_NAMES, cache_name
+from .prefill import read_by_base
+from .rope import rope_switches
 
 # Arguments of a model's forward pass that the decode loop makes itself.
 _OWN_ARGUMENTS = {
@@ -31,34 +40,38 @@ class Prompt:
         start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
         cache ([`~transformers.Cache`] or `None`): Where `generate` would keep what the model read.
         read (`int`): Columns that this cache already holds.
+        rows (`list[int]`): Which rows of the batch these are.
+        ahead_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models of R position ids per token): How far
+            positions are ahead of a count from 0 at the first token.
     """
 
     unread_BT: torch.Tensor
     start_B: torch.LongTensor
     cache: Cache | None
     read: int
+    rows: list[int]
+    ahead_B: torch.LongTensor
+
+    @property
+    def columns(self) -> int:
+        """Read or not, padding included."""
+        return self.read + self.unread_BT.shape[1]
 
     @classmethod
-    def of(cls, input_ids: torch.LongTensor, model_kwargs: dict) -> "Prompt":
+    def of(cls, model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict) -> "Prompt":
         """Makes it of what `generate` prepared.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]): The base, which reads what is more than text.
+            input_ids (`torch.LongTensor` of shape `(B, T)`): The text.
+            model_kwargs (`dict`): All other arguments of the model.
 
         Raises:
             ValueError: Padding that is not all on the left, a row of nothing else, or nothing left to read.
-            NotImplementedError: Arguments for the model that the decode loop does not know.
+            NotImplementedError: A prompt that the decode loop cannot go on from.
         """
-        unknown = [
-            name
-            for name, value in model_kwargs.items()
-            if name not in _OWN_ARGUMENTS and isinstance(value, torch.Tensor)
-        ]
-        if unknown:
-            raise NotImplementedError(
-                f"`mtp=True` decodes text: the model's argument(s) {', '.join(map(repr, unknown))} are not passed on. "
-                "Leave them out, or decode with mtp=False."
-            )
         cache = model_kwargs.get(cache_name(model_kwargs))
-        read = cache.get_seq_length() if getattr(cache, "_is_user_defined", False) else 0
-        read = int(read)
+        read = _tokens_read(cache) if getattr(cache, "_is_user_defined", False) else 0
         embeds = model_kwargs.get("inputs_embeds")
         if embeds is not None and read:
             raise NotImplementedError("`inputs_embeds` together with a cache: pass one of them.")
@@ -70,8 +83,57 @@ class Prompt:
                 "the prompt with at least one token more than the cache holds."
             )
         start_B = _left_padding(model_kwargs.get("attention_mask"), input_ids.shape[0], columns, unread.device)
-        _refuse_positions(model_kwargs.get("position_ids"), start_B, columns)
-        return cls(unread, start_B, cache, read)
+        positions = model_kwargs.get("position_ids")
+        ahead_B = _ahead(positions, start_B, columns)
+        if _is_more_than_text(model_kwargs) or not _count_up(positions, start_B, columns):
+            if embeds is not None:
+                raise NotImplementedError(
+                    "`inputs_embeds` with `mtp=True` go alone: leave out `position_ids` and all other inputs."
+                )
+            if columns > read + 1:
+                read_by_base(model, input_ids, model_kwargs, read)
+                read, unread = columns - 1, input_ids[:, -1:]
+        return cls(unread, start_B, cache, read, list(range(len(start_B))), ahead_B)
+
+    def parts(self, together: bool) -> list["Prompt"]:
+        """What is decoded one after the other: the whole batch, or each row without its padding.
+
+        Args:
+            together (`bool`): Whether rows can go on at different speeds.
+        """
+        if together or len(self.rows) == 1 and not self.start_B.any():
+            return [self]
+        return [
+            Prompt(
+                self.unread_BT[row : row + 1, start:],
+                torch.zeros_like(self.start_B[:1]),
+                deepcopy(self.cache),
+                0,
+                [row],
+                self.ahead_B[..., row : row + 1],
+            )
+            for row, start in enumerate(self.start_B.tolist())
+        ]
+
+
+def _is_more_than_text(model_kwargs: dict) -> bool:
+    """Whether the model is to read something beside the tokens: whatever came as data, not as a setting."""
+    return any(
+        name not in _OWN_ARGUMENTS and isinstance(value, torch.Tensor | dict | list | tuple)
+        for name, value in model_kwargs.items()
+    )
+
+
+def _tokens_read(cache: Cache) -> int:
+    """Columns that a cache holds."""
+    if not cache.layers or not all(cache.is_linear):
+        return int(cache.get_seq_length())
+    if cache.has_previous_state():
+        raise NotImplementedError(
+            "The cache that was passed holds a state, which does not say how many tokens went into it. Leave it out, "
+            "or decode with mtp=False."
+        )
+    return 0
 
 
 def _left_padding(mask: torch.Tensor | None, batch: int, columns: int, device: torch.device) -> torch.LongTensor:
@@ -93,19 +155,23 @@ def _left_padding(mask: torch.Tensor | None, batch: int, columns: int, device: t
     return mask_BS.long().argmax(dim=1)
 
 
-def _refuse_positions(position_ids: torch.Tensor | None, start_B: torch.LongTensor, columns: int) -> None:
+def _ahead(position_ids: torch.Tensor | None, start_B: torch.LongTensor, columns: int) -> torch.LongTensor:
+    """`(B,)` or `(R, B)`: how far the next positions are ahead of a count from 0 at each row's first token."""
     if position_ids is None:
-        return
+        return torch.zeros_like(start_B)
+    return position_ids[..., -1].to(start_B.device) - (columns - 1 - start_B)
+
+
+def _count_up(position_ids: torch.Tensor | None, start_B: torch.LongTensor, columns: int) -> bool:
+    """Whether positions are those that a model counts by itself."""
+    if position_ids is None:
+        return True
     expected = (torch.arange(columns, device=start_B.device) - start_B[:, None])[:, -position_ids.shape[-1] :]
-    if position_ids.dim() != 2 or not torch.equal(
-        position_ids.to(expected.device).clamp(min=0).where(expected >= 0, 0), expected.clamp(min=0)
-    ):
-        raise NotImplementedError(
-            "`position_ids` with `mtp=True` must count up from 0 at each row's first token, as they do when left out."
-        )
+    given = position_ids.to(expected.device).clamp(min=0).where(expected >= 0, 0)
+    return bool((given == expected.clamp(min=0)).all())
 
 
-def refuse_prompt(prompt: Prompt, input_ids: torch.LongTensor, vocab_size: int) -> None:
+def refuse_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
     """Raises for token ids that the base does not have."""
     if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= vocab_size):
         raise ValueError(
@@ -164,6 +230,49 @@ def refuse_short_cache(cache: Cache | None, columns: int) -> None:
             raise ValueError(
                 f"The cache that was passed has room for {size} tokens, but the prompt and its new tokens need "
                 f"up to {columns}. Make it with max_cache_len={columns}, or lower `max_new_tokens`."
+            )
+
+
+def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
+    """Raises if rotary embeddings become others on the way, which passes of a fixed shape cannot avoid to cross.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Of the model.
+        columns (`int`): Tokens of the text in the end, at most.
+    """
+    for length in rope_switches(config.get_text_config(decoder=True)):
+        if columns >= length:
+            raise NotImplementedError(
+                f"This model's rotary embeddings change at {length} tokens, and the text may have {columns}: passes "
+                "of a fixed shape could not go on exactly. Leave out `cache_implementation` or lower `max_new_tokens`."
+            )
+
+
+def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool) -> None:
+    """Refuses what only models that take branches can do.
+
+    Args:
+        prompt ([`Prompt`]): The prompts.
+        is_static (`bool`): Whether a static cache is asked for.
+        synced_gpus (`bool`, *optional*): As passed to `generate`.
+        whole (`bool`): Whether the model must read each text from its start.
+
+    Raises:
+        NotImplementedError: A static cache; in a batch also a cache that holds something, or synchronised processes.
+    """
+    batch = len(prompt.rows) > 1 or bool(prompt.start_B.any())
+    for asked, what, instead in (
+        (is_static, "a static cache", "Leave `cache_implementation` out"),
+        (whole and prompt.read, "a cache that is not empty", "Pass none"),
+        (whole and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
+        (whole and prompt.ahead_B.any(), "`position_ids`", "Leave them out"),
+        (batch and prompt.read, "a batch that goes on from a cache", "Pass one sequence at a time"),
+        (batch and synced_gpus, "a batch with `synced_gpus`", "Pass one sequence at a time"),
+    ):
+        if asked:
+            raise NotImplementedError(
+                f"This model reads one plain sequence at a time, which {what} does not allow with `mtp=True`. "
+                f"{instead}, or decode with mtp=False."
             )
 
 

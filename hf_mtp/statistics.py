@@ -35,16 +35,19 @@ class MTPStatistics:
         """New tokens per forward pass and row of the batch. Plain decoding has 1."""
         return self.tokens / self.row_steps if self.row_steps else 0.0
 
-    def count_pass(self, tokens: list[int], drafted: list[int], accepted: list[int], taken: list[int]) -> None:
-        """Counts one forward pass.
+    def count_pass(
+        self, tokens: list[int], drafted: list[int], accepted: list[int], taken: list[int], calls: int = 1
+    ) -> None:
+        """Counts one step.
 
         Args:
             tokens (`list[int]`): New tokens that it gave to each row of the batch.
             drafted (`list[int]`): Drafts that it verified for each row.
             accepted (`list[int]`): How many of these were right and returned.
             taken (`list[int]`): How many drafts were looked up: all of a row's or none.
+            calls (`int`, *optional*, defaults to 1): Forward passes that the step took.
         """
-        self.forward_passes += 1
+        self.forward_passes += calls
         self.steps.append(sum(tokens))
         for new, offered, right, looked_up in zip(tokens, drafted, accepted, taken, strict=True):
             if new:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache import RollbackCache, cache_name
-from .drafting import Drafts, Draw, draft
+from .drafting import Drafts, Draw
 from .layout import BlockLayout
 from .masks import attention_kinds, attention_masks
+from .rope import rope_switches
 
 if TYPE_CHECKING:
     from .tuner import GatedLoraModel
@@ -30,6 +31,7 @@ class StepOutput:
         mask_BMD (`torch.Tensor` of shape `(B, M, D)`): Last hidden states of the masks.
         before (`int`): Regular columns before the first with logits.
         past (`list[int]`): Columns that each row had in the cache.
+        calls (`int`): How often the model was called.
         hidden_states (`tuple` of `(B, N, D)`), attentions (`tuple` of `(B, H, N, S)`): Of all layers, if asked for.
     """
 
@@ -37,6 +39,7 @@ class StepOutput:
     mask_BMD: torch.Tensor
     before: int
     past: list[int]
+    calls: int = 1
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -87,6 +90,9 @@ class MaskedStep:
         self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
         self.known_arguments = inspect.signature(self.model.forward).parameters
+        config = self.model.config.get_text_config(decoder=True)
+        self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
+        self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
 
     def __call__(
         self,
@@ -108,8 +114,7 @@ class MaskedStep:
         if layout.masks:
             wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
         inputs = {
-            # Columns past the model's last position belong to drafts and masks of no use.
-            "position_ids": layout.position_BN.clamp(max=self.positions_left(1)),
+            "position_ids": self._positions(layout, cache, regular, drafts=logits_rows - 1),
             "logits_to_keep": wanted,
             cache_name(self.known_arguments): cache,
             "use_cache": True,
@@ -139,16 +144,27 @@ class MaskedStep:
             listener.states[:, regular:],
             regular - logits_rows,
             past,
-            outputs.hidden_states if "output_hidden_states" in self.outputs else None,
-            outputs.attentions if "output_attentions" in self.outputs else None,
+            hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
+            attentions=outputs.attentions if "output_attentions" in self.outputs else None,
         )
 
     def draft(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, draw: Draw | None) -> Drafts:
-        """Tokens for the masks of one block per row. Arguments as in [`draft`]."""
-        embedding, unembedding = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        return draft(pending_B, hidden_BKD, embedding, unembedding, self.tuner.sampler_head(), draw)
+        """Tokens for the masks of one block per row. Arguments as in [`~hf_mtp.drafting.draft`]."""
+        return self.tuner.draft(pending_B, hidden_BKD, draw)
+
+    def catch_up(self, cache: RollbackCache) -> None:
+        """Reads what a cache lacks of the tokens that it counts: nothing."""
+
+    def _positions(self, layout: BlockLayout, cache: RollbackCache, regular: int, drafts: int) -> torch.LongTensor:
+        """`(B, N)`, or `(R, B, N)` for models of several position ids per token.
+
+        Columns past the last position of a table belong to drafts and masks of no use, which stay at it; rotary
+        embeddings have no last position, and drafts past the length that a model was made for may be accepted.
+        """
+        last = max(self.maximum, cache.positions + regular - (0 if self.is_rotary else drafts)) - 1
+        return cache.rows.positions_of(layout.position_BN).clamp(max=last)
 
     def positions_left(self, used: int) -> int:
-        """How many positions the model has after the first `used`; a large number if it has no maximum."""
-        maximum = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return (maximum or 2**31) - used
+        """How many positions drafts and masks may have after the first `used`; a large number if there is no end."""
+        ends = [self.maximum, *(end for end in self.switches if used <= end)]
+        return min(ends) - used

@@ -1,39 +1,40 @@
-"""What a base model can do: take branches (quadratic decoding, training) or only a plain sequence (linear decoding).
-
-Asks the model itself, by its forward pass, and never by the name of its architecture.
-"""
-
-import inspect
-import weakref
+"""Which base models there is no way to upgrade, and what their attention takes."""
 
 import torch
 from transformers import PreTrainedModel
 
-from .layout import BlockLayout
-from .masks import AttentionKind, attention_kinds, attention_masks
+from .masks import AttentionKind, attention_kinds
 
-_takes_branches: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 _ATTENTION_KINDS = {AttentionKind().name, "sliding_attention", "chunked_attention"}
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raises for models that cannot decode several tokens per pass yet.
+    """Raises for what is no decoder-only causal language model.
 
     Raises:
-        ValueError: The model is an encoder-decoder.
-        NotImplementedError: The model keeps a recurrent state, which cannot be rolled back by a crop.
+        TypeError: The model is no transformers model.
+        ValueError: The model is an encoder-decoder, looks ahead, or has no embeddings to take masks or to unembed.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"Multi-token prediction upgrades a transformers model, but got {type(model).__name__}. Load it with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model, but multi-token prediction needs a decoder-only "
-            "causal language model."
+            f"{name} is an encoder-decoder model, but multi-token prediction needs a decoder-only causal language "
+            "model."
         )
-    kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}
-    recurrent = sorted(kinds - _ATTENTION_KINDS)
-    if recurrent or getattr(model, "_is_stateful", False):
-        raise NotImplementedError(
-            f"{type(model).__name__} has recurrent layers ({', '.join(recurrent) or 'a state of its own'}), whose "
-            "roll-back is not implemented yet. Use a model that has attention layers only."
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name} is no causal language model: it does not generate text, or has no layer that turns hidden states "
+            "into logits. Load it with AutoModelForCausalLM.from_pretrained."
+        )
+    if getattr(model.config, "is_decoder", None) is False and hasattr(model.config, "add_cross_attention"):
+        raise ValueError(
+            f"{name} looks ahead: its config says is_decoder=False, so it is an encoder. Load it with "
+            "AutoModelForCausalLM.from_pretrained(..., is_decoder=True) if it was trained to predict next tokens."
         )
 
 
@@ -58,35 +59,29 @@ def takes_4d_masks(model: PreTrainedModel) -> bool:
     return "flash" not in implementation and "flex" not in implementation
 
 
-@torch.no_grad()
-def takes_branches(model: PreTrainedModel) -> bool:
-    """Whether a branch in one forward pass gives what the same tokens give as a sequence of their own.
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal language model that gives the last hidden states; most models say so themselves.
 
-    Runs three short forward passes through the model itself, once per model: `a b c` with the branch `d e` hung on
-    `a`, against `a b c` and against `a d e`. Alibi, recurrent and 2-D-mask-only models fail this.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): A causal language model, adapters and all. No mask is involved.
+    Raises:
+        ValueError: There is none.
     """
-    if model not in _takes_branches:
-        _takes_branches[model] = _branch_equals_sequence(model)
-    return _takes_branches[model]
+    for part in (model.get_decoder(), model.base_model, *model.children()):
+        if isinstance(part, PreTrainedModel) and part is not model:
+            return part
+    raise ValueError(
+        f"{type(model).__name__} has no decoder of its own beside the layer that makes logits of hidden states, so "
+        "there is no place where masks could be read. It does not follow the interfaces of transformers."
+    )
 
 
-def _branch_equals_sequence(model: PreTrainedModel) -> bool:
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False
-    config = model.config.get_text_config(decoder=True)
-    # Ids apart from each other and away from 0, which is often a padding token that models treat apart.
-    a, b, c, d, e = (config.vocab_size * i // 7 for i in range(1, 6))
-    ids = torch.tensor([[a, b, c, d, e]], device=model.device)
-    column = torch.arange(3, device=model.device)[None]
-    layout = BlockLayout.of_blocks(column[:, :1], column, torch.zeros_like(column), k=2)
-    mask = attention_masks(layout, attention_kinds(config), model.dtype)
-    branched = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BN, use_cache=False).logits[0]
-    for rows in ([0, 1, 2], [0, 3, 4]):
-        sequence = model(input_ids=ids[:, rows], use_cache=False).logits[0]
-        tolerance = 50 * torch.finfo(sequence.dtype).eps * sequence.abs().max()
-        if not (branched[rows] - sequence).abs().max() <= tolerance:
-            return False
-    return True
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its token ids, also if weights wait elsewhere until they are needed (accelerate's hooks)."""
+    embedding = model.get_input_embeddings()
+    waiting = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if waiting is None else torch.device(waiting)
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether the model says that it keeps a state, which, unlike keys and values, cannot be cut short."""
+    kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}
+    return bool(kinds - _ATTENTION_KINDS) or bool(getattr(model, "_is_stateful", False))

@@ -29,12 +29,12 @@ class Transcript:
         input_ids_BS (`torch.LongTensor` of shape `(B, S)`): The prompts, padded on the left.
         room (`int`): New tokens at most.
         config ([`~transformers.GenerationConfig`]): Says what to record.
-        pad_token_id (`int`): Fills up rows that end before others.
     """
 
-    def __init__(self, input_ids_BS: torch.LongTensor, room: int, config: GenerationConfig, pad_token_id: int):
+    def __init__(self, input_ids_BS: torch.LongTensor, room: int, config: GenerationConfig):
         batch, self.prompt = input_ids_BS.shape
-        empty = input_ids_BS.new_full((batch, room), pad_token_id)
+        pad_token = getattr(config, "_pad_token_tensor", None)  # fills up rows that end before others
+        empty = input_ids_BS.new_full((batch, room), 0 if pad_token is None else int(pad_token))
         self.sequence_BS = torch.cat([input_ids_BS, empty], dim=1)
         self.room = room
         self.new_tokens = [0] * batch
@@ -43,6 +43,10 @@ class Transcript:
         self.keeps_scores = bool(wants and config.output_scores)
         self.keeps_logits = bool(wants and config.output_logits)
         self.records: list[list[TokenRecord]] = [[] for _ in range(batch)]
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.new_tokens)
 
     def prefix(self, row: int) -> torch.LongTensor:
         """`(1, S + n)`: a row's prompt and new tokens."""

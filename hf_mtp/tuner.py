@@ -8,21 +8,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft import PeftModel
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Cache, DynamicCache
 
 from .cache import cache_name
 from .config import GatedLoraConfig
+from .drafting import Drafts, Draw, draft
 from .fingerprint import refuse_other_base
 from .gate import Gate, MaskColumns, gate_lora_layer
 from .generation import MTPGenerationMixin
 from .layout import BlockLayout, segments, training_layout
 from .masks import attention_kinds, attention_masks
 from .objective import Objective, multi_token_objective
+from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
-from .support import refuse_attention_without_masks, refuse_unsupported
+from .stacked import UsersLayer, is_gated, refuse_name, restore, untouched, users_layers
+from .support import decoder_of, input_device, refuse_attention_without_masks, refuse_unsupported
+from .targets import exclude_layers_out_of_reach, linear_layers, shortened
 
 # Training attends from this many blocks at a time to the tokens before them and to each other: more blocks mean more
 # attention from block to block, all of it masked out; fewer mean more copies of the keys and values before them.
@@ -49,6 +55,18 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     # ---------------------------------------------------------------- building
 
+    def __init__(self, model: nn.Module, peft_config, adapter_name: str, **kwargs):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        # PEFT keeps the configs of the user's own adapters here, and would add ours to them.
+        configs = base.__dict__.pop("peft_config", None) if users_layers(base) else None
+        try:
+            super().__init__(base, peft_config, adapter_name, **kwargs)
+        except Exception:
+            if configs is not None:
+                base.peft_config = configs
+            raise
+        self._users_configs = configs
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, low_cpu_mem_usage: bool = False, **kwargs):
         config: GatedLoraConfig = self.peft_config[adapter_name]
         refuse_unsupported(model)
@@ -60,9 +78,23 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             self._hooks = (
                 embedding.register_forward_pre_hook(self._embed_regular_ids),
                 embedding.register_forward_hook(self._append_mask_embeddings),
-                model.get_decoder().register_forward_hook(self._keep_last_states),
+                *(
+                    other.register_forward_pre_hook(self._drop_mask_ids)
+                    for other in model.modules()
+                    if isinstance(other, nn.Embedding) and other is not embedding
+                ),
+                decoder_of(model).register_forward_hook(self._keep_last_states),
             )
-        super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        theirs = users_layers(model)
+        refuse_name(adapter_name, theirs)
+        if config.target_modules == "all-linear":  # a saved adapter names its layers
+            config.exclude_modules = exclude_layers_out_of_reach(config.exclude_modules, model)
+            if theirs:  # whose own weights are linear layers, too
+                config.target_modules = set(shortened(set(linear_layers(model)), model))
+        with untouched(model):
+            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        for layer in theirs.values():
+            layer.requires_grad_(False)
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
             self._add_heads(adapter_name, config)
         self._sync_heads()
@@ -70,6 +102,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             self.activation_checkpointing_enable()
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if isinstance(target, BaseTunerLayer) and not is_gated(target):
+            target = UsersLayer(target)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -80,7 +114,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         table = self.model.get_input_embeddings().weight
         masks = nn.Embedding(config.k, table.shape[1])
         if masks.weight.device.type != "meta" and table.device.type != "meta":
-            sample = table.detach()[:: max(1, len(table) // 4096)].float().cpu()
+            whole = table.full_tensor() if hasattr(table, "full_tensor") else table  # of a DTensor
+            sample = whole.detach()[:: max(1, len(whole) // 4096)].float().cpu()
             nn.init.normal_(masks.weight)
             masks.weight.data.mul_(sample.std(dim=0)).add_(sample.mean(dim=0))
         self.lora_mask_embeddings[adapter_name] = masks
@@ -91,7 +126,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     def _sync_heads(self) -> None:
         """Places the heads and lets gradients into those of active adapters that are not for inference."""
-        device = self.model.get_output_embeddings().weight.device
+        device = input_device(self.model)
         for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
             for name, head in heads.items():
                 trainable = name in self.active_adapters and not self.peft_config[name].inference_mode
@@ -102,37 +137,49 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     # ---------------------------------------------------------------- what PEFT asks of a tuner
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        with untouched(self.model):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._sync_heads()
         if inference_mode:
             self.lora_mask_embeddings.requires_grad_(False)
             self.lora_sampler_heads.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        with untouched(self.model):
+            super().set_requires_grad(adapter_names, requires_grad=requires_grad)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
                 if name in heads:
                     heads[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+        with untouched(self.model):
+            super().delete_adapter(adapter_name)
         for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
             heads.pop(adapter_name) if adapter_name in heads else None
         self._sync_heads()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with untouched(self.model):
+            super()._enable_adapter_layers(enabled)
 
     @property
     def adapters_disabled(self) -> bool:
         """Whether the adapter layers are switched off, as in `with model.disable_adapter():`."""
         # PEFT switches all layers alike, so the first one tells.
-        return next((m.disable_adapters for m in self.model.modules() if isinstance(m, LoraLayer)), False)
+        return next((layer.disable_adapters for layer in self.model.modules() if is_gated(layer)), False)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
             self._refuse_merge()
         for hook in self._hooks:
             hook.remove()
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+        theirs = users_layers(self.model)
+        base = super()._unload_and_optionally_merge(merge=False, **kwargs)
+        restore(base, theirs)
+        if self._users_configs:
+            base.peft_config = self._users_configs
+        return base
 
     def _refuse_merge(self, *args, **kwargs):
         """A gated LoRA cannot be merged.
@@ -167,6 +214,14 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The older name of [`GatedLoraModel.activation_checkpointing_enable`]."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
+        """What is saved: weights of this adapter, not those of the user's own beneath it."""
+        own = {key: tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key}
+        return super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=own, **kwargs
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -217,6 +272,17 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """All trainable parameters: LoRA weights, mask embeddings, sampler head."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
+    def draft(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, draw: Draw | None = None) -> Drafts:
+        """What the active adapter drafts from the states of one block of masks per row.
+
+        Args:
+            pending_B (`torch.LongTensor` of shape `(B,)`): The token before the first draft.
+            hidden_BKD (`torch.Tensor` of shape `(B, K, D)`): Last hidden states of the masks, in order.
+            draw ([`Draw`], *optional*): Draws drafts at random; the likeliest are taken if `None`.
+        """
+        embedding, unembedding = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return draft(pending_B, hidden_BKD, embedding, unembedding, self.sampler_head(), draw)
+
     @contextmanager
     def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
         """Within, inputs hold mask tokens `index_BM` in the columns from `first` on, and LoRA acts there."""
@@ -227,6 +293,12 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """Forward pre-hook: the base embeds regular ids only; it has no row for a mask."""
         columns = self.gate.columns
         return None if columns is None else (args[0][:, : columns.first], *args[1:])
+
+    def _drop_mask_ids(self, table: nn.Embedding, args: tuple) -> tuple | None:
+        """Forward pre-hook of other tables that a model may have for the same ids: masks are read as id 0 there."""
+        if self.gate.columns is None or not isinstance(args[0], torch.Tensor):
+            return None
+        return (args[0].where(args[0] < table.num_embeddings, 0), *args[1:])
 
     def _append_mask_embeddings(self, embedding: nn.Module, args: tuple, regular: torch.Tensor) -> torch.Tensor | None:
         """Forward hook: the masks' own embeddings follow."""
@@ -294,7 +366,15 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         labels = input_ids if labels is None else labels
         segment_BT = segments(attention_mask, position_ids)
-        layout = training_layout(labels, position_ids, segment_BT, self.active_mtp_config.k, anchors, generator)
+        layout = training_layout(
+            labels,
+            position_ids,
+            segment_BT,
+            self.active_mtp_config.k,
+            anchors,
+            generator,
+            same_in_all_rows=not self._reads_branches(),
+        )
         return multi_token_objective(self, input_ids, labels, layout, recipe)
 
     def masked_states(
@@ -304,7 +384,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
         Regular tokens depend on frozen weights only. They run first, without a graph, and masks read their keys and
         values from a cache, a few blocks per row. Layers under gradient checkpointing take no cache: then both run in
-        one pass.
+        one pass. A model that takes no branches reads each block as a sequence, behind the tokens up to its anchor.
 
         Args:
             input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
@@ -319,6 +399,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             ValueError: The base's attention implementation takes no 4-D mask.
         """
         refuse_attention_without_masks(self.model)
+        if not self._reads_branches():
+            return self._states_of_sequences(input_ids_BT, layout, all_layers)
         length = input_ids_BT.shape[1]
         if self.model.training and _is_checkpointing(self.model):
             with self.masks_in_columns(length, layout.index_BM):
@@ -335,6 +417,34 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         # Rows were filled up with masks that no one needs, which are dropped here.
         return regular, [state.reshape(len(input_ids_BT), -1, state.shape[-1])[:, : layout.masks] for state in masks]
 
+    def _reads_branches(self) -> bool:
+        return reading_of(self) is Reading.BRANCHES
+
+    def _states_of_sequences(
+        self, input_ids_BT: torch.LongTensor, layout: BlockLayout, all_layers: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The same as `masked_states`, of blocks that hang on the same columns in all rows: a pass for each block."""
+        if layout.segment_BT.max() > 0:
+            raise ValueError(
+                f"{type(self.model).__name__} reads one sequence per row, but the batch is packed: rows hold several "
+                "texts. Set packing=False."
+            )
+
+        def states(input_ids: torch.LongTensor) -> list[torch.Tensor]:
+            outputs = decoder_of(self.model)(input_ids=input_ids, use_cache=False, output_hidden_states=all_layers)
+            return [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
+
+        k = self.active_mtp_config.k
+        with torch.no_grad():
+            regular = states(input_ids_BT)
+        blocks = []
+        for anchor in layout.anchor_BM[0, ::k].tolist():
+            index_Bk = layout.index_BM[:, :k]
+            sequence = torch.cat([input_ids_BT[:, : anchor + 1], index_Bk + self.vocab_size], dim=1)
+            with self.masks_in_columns(anchor + 1, index_Bk):
+                blocks.append([layer[:, anchor + 1 :] for layer in states(sequence)])
+        return regular, [torch.cat(layer, dim=1) for layer in zip(*blocks, strict=True)]
+
     def _decoder_states(
         self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, all_layers: bool
     ) -> list[torch.Tensor]:
@@ -342,7 +452,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         queries, device_type = input_ids_BQ.shape[1], input_ids_BQ.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.model.dtype
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         outputs = decoder(
             input_ids=input_ids_BQ,
             attention_mask=attention_masks(layout, self._attention_kinds(), dtype, queries=queries),

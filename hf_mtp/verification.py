@@ -204,7 +204,9 @@ def _of_row(processor, row: int):
     own = copy(processor)
     for name in PER_ROW & vars(own).keys():
         value = getattr(own, name)
-        setattr(own, name, value[row : row + 1] if isinstance(value, torch.Tensor) else value)
+        setattr(own, name, value[row : row + 1] if isinstance(value, torch.Tensor | list) else value)
+    if "batch_size" in vars(own):
+        own.batch_size = 1
     return own
 
 

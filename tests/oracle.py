@@ -4,7 +4,7 @@ import torch
 from tiny_models import VOCAB
 from transformers.generation.streamers import BaseStreamer
 
-from hf_mtp import step
+from hf_mtp import GatedLoraModel
 from hf_mtp.drafting import Drafts
 
 RIGHT = {
@@ -15,7 +15,7 @@ RIGHT = {
 
 
 class Oracle(BaseStreamer):
-    """Stands in for `draft`. Pass it as `streamer` too, so that it knows the output so far.
+    """Stands in for an adapter's `draft`. Pass it as `streamer` too, so that it knows the output so far.
 
     Args:
         monkeypatch: Puts it in place.
@@ -26,7 +26,7 @@ class Oracle(BaseStreamer):
     def __init__(self, monkeypatch, sequence, right):
         self.sequence, self.right = sequence[0], right
         self.streamed, self.ends = [], 0
-        monkeypatch.setattr(step, "draft", self.draft)
+        monkeypatch.setattr(GatedLoraModel, "draft", self.draft)
 
     def put(self, value):
         assert not self.ends
@@ -35,7 +35,7 @@ class Oracle(BaseStreamer):
     def end(self):
         self.ends += 1
 
-    def draft(self, pending, hidden_BKD, embedding, unembedding, sampler, draw):
+    def draft(self, pending, hidden_BKD, draw=None):
         known = len(self.streamed)
         assert pending.tolist() == self.streamed[-1:]
         assert known < len(self.sequence), "drafts for a finished output"

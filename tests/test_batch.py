@@ -64,6 +64,7 @@ def test_rows_end_each_by_itself(cache, strategy):
         {"repetition_penalty": 2.0},
         {"encoder_repetition_penalty": 2.0},
         {"no_repeat_ngram_size": 2},
+        {"encoder_no_repeat_ngram_size": 3},
         {"min_new_tokens": 6, "eos_token_id": 2},
         {"prefix_allowed_tokens_fn": lambda row, ids: [row, (row + len(ids)) % SMALL]},
     ],
@@ -167,12 +168,6 @@ def test_a_processor_with_a_state_is_refused_in_a_batch_only():
     banned = {**padded(), "logits_processor": LogitsProcessorList([Bans()])}
     expected = model.generate(**banned, max_new_tokens=5, do_sample=False)
     assert torch.equal(model.generate(**banned, **arguments), expected)
-
-
-def test_batches_of_models_without_branches_are_refused():
-    model = upgraded(tiny_base("bloom"), k=3)
-    with pytest.raises(NotImplementedError, match="takes no branches"):
-        model.generate(prompt(rows=2), mtp=True, max_new_tokens=3)
 
 
 class StopsRowOne(StoppingCriteria):

@@ -9,7 +9,7 @@ import torch
 from tiny_models import prompt, tiny_base, upgraded
 from transformers import LogitsProcessorList
 
-from hf_mtp import generation
+from hf_mtp import call, generation
 from hf_mtp.drafting import Draw
 from hf_mtp.pacing import Pacer
 from hf_mtp.recipe import get_recipe
@@ -108,7 +108,7 @@ def test_probability_of_every_continuation(options, strategy, monkeypatch):
     input_ids = prompt(5) % VOCAB
     script = Script([])
     monkeypatch.setattr(generation, "Pacer", lambda k: EveryMatch() if strategy == "lookup" else TwoSlots())
-    monkeypatch.setattr(generation, "Draw", lambda warpers, generator: EveryCourse(warpers, generator, script))
+    monkeypatch.setattr(call, "Draw", lambda warpers, generator: EveryCourse(warpers, generator, script))
     found: dict[tuple[int, ...], float] = {}
     arguments = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, **options}
     courses = accepted = looked_up = 0

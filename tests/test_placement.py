@@ -1,0 +1,77 @@
+"""Bases whose weights are somewhere else: on named devices, offloaded, or spread over processes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import get_peft_model
+from tiny_models import generate, prompt, randomised, tiny_base
+from transformers import AutoModelForCausalLM
+
+from hf_mtp import GatedLoraConfig
+from hf_mtp.check import Rehearsal
+from hf_mtp.recipe import Recipe
+
+STRATEGIES = ("quadratic", "linear", "auto")
+
+
+def assert_exact(base) -> None:
+    expected = generate(base, prompt())
+    model = randomised(get_peft_model(base, GatedLoraConfig(k=3, r=4))).eval()
+    model.base_model.draft = Rehearsal([expected])
+    for strategy in STRATEGIES:
+        assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy=strategy), expected)
+    assert torch.isfinite(model(input_ids=prompt(), mtp_recipe=Recipe()).loss)
+
+
+def test_device_map(tmp_path):
+    tiny_base("llama").save_pretrained(tmp_path)
+    places = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"], "cpu")
+    places["model.rotary_emb"] = "cpu"
+    assert_exact(AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, dtype=torch.float32).eval())
+
+
+def test_embeddings_that_are_offloaded(tmp_path):
+    tiny_base("llama").save_pretrained(tmp_path / "base")
+    places = dict.fromkeys(["model.layers", "model.norm", "model.rotary_emb"], "cpu")
+    places |= {"model.embed_tokens": "disk", "lm_head": "disk"}
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=tmp_path / "weights", dtype=torch.float32
+    ).eval()
+    assert base.get_input_embeddings().weight.device.type == "meta"
+    assert_exact(base)
+
+
+def decode_in_parallel(rank: int, folder: str) -> None:
+    """One of two processes, with half of each matrix."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", USE_LIBUV="0")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", tp_plan="auto", dtype=torch.float32).eval()
+    expected = generate(base, prompt())
+    model = get_peft_model(base, GatedLoraConfig(k=3, r=4)).eval()
+    model.base_model.draft = Rehearsal([expected])
+    result = {
+        "is whole": torch.equal(expected, generate(tiny_base("llama"), prompt())),
+        "is spread": type(base.model.layers[0].self_attn.q_proj.base_layer.weight).__name__ == "DTensor",
+    }
+    for strategy in (*STRATEGIES, "auto"):  # which measures passes, each process by its own clock
+        result[strategy] = torch.equal(generate(model, prompt(), mtp=True, mtp_strategy=strategy), expected)
+    torch.save(result, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="tensor parallelism was another before"
+)
+def test_tensor_parallelism(tmp_path: Path):
+    tiny_base("llama").save_pretrained(tmp_path / "base")
+    torch.multiprocessing.spawn(decode_in_parallel, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt")
+        assert all(result.values()), result

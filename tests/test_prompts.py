@@ -1,0 +1,249 @@
+"""Prompts of every kind: positions that do not count up from 0, the model's last ones, rotary embeddings that change
+with the length, images."""
+
+import pytest
+import torch
+from tiny_models import tiny_base, upgraded
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    LlavaConfig,
+    Qwen2_5_VLConfig,
+    SmolVLMConfig,
+)
+
+from hf_mtp.check import Rehearsal
+
+SMALL, PROMPT = 40, 11
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 2.5, 3.0, 4.0],
+        "original_max_position_embeddings": 20,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+STRATEGIES = ("quadratic", "linear", "auto")
+
+
+def text(length: int = PROMPT, rows: int = 1) -> torch.LongTensor:
+    return torch.randint(1, SMALL - 3, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def generate(model, **arguments):
+    # Copies, because `generate` may keep what it is given.
+    arguments = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    arguments = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **arguments}
+    return model.generate(**arguments)
+
+
+def assert_exact(model, strategy: str, **arguments) -> None:
+    """With drafts that are right, wrong and missing in turns."""
+    plain = generate(model, **arguments)
+    model.base_model.draft = Rehearsal([row[None] for row in plain])
+    assert torch.equal(generate(model, **arguments, mtp=True, mtp_strategy=strategy), plain)
+    if strategy != "auto":
+        assert model.base_model.mtp_statistics.drafted
+
+
+def small(architecture: str, **options):
+    return upgraded(tiny_base(architecture, torch.float64, vocab_size=SMALL, **options), k=3, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt2", "opt", "gpt_neox"])
+def test_positions_that_start_above_0(architecture, strategy):
+    positions = torch.arange(PROMPT)[None] + 30
+    model = small(architecture)
+    plain = generate(model, input_ids=text())
+    assert_exact(model, strategy, input_ids=text(), position_ids=positions)
+    if architecture in ("gpt2", "opt"):  # absolute ones: it is not for nothing
+        assert not torch.equal(generate(model, input_ids=text(), position_ids=positions), plain)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_positions_with_gaps_and_padding(architecture, strategy):
+    ids = text(rows=2)
+    mask, positions = torch.ones_like(ids), torch.arange(PROMPT).expand(2, -1).clone()
+    positions[0, 5:] += 7
+    mask[1, :3], positions[1] = 0, torch.tensor([0, 0, 0, 2, 3, 5, 8, 9, 10, 11, 12])
+    assert_exact(small(architecture), strategy, input_ids=ids, attention_mask=mask, position_ids=positions)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_learned_positions_up_to_the_last(architecture, strategy):
+    name = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
+    assert_exact(small(architecture, **{name: PROMPT + 24}), strategy, input_ids=text())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_embeddings_that_change_with_the_length(rope, strategy):
+    model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=64)
+    assert_exact(model, strategy, input_ids=text())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_rotary_embeddings_past_the_last_position(rope, strategy):
+    model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=20)
+    assert_exact(model, strategy, input_ids=text())
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_static_cache_does_not_cross_a_change_of_embeddings(rope):
+    model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=20)
+    with pytest.raises(NotImplementedError, match="change at 20 tokens, and the text may have 34"):
+        generate(model, input_ids=text(), mtp=True, cache_implementation="static")
+    assert_exact(model, "quadratic", input_ids=text(), max_new_tokens=8, cache_implementation="static")
+
+
+# ---------------------------------------------------------------- images
+
+TEXT = {
+    "vocab_size": SMALL,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "initializer_range": 0.3,
+}
+IMAGE = SMALL - 1
+
+
+def image_model(name: str):
+    """A vision-language model and a prompt with one image: inputs of `generate`."""
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if name == "llava":
+        config = LlavaConfig(
+            text_config={"model_type": "llama", **TEXT},
+            vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
+            image_token_id=IMAGE,
+            image_seq_length=4,
+            vision_feature_layer=-1,
+        )
+        inputs, places = {"pixel_values": pixels}, 4
+    elif name == "gemma3":
+        config = Gemma3Config(
+            text_config={**TEXT, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
+            vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+            boi_token_index=SMALL - 2,
+            eoi_token_index=SMALL - 3,
+            tie_word_embeddings=False,
+        )
+        inputs, places = {"pixel_values": pixels}, 4
+    elif name == "qwen2_5_vl":
+        config = Qwen2_5_VLConfig(
+            text_config={
+                **{key: value for key, value in TEXT.items() if key != "head_dim"},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "patch_size": 2,
+                "out_hidden_size": 32,
+                "fullatt_block_indexes": [0],
+                "window_size": 8,
+                "initializer_range": 0.3,
+            },
+            image_token_id=IMAGE,
+            vision_start_token_id=SMALL - 2,
+            vision_end_token_id=SMALL - 3,
+            video_token_id=SMALL - 4,
+        )
+        patches = torch.randn(16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        inputs, places = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}, 4
+    else:
+        config = SmolVLMConfig(
+            text_config={"model_type": "llama", **TEXT},
+            vision_config={**VISION},
+            image_token_id=IMAGE,
+            scale_factor=2,
+        )
+        inputs, places = {"pixel_values": pixels[:, None]}, 1
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for layer in model.modules():  # so that the likeliest token depends on the text, and on the image
+            if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
+                layer.weight.normal_(0, 2 * layer.weight.shape[-1] ** -0.5)
+        for parameter_name, parameter in model.named_parameters():
+            if "projection" in parameter_name and parameter.dim() == 2:  # zeros, in a random Gemma 3
+                parameter.normal_()
+    before, after = text(4) % (SMALL - 5) + 1, text(6) % (SMALL - 5) + 1
+    image = torch.full((1, places), IMAGE)
+    if name == "qwen2_5_vl":
+        image = torch.cat([torch.tensor([[SMALL - 2]]), image, torch.tensor([[SMALL - 3]])], dim=1)
+    ids = torch.cat([before, image, after], dim=1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name in ("gemma3", "qwen2_5_vl"):
+        kinds = "token_type_ids" if name == "gemma3" else "mm_token_type_ids"
+        inputs[kinds] = (ids == IMAGE).long()
+    return model, inputs
+
+
+IMAGE_MODELS = ["llava", "gemma3", "qwen2_5_vl", "smolvlm"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_prompts_with_an_image(name, strategy):
+    base, inputs = image_model(name)
+    model = upgraded(base, k=3, dtype=torch.float64)
+    assert_exact(model, strategy, **inputs)
+    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    assert not torch.equal(generate(model, **other), generate(model, **inputs)), "the image is not looked at"
+
+
+def test_layers_that_see_images_only_get_no_lora():
+    base, _ = image_model("llava")
+    model = upgraded(base, k=3, dtype=torch.float64)
+    assert not any("vision" in name for name, _ in model.named_parameters() if "lora_" in name)
+
+
+def test_a_prompt_that_ends_in_an_image():
+    base, inputs = image_model("llava")
+    inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :8], inputs["attention_mask"][:, :8]
+    with pytest.raises(NotImplementedError, match="last token of the prompt is no text.*add_generation_prompt=True"):
+        generate(upgraded(base, k=3, dtype=torch.float64), **inputs, mtp=True)

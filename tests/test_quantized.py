@@ -1,0 +1,73 @@
+"""Quantized bases: MTP gives what the quantized base gives by itself, and training reaches the adapter only."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, QuantoConfig, TorchAoConfig
+
+from hf_mtp import GatedLoraConfig
+from hf_mtp.check import Rehearsal
+from hf_mtp.reading import Reading, reading_of
+from hf_mtp.recipe import Recipe
+
+
+def torchao_config():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+CONFIGS = {
+    "bitsandbytes 8-bit": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+    "bitsandbytes 8-bit without outliers": (
+        "bitsandbytes",
+        lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
+    ),
+    "bitsandbytes 4-bit": (
+        "bitsandbytes",
+        lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    ),
+    "torchao": ("torchao", torchao_config),
+    "hqq": ("hqq", lambda: HqqConfig(nbits=8, group_size=32)),
+    "quanto": ("optimum.quanto", lambda: QuantoConfig(weights="int8")),
+}
+
+
+def quantized(name: str, folder):
+    package, config = CONFIGS[name]
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    tiny_base("llama", hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(), dtype=torch.float32).eval()
+    except NotImplementedError as error:
+        pytest.skip(f"transformers: {error}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_output_is_that_of_the_quantized_base(name, tmp_path):
+    base = quantized(name, tmp_path)
+    expected = generate(base, prompt())
+    model = randomised(get_peft_model(base, GatedLoraConfig(k=3, r=4))).eval()
+    model.base_model.draft = Rehearsal([expected])
+    # LLM.int8() takes apart the columns in which any token of a pass has an outlier: tokens are computed together.
+    reads = reading_of(model.base_model)
+    assert (reads is Reading.BRANCHES) == (name != "bitsandbytes 8-bit")
+    for strategy in ("quadratic", "linear", "auto") if reads is Reading.BRANCHES else ("auto",):
+        assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy=strategy), expected)
+    assert any("lora_A" in parameter for parameter in adapter_parameters(model))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_on_a_quantized_base(name, tmp_path):
+    model = get_peft_model(quantized(name, tmp_path), GatedLoraConfig(k=3, r=4)).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=3e-3), []
+    for _ in range(10):
+        objective = model(input_ids=prompt(rows=2), mtp_recipe=Recipe())
+        optimizer.zero_grad()
+        objective.loss.backward()
+        optimizer.step()
+        losses.append(objective.loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    assert set(map(id, parameters)) == set(map(id, adapter_parameters(model).values()))

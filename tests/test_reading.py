@@ -1,0 +1,195 @@
+"""Models that read plain sequences only: how each is read is found out, and decoding and training go by it."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import CACHE, adapter_parameters, upgraded
+from transformers import CONFIG_MAPPING, DynamicCache
+from transformers.utils import logging as host_logging
+
+from hf_mtp.check import Rehearsal
+from hf_mtp.layout import segments, training_layout
+from hf_mtp.reading import Reading, reading_of
+from hf_mtp.recipe import Recipe
+from hf_mtp.tiny import VOCAB, tiny_model
+
+READINGS = {
+    "llama": Reading.BRANCHES,
+    "bloom": Reading.SEQUENCES,  # alibi: distance counts in columns, which a branch skips
+    "mamba2": Reading.SEQUENCES_FROM_STATES,
+    "qwen3_next": Reading.SEQUENCES_FROM_STATES,
+    "rwkv": Reading.SEQUENCES_FROM_STATES,
+    "mamba": Reading.WHOLE_TEXTS,
+    "jamba": Reading.WHOLE_TEXTS,
+}
+SEQUENTIAL = [name for name, reading in READINGS.items() if reading is not Reading.BRANCHES]
+OF_EACH_KIND = ["bloom", "mamba2", "mamba"]
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float64):
+    return upgraded(tiny_model(CONFIG_MAPPING[name]()).to(dtype), k=3)
+
+
+def ids(length: int = 11, rows: int = 1, seed: int = 0) -> torch.LongTensor:
+    return torch.randint(1, VOCAB - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, input_ids, new_tokens: int = 20, **arguments):
+    return model.generate(
+        input_ids=input_ids,
+        **{"attention_mask": torch.ones_like(input_ids), **arguments},
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def rehearse(model, *sequences: torch.LongTensor) -> None:
+    """Makes drafts right, wrong and missing in turns."""
+    model.base_model.draft = Rehearsal(list(sequences))
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_reading(name):
+    assert reading_of(model_of(name).base_model) is READINGS[name]
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_linear_decoding_is_exact(name):
+    model = model_of(name)
+    expected = generate(model, ids())
+    rehearse(model, expected)
+    assert torch.equal(generate(model, ids(), mtp=True, mtp_strategy="linear"), expected)
+    statistics = model.base_model.mtp_statistics
+    assert 0 < statistics.accepted < statistics.drafted
+    assert statistics.tokens == 20 and len(statistics.steps) < 20
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_auto_is_exact_and_says_why(name, caplog, monkeypatch):
+    model = model_of(name)
+    expected = generate(model, ids())
+    monkeypatch.setattr(host_logging.get_logger("hf_mtp"), "propagate", True)
+    host_logging.set_verbosity_info()
+    host_logging.get_logger("hf_mtp.generation").warning_once.cache_clear()
+    with caplog.at_level(logging.INFO, "hf_mtp.generation"):
+        assert torch.equal(generate(model, ids(), mtp=True), expected)
+    host_logging.set_verbosity_warning()
+    said = "plainly" if READINGS[name] is Reading.WHOLE_TEXTS else "linear"
+    assert said in caplog.text and READINGS[name].value in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["linear", "auto"])
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_rows_of_a_batch_are_what_they_are_alone(name, strategy):
+    model = model_of(name)
+    prompts = [ids(11), ids(6, seed=1), ids(9, seed=2)]
+    alone = [generate(model, prompt) for prompt in prompts]
+    rehearse(model, *alone)
+    batch = torch.cat([torch.nn.functional.pad(prompt, (11 - prompt.shape[1], 0)) for prompt in prompts])
+    output = generate(model, batch, attention_mask=(batch != 0).long(), mtp=True, mtp_strategy=strategy)
+    for row, prompt in enumerate(prompts):
+        assert torch.equal(output[row, 11:], alone[row][0, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_sampling_is_repeatable_and_draws_what_the_base_allows(name):
+    model = model_of(name)
+    outputs = [
+        model.generate(
+            input_ids=ids(),
+            max_new_tokens=12,
+            do_sample=True,
+            top_k=2,
+            eos_token_id=None,
+            pad_token_id=0,
+            mtp=True,
+            mtp_strategy="linear",
+            generator=torch.Generator().manual_seed(5),
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(*outputs)
+    logits_TV = model(outputs[0]).logits[0, 10:-1]
+    best_T2 = logits_TV.topk(2, dim=-1).indices
+    assert (best_T2 == outputs[0][0, 11:, None]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("name", ["bloom", "qwen3_next"])
+def test_a_second_turn_goes_on_from_the_first_turns_cache(name):
+    model = model_of(name)
+    first = generate(model, ids(), return_dict_in_generate=True, mtp=True, mtp_strategy="linear")
+    longer = torch.cat([first.sequences, ids(4, seed=3)], dim=1)
+    expected = generate(model, longer)
+    assert torch.equal(generate(model, longer, **{CACHE: first[CACHE]}, mtp=True, mtp_strategy="linear"), expected)
+
+
+def test_a_state_alone_does_not_say_what_it_has_read():
+    model = model_of("mamba2")
+    first = generate(model, ids(), return_dict_in_generate=True, mtp=True)
+    with pytest.raises(NotImplementedError, match="does not say how many tokens went into it"):
+        generate(model, first.sequences, **{CACHE: first[CACHE]}, mtp=True)
+
+
+def test_whole_texts_are_not_read_behind_a_cache():
+    model = model_of("jamba")
+    first = generate(model, ids(), return_dict_in_generate=True)
+    with pytest.raises(NotImplementedError, match="a cache that is not empty.*Pass none"):
+        generate(model, first.sequences, **{CACHE: first[CACHE]}, mtp=True, mtp_strategy="linear")
+
+
+def test_what_plain_sequences_do_not_allow():
+    model = model_of("bloom")
+    with pytest.raises(NotImplementedError, match="a static cache.*Leave `cache_implementation` out"):
+        generate(model, ids(), mtp=True, cache_implementation="static")
+    with pytest.raises(NotImplementedError, match="a batch that goes on from a cache"):
+        cache = DynamicCache()
+        both = ids(rows=2)
+        generate(model, both[:, :6], 1, **{CACHE: cache})
+        generate(model, both, **{CACHE: cache}, mtp=True)
+    with pytest.raises(NotImplementedError, match="`output_hidden_states` with `mtp=True`"):
+        generate(model_of("mamba2"), ids(), mtp=True, return_dict_in_generate=True, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_masks_of_a_training_batch_are_read_behind_their_anchors(name):
+    model, input_ids = model_of(name), ids(9, rows=2)
+    tuner = model.base_model
+    positions = torch.arange(9).expand(2, 9)
+    layout = training_layout(input_ids, positions, segments(None, positions), k=3, same_in_all_rows=True)
+    regular, masks = tuner.masked_states(input_ids, layout)
+    plain = tuner.model.get_decoder()(input_ids).last_hidden_state
+    torch.testing.assert_close(regular[-1], plain)
+    anchor, index = 4, torch.arange(3).expand(2, 3)
+    with tuner.masks_in_columns(anchor + 1, index):
+        text = torch.cat([input_ids[:, : anchor + 1], index + tuner.vocab_size], dim=1)
+        expected = tuner.model.get_decoder()(text).last_hidden_state[:, anchor + 1 :]
+    column = layout.anchor_BM[0].tolist().index(anchor)
+    torch.testing.assert_close(masks[-1][:, column : column + 3], expected)
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_training_reaches_every_adapter_parameter_and_learns(name):
+    model = model_of(name, torch.float32).train()
+    input_ids = ids(9, rows=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(12):
+        objective = model(input_ids=input_ids, mtp_recipe=Recipe())
+        optimizer.zero_grad()
+        objective.loss.backward()
+        optimizer.step()
+        losses.append(float(objective.loss))
+    assert losses[-1] < 0.9 * losses[0]
+    # mamba reads the weight of this layer without calling it, so that nothing could act on it.
+    missing = [name for name, parameter in adapter_parameters(model).items() if parameter.grad is None]
+    assert all("dt_proj" in name for name in missing)
+
+
+def test_packed_texts_are_refused():
+    model = model_of("mamba2")
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="one sequence per row.*packing=False"):
+        model(input_ids=ids(10), position_ids=positions, mtp_recipe=Recipe())
