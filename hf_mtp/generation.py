@@ -11,7 +11,7 @@ from .pacing import Pacer, Whole
 from .reading import Reading, reading_of
 from .request import refuse_arguments, stop_strings_to_criteria
 from .statistics import MTPStatistics
-from .support import refuse_attention_without_masks
+from .support import refuse_attention_without_masks, refuse_without_weights
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +81,7 @@ class MTPGenerationMixin:
                 stacklevel=2,
             )
             return self.model.generate(*args, **kwargs)
+        refuse_without_weights(self.model)
         k = self._checked_k(_or_default(mtp_k, defaults, "mtp_k", None))
         strategy, reading = self._checked_strategy(_or_default(mtp_strategy, defaults, "mtp_strategy", "auto"))
         if strategy is None:

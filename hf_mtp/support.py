@@ -74,6 +74,19 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
+def refuse_without_weights(model: PreTrainedModel) -> None:
+    """Raises if there is nothing to compute with.
+
+    Raises:
+        ValueError: The model is on the meta device, and nothing will bring its weights when they are needed.
+    """
+    if input_device(model).type == "meta":
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device: it has shapes, but no weights. Load it with "
+            "AutoModelForCausalLM.from_pretrained, or give it weights by `to_empty` and `load_state_dict`."
+        )
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model wants its token ids, also if weights wait elsewhere until they are needed (accelerate's hooks)."""
     embedding = model.get_input_embeddings()

@@ -15,7 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.fingerprint import tokenizer_fingerprint
@@ -72,6 +76,36 @@ def test_encoder_decoder_is_refused():
     config = AutoConfig.for_model("t5", vocab_size=VOCAB, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model.*decoder-only"):
         get_peft_model(AutoModelForSeq2SeqLM.from_config(config), GatedLoraConfig(target_modules=["q"]))
+
+
+def test_a_base_without_weights():
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(tiny_base("llama").config)
+    model = get_peft_model(base, GatedLoraConfig(k=2))
+    assert model(input_ids=prompt()).logits.device.type == "meta"
+    with pytest.raises(ValueError, match="LlamaForCausalLM is on the meta device.*no weights"):
+        generate(model, prompt(), mtp=True)
+
+
+def test_a_base_without_a_decoder_of_its_own():
+    class Whole(PreTrainedModel, GenerationMixin):
+        config_class = PreTrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.embed, self.lm_head = torch.nn.Embedding(VOCAB, 8), torch.nn.Linear(8, VOCAB)
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+        def forward(self, input_ids=None, **kwargs):
+            return CausalLMOutput(logits=self.lm_head(self.embed(input_ids)))
+
+    with pytest.raises(ValueError, match="Whole has no decoder of its own.*does not follow the interfaces"):
+        get_peft_model(Whole(PreTrainedConfig()), GatedLoraConfig(k=2, target_modules=["embed"]))
 
 
 def test_encoder_is_refused():
