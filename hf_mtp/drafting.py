@@ -155,7 +155,7 @@ def _shortlisted(
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """Scores, `(B, C)`, of each step's candidates from features `(B, D)`, without reading the whole unembedding."""
     weight_VD = getattr(unembedding, "weight", None)
-    is_whole = type(weight_VD) in (torch.Tensor, nn.Parameter) and weight_VD.device.type != "meta"
+    is_whole = type(weight_VD) in (torch.Tensor, nn.Parameter) and weight_VD.device == candidate_BKC.device
     if not (is_whole and weight_VD.dim() == 2 and weight_VD.is_floating_point()):
         # Quantized, spread over devices, or offloaded: its rows cannot be picked.
         return lambda step, feature_BD: unembedding(feature_BD).float().gather(1, candidate_BKC[:, step])

@@ -70,7 +70,7 @@ def multi_token_objective(
     regular_LBTD, masks_LBMD = model.masked_states(input_ids_BT, layout, all_layers=recipe.auxiliary > 0)
     regular_RD, mask_RD = regular_LBTD[-1][row_R, column_R], masks_LBMD[-1][row_R, mask_R]
 
-    unembedding = model.model.get_output_embeddings()
+    unembedding = model.unembedding()
     base_choice_R = _base_choices(unembedding, regular_LBTD[-1], row_R, column_R)
     target_R = {
         "model": base_choice_R,

@@ -92,7 +92,7 @@ class SequenceStep(MaskedStep):
         drafts, past = logits_rows - 1, list(cache.lengths)
         start = cache.read
         certain, guesses_BK = cache.split(regular_BT, drafts)
-        outputs, listener = self._read(certain, start, cache.held, cache.rows)
+        outputs, listener = self._read(certain, start, cache.held, cache.rows, logits_to_keep=1)
         cache.held = outputs[cache_name(outputs)]
         logits, masks_BMD, calls = [outputs.logits[:, -1:]], listener.states[:, :0], 1
         if drafts or layout.masks:
@@ -108,11 +108,11 @@ class SequenceStep(MaskedStep):
     def catch_up(self, cache: SequenceCache) -> None:
         """Reads what the model's own cache lacks."""
         if cache.unread_BU is not None and cache.unread_BU.shape[1]:
-            outputs, _ = self._read(cache.unread_BU, cache.read, cache.held, cache.rows)
+            outputs, _ = self._read(cache.unread_BU, cache.read, cache.held, cache.rows, logits_to_keep=1)
             cache.held, cache.unread_BU = outputs[cache_name(outputs)], None
 
     def _read(
-        self, sequence_BN: torch.Tensor, start: int, held: Cache | None, rows: Rows, use_cache: bool = True
+        self, sequence_BN: torch.Tensor, start: int, held: Cache | None, rows: Rows, **options
     ) -> tuple[object, Listener]:
         """One call of the model over a sequence, ids or embeddings, that goes on from `start` tokens in a cache."""
         columns = sequence_BN.shape[1]
@@ -121,7 +121,8 @@ class SequenceStep(MaskedStep):
             "inputs_embeds" if sequence_BN.dim() == 3 else "input_ids": sequence_BN,
             "position_ids": rows.positions_of(position_1N),
             cache_name(self.known_arguments): held,
-            "use_cache": use_cache,
+            "use_cache": True,
+            **options,
         }
         inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
         with self.tuner.gate.listen() as listener:
@@ -150,8 +151,9 @@ class WholeTextStep(SequenceStep):
         text = torch.cat([certain, guesses_BK, layout.index_BM + self.tuner.vocab_size], dim=1)
         tokens = text.shape[1] - layout.masks
         with self.tuner.masks_in_columns(tokens, layout.index_BM):
-            outputs, listener = self._read(text, 0, None, cache.rows, use_cache=False)
-        logits_BRV = outputs.logits[:, tokens - logits_rows : tokens]
+            wanted = logits_rows + layout.masks
+            outputs, listener = self._read(text, 0, None, cache.rows, use_cache=False, logits_to_keep=wanted)
+        logits_BRV = outputs.logits[:, -wanted:][:, :logits_rows]
         return StepOutput(logits_BRV, listener.states[:, tokens:], regular_BT.shape[1] - logits_rows, past)
 
 

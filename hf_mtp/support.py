@@ -88,10 +88,14 @@ def refuse_without_weights(model: PreTrainedModel) -> None:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its token ids, also if weights wait elsewhere until they are needed (accelerate's hooks)."""
-    embedding = model.get_input_embeddings()
-    waiting = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return embedding.weight.device if waiting is None else torch.device(waiting)
+    """Where a model wants its token ids, and where all that the upgrade adds to it computes."""
+    return device_of(model.get_input_embeddings())
+
+
+def device_of(layer: torch.nn.Module) -> torch.device:
+    """Where a layer computes, also if its weights wait elsewhere until they are needed (accelerate's hooks)."""
+    waiting = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return layer.weight.device if waiting is None else torch.device(waiting)
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:

@@ -4,7 +4,7 @@ Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,7 @@ from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
 from .stacked import UsersLayer, is_gated, refuse_name, restore, untouched, users_layers
-from .support import decoder_of, input_device, refuse_attention_without_masks, refuse_unsupported
+from .support import decoder_of, device_of, input_device, refuse_attention_without_masks, refuse_unsupported
 from .targets import exclude_layers_out_of_reach, linear_layers, shortened
 
 # Training attends from this many blocks at a time to the tokens before them and to each other: more blocks mean more
@@ -280,8 +280,15 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             hidden_BKD (`torch.Tensor` of shape `(B, K, D)`): Last hidden states of the masks, in order.
             draw ([`Draw`], *optional*): Draws drafts at random; the likeliest are taken if `None`.
         """
-        embedding, unembedding = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        return draft(pending_B, hidden_BKD, embedding, unembedding, self.sampler_head(), draw)
+        embedding = self.model.get_input_embeddings()
+        return draft(pending_B, hidden_BKD, embedding, self.unembedding(), self.sampler_head(), draw)
+
+    def unembedding(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The base's output layer, `(..., D)` to `(..., V)`; its result is where the rest of ours computes."""
+        layer = self.model.get_output_embeddings()
+        if device_of(layer) == input_device(self.model):
+            return layer
+        return lambda hidden: layer(hidden).to(hidden.device)
 
     @contextmanager
     def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
@@ -312,7 +319,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""
         listener = self.gate.listener
         if listener is not None:
-            listener.states = outputs.last_hidden_state
+            listener.states = outputs.last_hidden_state.to(input_device(self.model))
 
     # ---------------------------------------------------------------- forward passes
 
@@ -461,7 +468,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             output_hidden_states=all_layers,
             **{cache_name(inspect.signature(decoder.forward).parameters): cache},
         )
-        return [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
+        states = [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
+        return [state.to(input_ids_BQ.device) for state in states]
 
     def mask_embeddings(self, index_BM: torch.LongTensor) -> torch.Tensor:
         """`(B, M, E)`: what the active adapter embeds masks `index_BM` as."""

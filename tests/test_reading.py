@@ -1,5 +1,6 @@
 """Models that read plain sequences only: how each is read is found out, and decoding and training go by it."""
 
+import inspect
 import logging
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_models import CACHE, adapter_parameters, upgraded
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import logging as host_logging
 
+from hf_mtp.cache import cache_name
 from hf_mtp.check import Rehearsal
 from hf_mtp.layout import segments, training_layout
 from hf_mtp.reading import Reading, reading_of
@@ -129,8 +131,9 @@ def test_a_second_turn_goes_on_from_the_first_turns_cache(name):
 def test_a_state_alone_does_not_say_what_it_has_read():
     model = model_of("mamba2")
     first = generate(model, ids(), return_dict_in_generate=True, mtp=True)
+    name = cache_name(inspect.signature(model.get_base_model().forward).parameters)
     with pytest.raises(NotImplementedError, match="does not say how many tokens went into it"):
-        generate(model, first.sequences, **{CACHE: first[CACHE]}, mtp=True)
+        generate(model, first.sequences, **{name: first[CACHE]}, mtp=True)
 
 
 def test_whole_texts_are_not_read_behind_a_cache():
