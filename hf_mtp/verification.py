@@ -47,7 +47,7 @@ WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) + tuple(
 # transformers' own that remember earlier calls.
 KEEPS_STATE = {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
 # Attributes of transformers' own with an entry for each row of the batch.
-PER_ROW = {"prompt_ignore_length", "encoder_input_ids"}
+PER_ROW = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
 
 
 def accepted_drafts(

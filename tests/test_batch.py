@@ -64,7 +64,7 @@ def test_rows_end_each_by_itself(cache, strategy):
         {"repetition_penalty": 2.0},
         {"encoder_repetition_penalty": 2.0},
         {"no_repeat_ngram_size": 2},
-        {"encoder_no_repeat_ngram_size": 3},
+        {"encoder_no_repeat_ngram_size": 2},
         {"min_new_tokens": 6, "eos_token_id": 2},
         {"prefix_allowed_tokens_fn": lambda row, ids: [row, (row + len(ids)) % SMALL]},
     ],
