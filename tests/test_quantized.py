@@ -4,7 +4,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, QuantoConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    HqqConfig,
+    QuantoConfig,
+    TorchAoConfig,
+)
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.check import Rehearsal
@@ -31,12 +38,15 @@ CONFIGS = {
     "torchao": ("torchao", torchao_config),
     "hqq": ("hqq", lambda: HqqConfig(nbits=8, group_size=32)),
     "quanto": ("optimum.quanto", lambda: QuantoConfig(weights="int8")),
+    "fp8": ("torch", lambda: FineGrainedFP8Config()),
 }
 
 
 def quantized(name: str, folder):
     package, config = CONFIGS[name]
     pytest.importorskip(package, reason=f"{package} is not installed")
+    if name == "fp8" and not torch.cuda.is_available():
+        pytest.skip("transformers computes with FP8 weights on a GPU only")
     tiny_base("llama", hidden_size=64, intermediate_size=128).save_pretrained(folder)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(), dtype=torch.float32).eval()
@@ -71,3 +81,21 @@ def test_training_on_a_quantized_base(name, tmp_path):
         losses.append(objective.loss.item())
     assert losses[-1] < 0.95 * losses[0]
     assert set(map(id, parameters)) == set(map(id, adapter_parameters(model).values()))
+
+
+@pytest.mark.parametrize("layer", ["gptq.GPTQLoraLinear", "torchao.TorchaoLoraLinear"])
+def test_layers_of_peft_that_ask_the_gate(layer):
+    """GPTQ needs a GPU to run; that PEFT's layer for it asks a variant is what gating needs."""
+    assert asks_the_gate(layer)
+
+
+@pytest.mark.parametrize("layer", ["awq.AwqLoraLinear", "aqlm.AqlmLoraLinear"])
+def test_layers_of_peft_that_do_not_are_refused(layer):
+    """AWQ needs a GPU to run; its layer is of the kind that `test_gate.py` sees refused."""
+    assert not asks_the_gate(layer)
+
+
+def asks_the_gate(layer: str) -> bool:
+    module, _, name = layer.partition(".")
+    layer_class = getattr(pytest.importorskip(f"peft.tuners.lora.{module}"), name)
+    return "lora_variant" in layer_class.forward.__code__.co_names
