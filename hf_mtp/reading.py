@@ -7,8 +7,6 @@ cache; as one sequence, on a copy of a state that cannot be rolled back; as a wh
 import enum
 import inspect
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +23,7 @@ from .masks import attention_kinds, attention_masks
 from .pacing import Whole
 from .sequence import SequenceCache, SequenceStep, WholeTextCache, WholeTextStep
 from .step import MaskedStep
-from .support import input_device, is_recurrent, takes_4d_masks
+from .support import evaluation_mode, input_device, is_recurrent, takes_4d_masks
 from .tiny import WINDOW, tiny_model
 
 if TYPE_CHECKING:
@@ -98,7 +96,7 @@ def _of_stand_in(model: PreTrainedModel, best: Reading) -> Reading:
 
 def _holds(tuner: "GatedLoraModel", reading: Reading) -> bool:
     """Whether a model can be read so. One that raises when read so cannot, whatever its code raises."""
-    with torch.no_grad(), _evaluation_mode(tuner):
+    with torch.no_grad(), evaluation_mode(tuner):
         try:
             if reading is Reading.BRANCHES:
                 return (
@@ -119,19 +117,6 @@ def _holds(tuner: "GatedLoraModel", reading: Reading) -> bool:
         except Exception as error:
             logger.debug("%s cannot be read in %s: %s", type(tuner.model).__name__, reading.value, error)
             return False
-
-
-@contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Within, no module drops anything out; afterwards each is as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:

@@ -1,5 +1,8 @@
 """Which base models there is no way to upgrade, and what their attention takes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 
@@ -102,3 +105,16 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether the model says that it keeps a state, which, unlike keys and values, cannot be cut short."""
     kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}
     return bool(kinds - _ATTENTION_KINDS) or bool(getattr(model, "_is_stateful", False))
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within, no module drops anything out; afterwards each is as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

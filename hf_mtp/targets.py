@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .cache import cache_name
-from .support import input_device
+from .support import evaluation_mode, input_device
 
 logger = logging.get_logger(__name__)
 
@@ -79,23 +79,21 @@ def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
     hooks = [
         layer.register_forward_hook(lambda *call, name=name: record(name, *call)) for name, layer in layers.items()
     ]
-    training, known = model.training, inspect.signature(model.forward).parameters
-    model.eval()
+    known, outputs = inspect.signature(model.forward).parameters, {}
     try:
-        outputs = {}
         for number, columns in enumerate(PASSES):
             ids = torch.arange(1, ROWS * columns + 1, device=input_device(model)).view(ROWS, columns)
             inputs = {"input_ids": ids % model.get_input_embeddings().weight.shape[0], "use_cache": True}
             inputs |= {"logits_to_keep": 1} if "logits_to_keep" in known else {}
             if number:
                 inputs[cache_name(known)] = outputs[cache_name(outputs)]
-            outputs = model(**{name: value for name, value in inputs.items() if name in known})
+            with evaluation_mode(model):
+                outputs = model(**{name: value for name, value in inputs.items() if name in known})
     except Exception as error:  # whatever a model's code raises, what it did before counts
         logger.debug("%s could not be run in full: %s", type(model).__name__, error)
         if not served:
             return set()
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return {name for name in layers if not served[name] or not all(served[name])}
