@@ -48,6 +48,11 @@ class Rows:
         """
         self.ahead_B, self.most_ahead = ahead_B, int(ahead_B.max())
 
+    @property
+    def positions(self) -> int:
+        """Positions that the row which is farthest has used."""
+        return self.longest + self.most_ahead
+
     def positions_of(self, place_BN: torch.LongTensor) -> torch.LongTensor:
         """`(B, N)` or `(R, B, N)`: position ids of columns counted from each row's first token."""
         return place_BN + self.ahead_B[..., None]
@@ -164,15 +169,6 @@ class RollbackCache(Cache):
     def lengths(self) -> list[int]:
         """Tokens that each row holds."""
         return self.rows.lengths
-
-    @property
-    def positions(self) -> int:
-        """Positions that the row which is farthest has used."""
-        return self.rows.longest + self.rows.most_ahead
-
-    def next_columns(self, new: int) -> torch.LongTensor:
-        """`(B, new)`: the columns that a pass of so many writes."""
-        return self.rows.next_columns(new)
 
     def seen_by(self, new: int) -> CachedColumns:
         """What the attention of a pass of `new` columns sees."""

@@ -86,10 +86,10 @@ def decode(
         columns = regular_BT.shape[1]
         before = columns - 1 - drafts.count  # columns of the prompt before its last
         room = min(
-            batch.room - 2, step.positions_left(cache.positions + columns) - 1
+            batch.room - 2, step.positions_left(cache.rows.positions + columns) - 1
         )  # drafts stand behind their masks
         slots = pace.slots(drafts, task.k if task.fixed_shape else max(0, min(task.k, room)))
-        layout = decoding_layout(cache.next_columns(columns) - cache.rows.start_B[:, None], slots, first=before)
+        layout = decoding_layout(cache.rows.next_columns(columns) - cache.rows.start_B[:, None], slots, first=before)
         output = step(regular_BT, layout, cache, logits_rows=1 + drafts.count)
 
         outcome = batch.verify(output, drafts, slots)
@@ -105,7 +105,7 @@ def decode(
             pace.observe(batch.describe(outcome, columns - 1, layout.masks, seconds))
 
         # Each row's next drafts are what followed such words before, or what the block on its last token says.
-        room = min(batch.room - 1, step.positions_left(cache.positions + 1))
+        room = min(batch.room - 1, step.positions_left(cache.rows.positions + 1))
         found = batch.look_up(outcome, pace, room)
         count = pace.fixed_drafts(task.k) if task.fixed_shape else min(max(outcome.next_drafts), batch.room - 1)
         drafts, regular_BT = no_drafts(len(batch.rows), regular_BT.device), outcome.pending_B[:, None]

@@ -187,7 +187,7 @@ def _passes_equal_sequences(
             drafts = found_drafts(drafted, [[0.5, 0.5]] * rows, ids.device, drawn=False)
             pending = torch.stack([text_BT[row, read[row]] for row in range(rows)])[:, None]
             regular, before, kept = torch.cat([pending, drafts.token_BK], dim=1), 0, [1 + n for n in accepted[:rows]]
-        columns = cache.next_columns(regular.shape[1]) - cache.rows.start_B[:, None]
+        columns = cache.rows.next_columns(regular.shape[1]) - cache.rows.start_B[:, None]
         layout = decoding_layout(columns, pace.slots(drafts, k), first=before)
         logits_BRV = step(regular, layout, cache, logits_rows=1 + drafts.count).logits_BRV
         for row in range(rows):

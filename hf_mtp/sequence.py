@@ -39,18 +39,9 @@ class SequenceCache:
         return self.rows.lengths
 
     @property
-    def positions(self) -> int:
-        """Positions that the row has used, those of tokens not read included."""
-        return self.rows.longest + self.rows.most_ahead
-
-    @property
     def read(self) -> int:
         """How many of these the model's own cache has."""
         return self.rows.longest - (0 if self.unread_BU is None else self.unread_BU.shape[1])
-
-    def next_columns(self, new: int) -> torch.LongTensor:
-        """`(1, new)`: the columns that a pass of so many writes."""
-        return self.rows.next_columns(new)
 
     def split(self, regular_BT: torch.Tensor, drafts: int) -> tuple[torch.Tensor, torch.LongTensor]:
         """What is certain, unread tokens included, and the drafts behind it."""

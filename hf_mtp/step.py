@@ -161,7 +161,7 @@ class MaskedStep:
         Columns past the last position of a table belong to drafts and masks of no use, which stay at it; rotary
         embeddings have no last position, and drafts past the length that a model was made for may be accepted.
         """
-        last = max(self.maximum, cache.positions + regular - (0 if self.is_rotary else drafts)) - 1
+        last = max(self.maximum, cache.rows.positions + regular - (0 if self.is_rotary else drafts)) - 1
         return cache.rows.positions_of(layout.position_BN).clamp(max=last)
 
     def positions_left(self, used: int) -> int:

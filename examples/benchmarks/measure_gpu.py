@@ -153,7 +153,7 @@ class MaskedDecoding:
     def __call__(self, accepted: int, keep: bool = True) -> None:
         first = self.regular.shape[1] - 1 - self.drafts.count
         slots = self.pace.slots(self.drafts, self.k)
-        layout = decoding_layout(self.cache.next_columns(self.regular.shape[1]), slots, first=first)
+        layout = decoding_layout(self.cache.rows.next_columns(self.regular.shape[1]), slots, first=first)
         output = self.step(self.regular, layout, self.cache, logits_rows=1 + self.drafts.count)
         tokens, _, _ = verify_together(output.logits_BRV, self.drafts, None, [])
         tokens.tolist()  # where decoding waits for the device
