@@ -7,11 +7,12 @@ nothing, however differently rows go on.
 Shapes: B batch, H heads, N columns of a pass, S columns of storage, D features.
 """
 
+import copy
 from collections.abc import Container
 from functools import partial
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from .masks import CachedColumns
 
@@ -22,6 +23,18 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first
 def cache_name(names: Container[str]) -> str:
     """What a cache is called among these names of arguments or fields, which transformers' releases differ in."""
     return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+
+
+def copied(held: Cache) -> Cache:
+    """A copy to write to. Layers that grow make new tensors when they do, so that these need no copy."""
+    if not isinstance(held, Cache):
+        return copy.deepcopy(held)
+    twin = copy.copy(held)
+    twin.layers = [
+        copy.copy(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else copy.deepcopy(layer)
+        for layer in held.layers
+    ]
+    return twin
 
 
 class Rows:

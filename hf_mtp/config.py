@@ -84,6 +84,8 @@ class GatedLoraConfig(LoraConfig):
             unembedding makes of its mask alone.
         sampler_residual (`bool`, *optional*, defaults to `True`):
             Whether the sampler head refines the mask's hidden state instead of replacing it, as the paper does.
+        sampler_recurrent (`bool`, *optional*, defaults to `False`):
+            Whether the sampler head also sees what it made of the masks before.
         base_hidden_size, base_vocab_size (`int`, *optional*):
             Filled in from the base model. An adapter refuses a base that differs.
         tokenizer_fingerprint (`str`, *optional*):
@@ -117,6 +119,9 @@ class GatedLoraConfig(LoraConfig):
     )
     sampler_residual: bool = field(
         default=True, metadata={"help": "Whether the sampler head refines the mask's hidden state or replaces it."}
+    )
+    sampler_recurrent: bool = field(
+        default=False, metadata={"help": "Whether the sampler head also sees what it made of the masks before."}
     )
     base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     base_vocab_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})

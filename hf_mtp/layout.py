@@ -38,6 +38,8 @@ class BlockLayout:
             stands for: 1, 2 ... along a block.
         alive_BM (`torch.BoolTensor` of shape `(B, M)`, *optional*): False for masks that are there to fill up a row.
         is_chain (`bool`): Whether all masks form one block on the last regular token: a plain causal sequence.
+        weight_B (`torch.Tensor` of shape `(B,)`, *optional*): How many blocks each of a row speaks for, where blocks
+            are a sample of those that there could be.
     """
 
     position_BT: torch.LongTensor
@@ -46,6 +48,7 @@ class BlockLayout:
     step_BM: torch.LongTensor
     alive_BM: torch.BoolTensor | None = None
     is_chain: bool = False
+    weight_B: torch.Tensor | None = None
 
     @classmethod
     def of_blocks(
@@ -101,26 +104,14 @@ class BlockLayout:
         """The regular tokens alone."""
         return replace(self, anchor_BM=self.anchor_BM[:, :0], step_BM=self.step_BM[:, :0])
 
-    def split_rows(self, masks: int) -> "BlockLayout":
-        """The same blocks with at most `masks` masks to a row, each row repeated as often as that takes.
-
-        Args:
-            masks (`int`): Masks per row, a multiple of the blocks' length.
-
-        Returns:
-            [`BlockLayout`] of `B * ceil(M / masks)` rows; the last row of each input row is filled up with masks that
-            no one needs.
-        """
-        parts = -(-self.masks // masks)
-        missing = parts * masks - self.masks
-        anchor_BM, step_BM = (torch.nn.functional.pad(ids, (0, missing)) for ids in (self.anchor_BM, self.step_BM))
-        return BlockLayout(
-            self.position_BT.repeat_interleave(parts, dim=0),
-            self.segment_BT.repeat_interleave(parts, dim=0),
-            anchor_BM.reshape(-1, masks),
-            step_BM.clamp(min=1).reshape(-1, masks),
-            (step_BM > 0).reshape(-1, masks),
-        )
+    def parts(self, masks: int) -> list["BlockLayout"]:
+        """The same blocks, at most `masks` masks of each row at a time, which are whole blocks."""
+        return [
+            replace(self, anchor_BM=anchor_BM, step_BM=step_BM)
+            for anchor_BM, step_BM in zip(
+                self.anchor_BM.split(masks, dim=1), self.step_BM.split(masks, dim=1), strict=True
+            )
+        ]
 
     def target_columns(self, labels_BT: torch.LongTensor) -> torch.LongTensor:
         """The regular column of the token that each mask is to predict.
@@ -130,16 +121,19 @@ class BlockLayout:
 
         Returns:
             `torch.LongTensor` of shape `(B, M)`, -100 where the mask has nothing to predict: past the end of the row
-            or of the document, outside the loss, or in a block whose anchor is outside the loss.
+            or of the document, outside the loss, or in a block whose first mask has nothing to predict.
         """
-        length = labels_BT.shape[1]
-        column_BM = self.stands_for_BM + 1
-        inside_BM = column_BM < length
-        column_BM = column_BM.clamp(max=length - 1)
         in_loss_BT = (labels_BT != IGNORE) & (self.segment_BT > NO_DOCUMENT)
-        same_document_BM = self.segment_BT.gather(1, column_BM) == self.segment_BT.gather(1, self.anchor_BM)
-        supervised_BM = in_loss_BT.gather(1, column_BM) & in_loss_BT.gather(1, self.anchor_BM)
-        return torch.where(inside_BM & same_document_BM & supervised_BM, column_BM, IGNORE)
+        document_BM = self.segment_BT.gather(1, self.anchor_BM)
+
+        def is_target(column_BM: torch.LongTensor) -> torch.BoolTensor:
+            inside_BM, column_BM = column_BM < length, column_BM.clamp(max=length - 1)
+            same_document_BM = self.segment_BT.gather(1, column_BM) == document_BM
+            return inside_BM & same_document_BM & in_loss_BT.gather(1, column_BM)
+
+        length, column_BM = labels_BT.shape[1], self.stands_for_BM + 1
+        is_useful_BM = is_target(self.anchor_BM + 1) & is_target(self.anchor_BM + 2)
+        return torch.where(is_useful_BM & is_target(column_BM), column_BM, IGNORE)
 
 
 def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTensor) -> torch.LongTensor:
@@ -167,7 +161,9 @@ def training_layout(
     generator: torch.Generator | None = None,
     same_in_all_rows: bool = False,
 ) -> BlockLayout:
-    """Hangs a block on regular tokens inside the loss: on all of them, or on a random sample per row.
+    """Hangs a block on every token whose next token is inside the loss, or on a random sample of these per row.
+
+    The last token of a prompt is one of them: decoding hangs its first block there.
 
     Args:
         labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss (the prompt, padding).
@@ -180,24 +176,45 @@ def training_layout(
 
     Returns:
         [`BlockLayout`] with as many blocks per row as the row that needs most; rows that need fewer get blocks on
-        other tokens, whose first mask has no target. No block at all if no first mask of the batch has a target.
+        other tokens, whose masks have no target. No block at all if no mask of the batch has a target.
     """
     # An anchor is worth a block if its first mask has something to predict: the token two columns on.
     useful_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
     useful_BT[:, :-2] = (
-        (labels_BT[:, :-2] != IGNORE)
+        (labels_BT[:, 1:-1] != IGNORE)
         & (labels_BT[:, 2:] != IGNORE)
         & (segment_BT[:, :-2] == segment_BT[:, 2:])
-        & (segment_BT[:, :-2] >= 0)
+        & (segment_BT[:, :-2] > NO_DOCUMENT)
     )
     if same_in_all_rows:
         useful_BT = useful_BT.any(dim=0, keepdim=True)
-    anchors = int(useful_BT.sum(dim=1).max())
-    if anchors_per_row is not None:
-        anchors = min(anchors, anchors_per_row)
-    score_BT = torch.rand(useful_BT.shape, generator=generator, device=labels_BT.device)
-    anchor_BA = score_BT.masked_fill(~useful_BT, -1.0).topk(anchors, dim=1).indices.sort(dim=1).values
-    return BlockLayout.of_blocks(anchor_BA.expand(len(labels_BT), -1), position_BT, segment_BT, k)
+    useful_B = useful_BT.sum(dim=1)
+    anchors, weight_B = int(useful_B.max()), None
+    if anchors_per_row is not None and anchors > anchors_per_row:
+        anchors, weight_B = anchors_per_row, (useful_B / anchors_per_row).clamp(min=1.0).expand(len(labels_BT))
+    score_BT = useful_BT.float()
+    if weight_B is not None:
+        score_BT *= 1 + torch.rand(useful_BT.shape, generator=generator, device=labels_BT.device)
+    anchor_BA = score_BT.topk(anchors, dim=1).indices.sort(dim=1).values
+    layout = BlockLayout.of_blocks(anchor_BA.expand(len(labels_BT), -1), position_BT, segment_BT, k)
+    return replace(layout, weight_B=weight_B)
+
+
+def weight_of_all_masks(
+    labels_BT: torch.LongTensor, position_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int, decay: float
+) -> torch.Tensor:
+    """What the losses of a batch are divided by, whatever sample of its blocks is computed.
+
+    Args:
+        labels_BT, position_BT, segment_BT, k: As in [`training_layout`].
+        decay (`float`): Weight of each mask of a block relative to the one before it.
+
+    Returns:
+        `torch.Tensor`, a scalar: the weights of all masks that have something to predict, with a block on every token.
+    """
+    layout = training_layout(labels_BT, position_BT, segment_BT, k)
+    weight_BM = decay ** (layout.step_BM - 1).float()
+    return (weight_BM * (layout.target_columns(labels_BT) != IGNORE)).sum()
 
 
 def decoding_layout(position_BT: torch.LongTensor, slots: Slots, first: int = 0) -> BlockLayout:

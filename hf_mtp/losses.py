@@ -1,4 +1,4 @@
-"""The four losses and the measure they serve, as functions of tensors.
+"""The four losses, as functions of tensors.
 
 Knows nothing of models, layouts or configs. R rows (supervised masks), D features, V vocabulary, L layers.
 
@@ -12,19 +12,40 @@ import torch.nn.functional as F
 ROWS_PER_CHUNK = 1024
 
 
+def at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """The same values in a type that sums of many of them need."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _kullback_leibler(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def _total_variation(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    probability = logits.softmax(dim=-1)
+    if not target.is_floating_point():  # all of the target's probability is on one token
+        return 1 - probability.gather(-1, target[:, None])[:, 0]
+    return 0.5 * (probability - target).abs().sum(dim=-1)
+
+
+# How far what is drafted is from the target. A draft from q is accepted by p with probability 1 - TV(p, q) when
+# sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5).
+DIVERGENCES = {"kl": _kullback_leibler, "tv": _total_variation}
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss and gradient of each chunk of rows in one go: its logits are gone before those of the next are made."""
 
     @staticmethod
-    def forward(ctx, hidden_RD, target_R, unembedding):
+    def forward(ctx, hidden_RD, target_R, unembedding, divergence):
         losses, tops, gradients = [], [], []
         for hidden, target in zip(hidden_RD.split(ROWS_PER_CHUNK), target_R.split(ROWS_PER_CHUNK), strict=True):
             if target.is_floating_point():
-                target = unembedding(target).float().softmax(dim=-1)
+                target = at_least_float32(unembedding(target)).softmax(dim=-1)
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
-                logits = unembedding(hidden).float()
-                loss = F.cross_entropy(logits, target, reduction="none")
+                logits = at_least_float32(unembedding(hidden))
+                loss = DIVERGENCES[divergence](logits, target)
                 if ctx.needs_input_grad[0]:
                     gradients.append(torch.autograd.grad(loss.sum(), hidden)[0])
             losses.append(loss.detach())
@@ -37,14 +58,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_gradient_R, _):
         gradient_RD = torch.cat(ctx.saved_tensors)
-        return gradient_RD * loss_gradient_R[:, None].to(gradient_RD.dtype), None, None
+        return gradient_RD * loss_gradient_R[:, None].to(gradient_RD.dtype), None, None, None
 
 
 @torch.compiler.disable  # R varies, and the backward pass is ready-made
 def cross_entropy(
-    unembedding: torch.nn.Module, hidden_RD: torch.Tensor, target_R: torch.Tensor
+    unembedding: torch.nn.Module, hidden_RD: torch.Tensor, target_R: torch.Tensor, divergence: str = "kl"
 ) -> tuple[torch.Tensor, torch.LongTensor]:
-    """Cross-entropy of `unembedding(hidden)` against the targets, a chunk of rows at a time.
+    """Cross-entropy (or another divergence) of `unembedding(hidden)` against the targets, a chunk of rows at a time.
 
     The unembedding is frozen, so that the gradient of a row depends on that row alone and is computed with its loss:
     at most [`ROWS_PER_CHUNK`] rows of logits exist at one time (twice as many with distributions as targets).
@@ -55,11 +76,13 @@ def cross_entropy(
         hidden_RD (`torch.Tensor` of shape `(R, D)`): Features to unembed.
         target_R (`torch.Tensor`): Token ids, a `torch.LongTensor` of shape `(R,)`; or features of shape `(R, D)` whose
             unembedding gives the distributions to learn.
+        divergence (`str`, *optional*, defaults to `"kl"`): `"kl"` for cross-entropy, nats; `"tv"` for the total
+            variation distance, 0 to 1.
 
     Returns:
-        `torch.Tensor` of shape `(R,)`, nats, float32; and `torch.LongTensor` of shape `(R,)`, the likeliest tokens.
+        `torch.Tensor` of shape `(R,)`, float32; and `torch.LongTensor` of shape `(R,)`, the likeliest tokens.
     """
-    return _ChunkedCrossEntropy.apply(hidden_RD, target_R, unembedding)
+    return _ChunkedCrossEntropy.apply(hidden_RD, target_R, unembedding, divergence)
 
 
 @torch.no_grad()
@@ -79,7 +102,7 @@ def latent_consistency(mask_RD: torch.Tensor, regular_RD: torch.Tensor) -> torch
     Returns:
         `torch.Tensor` of shape `(R,)`, float32.
     """
-    return (mask_RD.float() - regular_RD.detach().float()).pow(2).mean(dim=-1)
+    return (at_least_float32(mask_RD) - at_least_float32(regular_RD.detach())).pow(2).mean(dim=-1)
 
 
 def feature_consistency(mask_LRD: torch.Tensor, regular_LRD: torch.Tensor) -> torch.Tensor:
@@ -93,20 +116,7 @@ def feature_consistency(mask_LRD: torch.Tensor, regular_LRD: torch.Tensor) -> to
     Returns:
         `torch.Tensor` of shape `(R,)`, float32, dimensionless.
     """
-    regular_LRD = regular_LRD.detach().float()
-    distance_LR = (mask_LRD.float() - regular_LRD).pow(2).mean(dim=-1)
+    regular_LRD = at_least_float32(regular_LRD.detach())
+    distance_LR = (at_least_float32(mask_LRD) - regular_LRD).pow(2).mean(dim=-1)
     unit_LR = regular_LRD.pow(2).mean(dim=-1).clamp(min=1e-6)
     return (distance_LR / unit_LR).mean(dim=0)
-
-
-def simulated_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
-    """1 + sum_i prod_{j<=i} accept_j, averaged over blocks: what decoding would return per forward pass.
-
-    Args:
-        accepted_CK (`torch.BoolTensor` of shape `(C, K)`): Whether each draft of each of C blocks is the base's own
-            choice. False where the text ends before.
-
-    Returns:
-        `torch.Tensor`, a scalar between 1 and K + 1.
-    """
-    return 1 + accepted_CK.float().cumprod(dim=1).sum(dim=1).mean()

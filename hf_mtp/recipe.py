@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 Targets = Literal["model", "soft", "data"]
 TARGETS = get_args(Targets)
+Divergence = Literal["kl", "tv"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Recipe:
     auxiliary: float = 0.0
     targets: Targets = "model"
     position_decay: float = 1.0
+    divergence: Divergence = "kl"
 
     def with_overrides(self, **overrides) -> "Recipe":
         """A copy with every override that is not `None`."""

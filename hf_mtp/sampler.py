@@ -20,9 +20,11 @@ class SamplerHead(nn.Module):
         hidden_size (`int`): D, size of a hidden state as the base's unembedding reads it.
         residual (`bool`, *optional*, defaults to `False`): Adds the mask's hidden state to the output. The last
             LayerNorm then starts at zero gain, so that an untrained head gives the mask's own prediction.
+        recurrent (`bool`, *optional*, defaults to `False`): The first block also sees what it made of the mask before,
+            so that a draft sees all drafts before it. Starts without effect.
     """
 
-    def __init__(self, embedding_size: int, hidden_size: int, residual: bool = False):
+    def __init__(self, embedding_size: int, hidden_size: int, residual: bool = False, recurrent: bool = False):
         super().__init__()
         self.residual = residual
         self.blocks = nn.Sequential(
@@ -33,22 +35,29 @@ class SamplerHead(nn.Module):
             nn.SiLU(),
             nn.LayerNorm(hidden_size),
         )
+        self.recurrence = nn.Linear(hidden_size, hidden_size, bias=False) if recurrent else None
         if residual:
             nn.init.zeros_(self.blocks[-1].weight)
+        if recurrent:
+            nn.init.zeros_(self.recurrence.weight)
 
-    def forward(self, previous: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, previous_CKE: torch.Tensor, hidden_CKD: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            previous (`torch.Tensor` of shape `(..., E)`): Embedding of the token before the one to predict.
-            hidden (`torch.Tensor` of shape `(..., D)`): Last hidden state of the mask that stands for it.
+            previous_CKE (`torch.Tensor` of shape `(C, K, E)`): Embeddings of the tokens before those to predict.
+            hidden_CKD (`torch.Tensor` of shape `(C, K, D)`): Last hidden states of the masks that stand for them, in
+                the order of their block.
 
         Returns:
-            `torch.Tensor` of shape `(..., D)`, to be unembedded.
+            `torch.Tensor` of shape `(C, K, D)`, to be unembedded.
         """
+        if self.recurrence is not None:
+            refine = self.given(hidden_CKD)
+            return torch.stack([refine(step, previous) for step, previous in enumerate(previous_CKE.unbind(1))], dim=1)
         # The head may be kept in float32 over a half-precision base, as PEFT keeps the LoRA weights.
         dtype = self.blocks[0].weight.dtype
-        refined = self.blocks(torch.cat([previous, hidden], dim=-1).to(dtype)).to(hidden.dtype)
-        return hidden + refined if self.residual else refined
+        refined = self.blocks(torch.cat([previous_CKE, hidden_CKD], dim=-1).to(dtype)).to(hidden_CKD.dtype)
+        return hidden_CKD + refined if self.residual else refined
 
     def given(self, hidden_BKD: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
         """The same for a block of masks whose tokens become known one after the other.
@@ -59,15 +68,22 @@ class SamplerHead(nn.Module):
             hidden_BKD (`torch.Tensor` of shape `(B, K, D)`): Last hidden states of the blocks' masks.
 
         Returns:
-            A function of a step, 0..K-1, and the embeddings `(B, E)` of the tokens before: features `(B, D)`.
+            A function of a step, 0..K-1, and the embeddings `(B, E)` of the tokens before: features `(B, D)`. To be
+            called once for each step, in order.
         """
-        mix, *rest = self.blocks
+        mix, activation, norm, *rest = self.blocks
         split = mix.in_features - hidden_BKD.shape[-1]
         from_hidden_KBD = F.linear(hidden_BKD.to(mix.weight.dtype), mix.weight[:, split:], mix.bias).unbind(dim=1)
         from_previous_DE = mix.weight[:, :split].mT
+        state_BD = None  # of the recurrence
 
         def refine(step: int, previous_BE: torch.Tensor) -> torch.Tensor:
-            refined = torch.addmm(from_hidden_KBD[step], previous_BE.to(mix.weight.dtype), from_previous_DE)
+            nonlocal state_BD
+            mixed = torch.addmm(from_hidden_KBD[step], previous_BE.to(mix.weight.dtype), from_previous_DE)
+            if state_BD is not None:
+                mixed = mixed + self.recurrence(state_BD)
+            refined = norm(activation(mixed))
+            state_BD = None if self.recurrence is None else refined
             for layer in rest:
                 refined = layer(refined)
             refined = refined.to(hidden_BKD.dtype)

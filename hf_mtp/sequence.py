@@ -7,13 +7,10 @@ second time, with the next step. If it does not, a step reads the whole text aga
 Shapes: one row; T regular columns, K drafts, M masks, R = K + 1 positions with logits, D features.
 """
 
-import copy
-
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache import Rows, cache_name
+from .cache import Rows, cache_name, copied
 from .gate import Listener
 from .layout import BlockLayout
 from .step import MaskedStep, StepOutput
@@ -146,15 +143,3 @@ class WholeTextStep(SequenceStep):
             outputs, listener = self._read(text, 0, None, cache.rows, use_cache=False, logits_to_keep=wanted)
         logits_BRV = outputs.logits[:, -wanted:][:, :logits_rows]
         return StepOutput(logits_BRV, listener.states[:, tokens:], regular_BT.shape[1] - logits_rows, past)
-
-
-def copied(held: Cache) -> Cache:
-    """A copy to write to. Layers that grow make new tensors when they do, so that these need no copy."""
-    if not isinstance(held, Cache):
-        return copy.deepcopy(held)
-    twin = copy.copy(held)
-    twin.layers = [
-        copy.copy(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else copy.deepcopy(layer)
-        for layer in held.layers
-    ]
-    return twin

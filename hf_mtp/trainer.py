@@ -15,6 +15,8 @@ from .interrupt import SaveOnInterrupt
 from .layout import IGNORE
 from .objective import Objective
 from .optimizer import make_muon_adamw
+from .reading import Reading, reading_of
+from .simulation import Walk
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
 
@@ -28,8 +30,10 @@ class MTPTrainer(SFTTrainer):
     A [`~trl.SFTTrainer`] in all but its loss: every dataset format that TRL takes goes in unchanged, and saving,
     resuming, evaluation and reporting are those of [`~transformers.Trainer`]. Checkpoints hold the adapter, not the
     base. Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask
-    position against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, what decoding would
-    give on the same text; with the prefix `eval_` in evaluation.
+    position against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`; with the prefix
+    `eval_` in evaluation, where `eval_tokens_per_step` is what quadratic decoding would give if it wrote the same
+    text. In training it is what a step from a sampled token would give, which is more, since decoding comes by easy
+    stretches in fewer steps than by hard ones.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -87,8 +91,9 @@ class MTPTrainer(SFTTrainer):
         self.recipe = args.resolved_recipe()
         self._refuse_nothing_to_learn()
         self._describe_training(tuner)
-        # The loss is a mean over masks, not a sum over label tokens: let Trainer average accumulated batches.
-        self.model_accepts_loss_kwargs = False
+        # The loss is divided by the weight of all masks of the accumulated batches, see `get_batch_samples`.
+        self.model_accepts_loss_kwargs = True
+        self._walk = Walk()  # through the texts of an evaluation
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
         if self.deadline is not None:
@@ -129,19 +134,40 @@ class MTPTrainer(SFTTrainer):
         finally:  # also when training failed, and no callback hears of its end
             self.interrupt.restore_handler()
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The batches of one optimizer step, and the weight of all their masks, on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tuner = _gated(self.accelerator.unwrap_model(self.model))
+        weights = [tuner.objective_weight(recipe=self.recipe, **_objective_inputs(inputs)) for inputs in batches]
+        if not weights:
+            return batches, None
+        weight = torch.stack(weights).sum().to(device)
+        if self.accelerator.num_processes > 1:
+            weight = self.accelerator.gather(weight).sum()
+        return batches, weight.clamp(min=1e-6)  # batches without a target
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        generator = None
-        if not self.model.training:
+        is_training, anchors, generator, total = self.model.training, self.args.anchors_per_sequence, None, None
+        if is_training and num_items_in_batch is not None:
+            total = num_items_in_batch / self.accelerator.num_processes  # whose gradients are averaged
+        if not is_training:
             generator = torch.Generator(inputs["input_ids"].device).manual_seed(EVAL_SEED)
+            if self.args.eval_anchors_per_sequence is not None or self._reads_branches():
+                anchors = self.args.eval_anchors_per_sequence
         objective: Objective = model(
-            **{name: inputs.get(name) for name in ("input_ids", "labels", "attention_mask", "position_ids")},
+            **_objective_inputs(inputs),
             mtp_recipe=self.recipe,
-            mtp_anchors=self.args.anchors_per_sequence,
+            mtp_anchors=anchors,
             mtp_generator=generator,
+            mtp_total=total,
+            mtp_masks_per_part=self.args.masks_per_part,
         )
         self._record(objective, inputs)
         # Releases of transformers differ in what they read from the outputs; with the loss alone all are content.
         return (objective.loss, {"loss": objective.loss}) if return_outputs else objective.loss
+
+    def _reads_branches(self) -> bool:
+        return reading_of(_gated(self.accelerator.unwrap_model(self.model))) is Reading.BRANCHES
 
     def _record(self, objective: Objective, inputs: dict) -> None:
         """Averages over the steps between two logs are made by [`~trl.SFTTrainer`]'s `log`."""
@@ -151,10 +177,18 @@ class MTPTrainer(SFTTrainer):
                 objective.metrics, torch.stack(list(objective.metrics.values())).tolist(), strict=True
             ):
                 metrics[name].append(value)
+        if objective.walk is not None:
+            self._walk += objective.walk
         if self.model.training:
             self._total_train_tokens += inputs["input_ids"].numel()
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["mask_tokens"].append(objective.rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._walk.passes and not self.model.training:  # texts of different lengths count by their tokens
+            self._metrics["eval"]["tokens_per_step"] = [self._walk.tokens_per_step]
+            self._walk = Walk()
+        super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
@@ -173,6 +207,11 @@ class MTPTrainer(SFTTrainer):
         """Writes the adapter's own model card into `output_dir`."""
         if self.is_world_process_zero():
             _gated(self.model).active_mtp_config.write_model_card(self.args.output_dir, repo=self.hub_model_id)
+
+
+def _objective_inputs(inputs: dict) -> dict[str, torch.Tensor | None]:
+    """What of a batch the objective reads."""
+    return {name: inputs.get(name) for name in ("input_ids", "labels", "attention_mask", "position_ids")}
 
 
 def _uses_muon(args: MTPConfig, kwargs: dict) -> bool:

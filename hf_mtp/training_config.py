@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from .losses import DIVERGENCES
 from .recipe import TARGETS, Recipe, get_recipe
 
 
@@ -29,12 +30,28 @@ class MTPConfig(SFTConfig):
             Weights of the four losses. The base and the auxiliary one are not computed if their weight is 0.
         position_decay (`float`, *optional*):
             Weight of each mask relative to the one before it.
+        divergence (`str`, *optional*):
+            What the base and the sampler loss measure against the target: `"kl"`, cross-entropy; or `"tv"`, total
+            variation, which is one minus the probability that a draft is accepted when sampling.
 
         > Parameters that control the layout
 
         anchors_per_sequence (`int`, *optional*, defaults to `128`):
             How many tokens of each sequence get a block of masks at most, drawn anew each time the sequence is seen.
-            `None` for all tokens inside the loss.
+            `None` for all tokens inside the loss. Blocks of longer sequences count more, so that every token counts
+            the same.
+        eval_anchors_per_sequence (`int`, *optional*):
+            The same in evaluation. With `None`, a block on every token, `eval_tokens_per_step` is what decoding the
+            evaluated texts would give; models that take no branches draw `anchors_per_sequence` then.
+
+        > Parameters that control memory
+
+        masks_per_part (`int`, *optional*, defaults to `1024`):
+            How many mask tokens go forward and backward at a time. More take more memory, and fill a large GPU better.
+            Where parameters are sharded, and under gradient checkpointing, all go at once.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Whether layers run again in the backward pass. Not needed to bound memory: `masks_per_part` does, at less
+            cost.
 
         > Parameters that control the optimizer
 
@@ -66,8 +83,21 @@ class MTPConfig(SFTConfig):
     position_decay: float | None = field(
         default=None, metadata={"help": "Weight of each mask relative to the one before it."}
     )
+    divergence: str | None = field(
+        default=None,
+        metadata={"help": "What losses measure against the target: 'kl' or 'tv'.", "choices": [*DIVERGENCES]},
+    )
     anchors_per_sequence: int | None = field(
         default=128, metadata={"help": "How many tokens of each sequence get a block of masks at most."}
+    )
+    eval_anchors_per_sequence: int | None = field(
+        default=None, metadata={"help": "The same in evaluation; all tokens by default."}
+    )
+    masks_per_part: int = field(
+        default=1024, metadata={"help": "How many mask tokens go forward and backward at a time."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether layers run again in the backward pass."}
     )
     muon: bool = field(default=False, metadata={"help": "Whether LoRA's matrices are trained by Muon."})
     max_minutes: float | None = field(
@@ -82,10 +112,16 @@ class MTPConfig(SFTConfig):
                 raise ValueError(f"`{name}` must not be negative, but got {value}.")
         if self.targets not in (None, *TARGETS):
             raise ValueError(f"`targets` must be one of {', '.join(map(repr, TARGETS))}, but got {self.targets!r}.")
-        if self.anchors_per_sequence is not None and self.anchors_per_sequence < 1:
+        if self.divergence not in (None, *DIVERGENCES):
             raise ValueError(
-                f"`anchors_per_sequence` must be at least 1, or None for all, but got {self.anchors_per_sequence}."
+                f"`divergence` must be one of {', '.join(map(repr, DIVERGENCES))}, but got {self.divergence!r}."
             )
+        for name in ("anchors_per_sequence", "eval_anchors_per_sequence"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, or None for all, but got {value}.")
+        if self.masks_per_part < 1:
+            raise ValueError(f"`masks_per_part` must be at least 1, but got {self.masks_per_part}.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes}.")
         self.resolved_recipe()
@@ -99,4 +135,5 @@ class MTPConfig(SFTConfig):
             auxiliary=self.auxiliary_weight,
             targets=self.targets,
             position_decay=self.position_decay,
+            divergence=self.divergence,
         )

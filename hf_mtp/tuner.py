@@ -3,7 +3,6 @@
 Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, tuner-level modules for the two heads.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,27 +11,21 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import Cache, DynamicCache
 
-from .cache import cache_name
 from .config import GatedLoraConfig
 from .drafting import Drafts, Draw, draft
 from .fingerprint import refuse_other_base
 from .gate import Gate, MaskColumns, gate_lora_layer
 from .generation import MTPGenerationMixin
-from .layout import BlockLayout, segments, training_layout
-from .masks import attention_kinds, attention_masks
+from .layout import segments, training_layout, weight_of_all_masks
 from .objective import Objective, multi_token_objective
 from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
 from .stacked import UsersLayer, is_gated, refuse_name, restore, untouched, users_layers
-from .support import decoder_of, device_of, input_device, refuse_attention_without_masks, refuse_unsupported
+from .support import decoder_of, device_of, input_device, refuse_unsupported
 from .targets import exclude_layers_out_of_reach, linear_layers, shortened
-
-# Training attends from this many blocks at a time to the tokens before them and to each other: more blocks mean more
-# attention from block to block, all of it masked out; fewer mean more copies of the keys and values before them.
-BLOCKS_PER_ROW = 16
+from .training_pass import is_checkpointing
 
 
 class GatedLoraModel(MTPGenerationMixin, LoraModel):
@@ -98,7 +91,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
             self._add_heads(adapter_name, config)
         self._sync_heads()
-        if _is_checkpointing(model):  # switched on before the upgrade: once more, with the gate
+        if is_checkpointing(model):  # switched on before the upgrade: once more, with the gate
             self.activation_checkpointing_enable()
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -121,7 +114,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         self.lora_mask_embeddings[adapter_name] = masks
         if config.sampler:
             self.lora_sampler_heads[adapter_name] = SamplerHead(
-                table.shape[1], config.base_hidden_size, residual=config.sampler_residual
+                table.shape[1], config.base_hidden_size, config.sampler_residual, config.sampler_recurrent
             )
 
     def _sync_heads(self) -> None:
@@ -328,8 +321,6 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         input_ids: torch.LongTensor | None = None,
         *args,
         mtp_recipe: Recipe | None = None,
-        mtp_anchors: int | None = None,
-        mtp_generator: torch.Generator | None = None,
         **kwargs,
     ):
         """The base's forward pass, in which ids V..V+k-1 are mask tokens; or, with a recipe, the training objective.
@@ -340,15 +331,16 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`): Token ids.
             mtp_recipe ([`Recipe`], *optional*): If given, the result is an [`Objective`], and `kwargs` may have
-                `labels`, `attention_mask` (2-D, of right-padded rows) and `position_ids`.
-            mtp_anchors, mtp_generator: See [`training_layout`].
+                `labels`, `attention_mask` (2-D, of right-padded rows) and `position_ids`; `mtp_anchors` and
+                `mtp_generator`, see [`training_layout`]; `mtp_total` and `mtp_masks_per_part`, see
+                [`multi_token_objective`].
             args, kwargs: What the base's `forward` takes.
 
         Raises:
             ValueError: Ids above V+k-1, a regular token after a mask, or a column with masks in some rows only.
         """
         if mtp_recipe is not None:
-            return self._objective(input_ids, mtp_recipe, mtp_anchors, mtp_generator, **kwargs)
+            return self._objective(input_ids, mtp_recipe, **kwargs)
         if input_ids is None or not (is_mask_BN := input_ids >= self.vocab_size).any():
             return self.model(input_ids, *args, **kwargs)
         index_BN = input_ids - self.vocab_size
@@ -367,121 +359,50 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             return self.model(input_ids, *args, **kwargs)
 
     def _objective(
-        self, input_ids, recipe, anchors, generator, labels=None, attention_mask=None, position_ids=None, **kwargs
+        self,
+        input_ids: torch.LongTensor,
+        recipe: Recipe,
+        labels: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        mtp_anchors: int | None = None,
+        mtp_generator: torch.Generator | None = None,
+        mtp_total: torch.Tensor | None = None,
+        mtp_masks_per_part: int = 1024,
+        **_,  # PEFT adds arguments of its own that are None
     ) -> Objective:
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         labels = input_ids if labels is None else labels
-        segment_BT = segments(attention_mask, position_ids)
-        layout = training_layout(
-            labels,
-            position_ids,
-            segment_BT,
-            self.active_mtp_config.k,
-            anchors,
-            generator,
-            same_in_all_rows=not self._reads_branches(),
-        )
-        return multi_token_objective(self, input_ids, labels, layout, recipe)
-
-    def masked_states(
-        self, input_ids_BT: torch.LongTensor, layout: BlockLayout, all_layers: bool = False
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Hidden states of regular tokens and of masks, for training.
-
-        Regular tokens depend on frozen weights only. They run first, without a graph, and masks read their keys and
-        values from a cache, a few blocks per row. Layers under gradient checkpointing take no cache: then both run in
-        one pass. A model that takes no branches reads each block as a sequence, behind the tokens up to its anchor.
-
-        Args:
-            input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
-            layout ([`BlockLayout`]): The blocks that follow them.
-            all_layers (`bool`, *optional*, defaults to `False`): Whether to return the states between layers too.
-
-        Returns:
-            Two lists, in the order of the layers, of `torch.Tensor` of shape `(B, T, D)` and `(B, M, D)`. The last of
-            each is what the base's unembedding reads.
-
-        Raises:
-            ValueError: The base's attention implementation takes no 4-D mask.
-        """
-        refuse_attention_without_masks(self.model)
-        if not self._reads_branches():
-            return self._states_of_sequences(input_ids_BT, layout, all_layers)
-        length = input_ids_BT.shape[1]
-        if self.model.training and _is_checkpointing(self.model):
-            with self.masks_in_columns(length, layout.index_BM):
-                states = self._decoder_states(self._with_mask_ids(input_ids_BT, layout), layout, None, all_layers)
-            return [state[:, :length] for state in states], [state[:, length:] for state in states]
-
-        cache = DynamicCache()
-        with torch.no_grad():
-            regular = self._decoder_states(input_ids_BT, layout.without_masks(), cache, all_layers)
-        split = layout.split_rows(BLOCKS_PER_ROW * self.active_mtp_config.k)
-        cache.batch_repeat_interleave(len(split.anchor_BM) // len(layout.anchor_BM))
-        with self.masks_in_columns(0, split.index_BM):
-            masks = self._decoder_states(split.index_BM + self.vocab_size, split, cache, all_layers)
-        # Rows were filled up with masks that no one needs, which are dropped here.
-        return regular, [state.reshape(len(input_ids_BT), -1, state.shape[-1])[:, : layout.masks] for state in masks]
-
-    def _reads_branches(self) -> bool:
-        return reading_of(self) is Reading.BRANCHES
-
-    def _states_of_sequences(
-        self, input_ids_BT: torch.LongTensor, layout: BlockLayout, all_layers: bool
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The same as `masked_states`, of blocks that hang on the same columns in all rows: a pass for each block."""
-        if layout.segment_BT.max() > 0:
-            raise ValueError(
-                f"{type(self.model).__name__} reads one sequence per row, but the batch is packed: rows hold several "
-                "texts. Set packing=False."
-            )
-
-        def states(input_ids: torch.LongTensor) -> list[torch.Tensor]:
-            outputs = decoder_of(self.model)(input_ids=input_ids, use_cache=False, output_hidden_states=all_layers)
-            return [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
-
+        places = _places(input_ids, attention_mask, position_ids)
+        in_all_rows = reading_of(self) is not Reading.BRANCHES
         k = self.active_mtp_config.k
-        with torch.no_grad():
-            regular = states(input_ids_BT)
-        blocks = []
-        for anchor in layout.anchor_BM[0, ::k].tolist():
-            index_Bk = layout.index_BM[:, :k]
-            sequence = torch.cat([input_ids_BT[:, : anchor + 1], index_Bk + self.vocab_size], dim=1)
-            with self.masks_in_columns(anchor + 1, index_Bk):
-                blocks.append([layer[:, anchor + 1 :] for layer in states(sequence)])
-        return regular, [torch.cat(layer, dim=1) for layer in zip(*blocks, strict=True)]
-
-    def _decoder_states(
-        self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, all_layers: bool
-    ) -> list[torch.Tensor]:
-        """States, `(B, Q, D)` each, of the last Q columns of a layout; the cache has the columns before."""
-        queries, device_type = input_ids_BQ.shape[1], input_ids_BQ.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else self.model.dtype
-        decoder = decoder_of(self.model)
-        outputs = decoder(
-            input_ids=input_ids_BQ,
-            attention_mask=attention_masks(layout, self._attention_kinds(), dtype, queries=queries),
-            position_ids=layout.position_BN[:, -queries:],
-            use_cache=cache is not None,
-            output_hidden_states=all_layers,
-            **{cache_name(inspect.signature(decoder.forward).parameters): cache},
+        layout = training_layout(labels, *places, k, mtp_anchors, mtp_generator, same_in_all_rows=in_all_rows)
+        weight = weight_of_all_masks(labels, *places, k, recipe.position_decay)
+        return multi_token_objective(
+            self, input_ids, labels, layout, recipe, weight, mtp_total, masks_per_part=mtp_masks_per_part
         )
-        states = [*(outputs.hidden_states[:-1] if all_layers else ()), outputs.last_hidden_state]
-        return [state.to(input_ids_BQ.device) for state in states]
+
+    def objective_weight(
+        self,
+        input_ids: torch.LongTensor,
+        recipe: Recipe,
+        labels: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """A scalar: what the loss of a batch is divided by. Sum it over batches whose gradients are added up."""
+        labels = input_ids if labels is None else labels
+        places = _places(input_ids, attention_mask, position_ids)
+        return weight_of_all_masks(labels, *places, self.active_mtp_config.k, recipe.position_decay)
 
     def mask_embeddings(self, index_BM: torch.LongTensor) -> torch.Tensor:
         """`(B, M, E)`: what the active adapter embeds masks `index_BM` as."""
         return self.lora_mask_embeddings[self.active_adapters[0]](index_BM)
 
-    def _with_mask_ids(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> torch.LongTensor:
-        return torch.cat([input_ids_BT, layout.index_BM + self.vocab_size], dim=1)
 
-    def _attention_kinds(self):
-        return attention_kinds(self.model.config.get_text_config(decoder=True))
-
-
-def _is_checkpointing(model: nn.Module) -> bool:
-    """Whether layers run again in the backward pass."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def _places(
+    input_ids_BT: torch.LongTensor, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.LongTensor | None
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Position and document, `(B, T)` each, of every token."""
+    if position_ids_BT is None:
+        position_ids_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+    return position_ids_BT, segments(attention_mask_BT, position_ids_BT)

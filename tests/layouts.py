@@ -5,6 +5,14 @@ import torch
 from hf_mtp.layout import BlockLayout, decoding_layout
 from hf_mtp.masks import CachedColumns
 from hf_mtp.slots import choose_slots
+from hf_mtp.training_pass import training_pass
+
+
+def masked_states(tuner, input_ids, layout: BlockLayout, all_layers: bool = False, masks: int = 1024):
+    """Hidden states of a training batch: two lists of `(B, T, D)` and `(B, M, D)`, read `masks` masks at a time."""
+    reading = training_pass(tuner, input_ids, layout, all_layers, masks)
+    parts = [reading.masks(part) for part in reading.parts]
+    return reading.regular, [torch.cat(layer, dim=1) for layer in zip(*parts, strict=True)]
 
 
 def step_layout(regular: int, past: int, anchors: int, k: int, rows: int = 1) -> BlockLayout:

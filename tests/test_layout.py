@@ -4,7 +4,7 @@ import pytest
 import torch
 from layouts import step_layout
 
-from hf_mtp.layout import IGNORE, BlockLayout, segments, training_layout
+from hf_mtp.layout import IGNORE, BlockLayout, segments, training_layout, weight_of_all_masks
 
 
 def batch(seed: int, rows: int = 3, length: int = 13):
@@ -36,9 +36,9 @@ def predicts(labels, documents, row: int, anchor: int, step: int) -> int:
     target = anchor + step + 1
     if target >= labels.shape[1] or documents[row, target] != documents[row, anchor]:
         return IGNORE
-    if not in_loss(labels, documents, row, anchor) or not in_loss(labels, documents, row, target):
-        return IGNORE
-    return target
+    # A block counts if its first mask does: drafts are accepted in order.
+    needed = (anchor + 1, anchor + 2, target)
+    return target if all(in_loss(labels, documents, row, column) for column in needed) else IGNORE
 
 
 def useful_anchors(labels, documents, row: int) -> list[int]:
@@ -93,12 +93,12 @@ def test_a_generator_makes_the_draw_repeatable():
     assert torch.equal(*draws)
 
 
-def test_no_block_hangs_in_the_prompt():
+def test_no_block_hangs_in_the_prompt_but_on_its_last_token():
     labels = torch.tensor([[IGNORE, IGNORE, IGNORE, 7, 8, 9, 10]])
     positions = torch.arange(7)[None]
     layout = training_layout(labels, positions, segments(None, positions), k=2)
-    assert layout.anchor_BM[:, ::2].tolist() == [[3, 4]]
-    assert layout.target_columns(labels).tolist() == [[5, 6, 6, IGNORE]]
+    assert layout.anchor_BM[:, ::2].tolist() == [[2, 3, 4]]
+    assert layout.target_columns(labels).tolist() == [[4, 5, 5, 6, 6, IGNORE]]
 
 
 def test_no_mask_predicts_the_next_document():
@@ -111,7 +111,7 @@ def test_no_mask_predicts_the_next_document():
     ]
 
 
-@pytest.mark.parametrize("labels", [[[IGNORE] * 6], [[7, 8]], [[IGNORE, IGNORE, 7, 8]], [[7]]])
+@pytest.mark.parametrize("labels", [[[IGNORE] * 6], [[7, 8]], [[IGNORE, IGNORE, IGNORE, 8]], [[IGNORE, 7]], [[7]]])
 def test_nothing_to_predict_gives_no_block(labels):
     labels = torch.tensor(labels)
     positions = torch.arange(labels.shape[1])[None]
@@ -155,20 +155,45 @@ def test_documents_of_packed_and_padded_rows():
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 50])
-def test_split_rows_keep_every_block_in_order(blocks):
+def test_parts_keep_every_block_in_order(blocks):
     labels, positions, documents = batch(1, length=20)
     layout = training_layout(labels, positions, documents, k=2)
-    masks = 2 * blocks
-    split = layout.split_rows(masks)
-    parts = -(-layout.masks // masks)
-    assert split.anchor_BM.shape == (len(labels) * parts, masks)
-    for row in range(len(labels)):
-        rows = slice(row * parts, (row + 1) * parts)
-        for name in ("anchor_BM", "step_BM"):
-            assert getattr(split, name)[rows].flatten()[: layout.masks].tolist() == getattr(layout, name)[row].tolist()
-        assert split.alive_BM[rows].flatten().tolist() == [mask < layout.masks for mask in range(parts * masks)]
-        assert (split.position_BT[rows] == positions[row]).all()
-        assert (split.segment_BT[rows] == documents[row]).all()
+    parts = layout.parts(2 * blocks)
+    assert all(part.masks <= 2 * blocks for part in parts)
+    for name in ("anchor_BM", "step_BM"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(layout, name))
+    assert all(part.position_BT is layout.position_BT for part in parts)
+
+
+def plain_weight(labels, documents, k: int, decay: float) -> float:
+    return sum(
+        decay ** (step - 1)
+        for row in range(len(labels))
+        for anchor in useful_anchors(labels, documents, row)
+        for step in range(1, k + 1)
+        if predicts(labels, documents, row, anchor, step) != IGNORE
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+def test_the_weight_of_all_masks(seed, decay):
+    labels, positions, documents = batch(seed)
+    weight = weight_of_all_masks(labels, positions, documents, 3, decay)
+    assert weight.item() == pytest.approx(plain_weight(labels, documents, 3, decay), rel=1e-6)
+
+
+@pytest.mark.parametrize("same_in_all_rows", [False, True])
+def test_a_sample_has_the_weight_of_the_whole_on_average(same_in_all_rows):
+    labels, positions, documents = batch(2, length=30)
+    generator, weights = torch.Generator().manual_seed(0), []
+    for _ in range(400):
+        layout = training_layout(labels, positions, documents, 3, 4, generator, same_in_all_rows)
+        supervised = layout.target_columns(labels) != IGNORE
+        weights.append((supervised * layout.weight_B[:, None]).sum().item())
+    whole = plain_weight(labels, documents, 3, 1.0)
+    assert sum(weights) / len(weights) == pytest.approx(whole, rel=0.03)
+    assert max(weights) > 1.05 * whole  # by chance, each time another one
 
 
 def test_decoding_layouts():

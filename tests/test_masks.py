@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import cached_columns, step_layout
+from layouts import cached_columns, masked_states, step_layout
 from test_layout import batch
 from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, checkpoint_layers, tiny_base, upgraded
 
-from hf_mtp import tuner
 from hf_mtp.cache import RollbackCache
 from hf_mtp.layout import decoding_layout, segments, training_layout
 from hf_mtp.masks import AttentionKind, CachedColumns, allowed_attention, attention_kinds, attention_masks
@@ -168,7 +167,7 @@ def test_masks_in_one_pass_are_computed_as_sequences_of_their_own(architecture):
     input_ids = torch.randint(5, 97, positions.shape)
     layout = training_layout(input_ids, positions, segments(None, positions), k=3)
     with torch.no_grad():
-        _, masks = model.base_model.masked_states(input_ids, layout)
+        _, masks = masked_states(model.base_model, input_ids, layout)
     for block, anchor in enumerate(layout.anchor_BM[0, ::3].tolist()):
         document = input_ids[:, 9 * (anchor >= 9) : anchor + 1]
         alone = step_layout(document.shape[1], past=0, anchors=1, k=3)
@@ -178,12 +177,11 @@ def test_masks_in_one_pass_are_computed_as_sequences_of_their_own(architecture):
         torch.testing.assert_close(masks[-1][:, 3 * block : 3 * block + 3], expected.mask_BMD, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("blocks_per_row", [1, 4, 16])
+@pytest.mark.parametrize("masks", [6, 24, 96])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "mistral"])
-def test_two_passes_give_the_values_and_gradients_of_one(architecture, blocks_per_row, monkeypatch):
+def test_two_passes_give_the_values_and_gradients_of_one(architecture, masks):
     dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0) if architecture == "gpt2" else {}
     model = upgraded(tiny_base(architecture, torch.float64, **dropout), k=3).double().train()
-    monkeypatch.setattr(tuner, "BLOCKS_PER_ROW", blocks_per_row)
     input_ids, *arguments = packed_batch()
     layout = training_layout(*arguments, k=3)
     weights = torch.randn(model.config.num_hidden_layers + 1, *layout.index_BM.shape, 32, dtype=torch.float64)
@@ -192,12 +190,12 @@ def test_two_passes_give_the_values_and_gradients_of_one(architecture, blocks_pe
     for checkpointing in (True, False):
         checkpoint_layers(model, on=checkpointing)  # layers under checkpointing take no cache: one pass
         model.zero_grad()
-        regular, masks = model.base_model.masked_states(input_ids, layout, all_layers=True)
-        assert [state.shape for state in masks] == [weight.shape for weight in weights]
-        (torch.stack(masks) * weights).sum().backward()
+        regular, states = masked_states(model.base_model, input_ids, layout, True, masks)
+        assert [state.shape for state in states] == [weight.shape for weight in weights]
+        (torch.stack(states) * weights).sum().backward()
         real = arguments[2] >= 0
         results.append(
-            [torch.stack(regular)[:, real], torch.stack(masks) * (weights != 0)]
+            [torch.stack(regular)[:, real], torch.stack(states) * (weights != 0)]
             + [p.grad for name, p in adapter_parameters(model).items() if "sampler" not in name]
         )
     for one, two in zip(*results, strict=True):
@@ -207,7 +205,7 @@ def test_two_passes_give_the_values_and_gradients_of_one(architecture, blocks_pe
 def test_regular_states_have_no_gradient_to_pay_for():
     model = upgraded("llama", k=3).train()
     input_ids, *arguments = packed_batch()
-    regular, masks = model.base_model.masked_states(input_ids, training_layout(*arguments, k=3))
+    regular, masks = masked_states(model.base_model, input_ids, training_layout(*arguments, k=3))
     assert not regular[-1].requires_grad
     assert masks[-1].requires_grad
 
@@ -218,7 +216,7 @@ def test_regular_states_are_the_bases():
     positions = torch.arange(12).expand(2, -1)
     layout = training_layout(input_ids, positions, segments(None, positions), k=3)
     with torch.no_grad():
-        regular, _ = model.base_model.masked_states(input_ids, layout, all_layers=True)
+        regular, _ = masked_states(model.base_model, input_ids, layout, all_layers=True)
         expected = base(input_ids, output_hidden_states=True).hidden_states
     for state, state_of_base in zip(regular, expected, strict=True):
         torch.testing.assert_close(state, state_of_base)

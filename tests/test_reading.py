@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from layouts import masked_states
 from tiny_models import CACHE, adapter_parameters, upgraded
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import logging as host_logging
@@ -162,7 +163,7 @@ def test_masks_of_a_training_batch_are_read_behind_their_anchors(name):
     tuner = model.base_model
     positions = torch.arange(9).expand(2, 9)
     layout = training_layout(input_ids, positions, segments(None, positions), k=3, same_in_all_rows=True)
-    regular, masks = tuner.masked_states(input_ids, layout)
+    regular, masks = masked_states(tuner, input_ids, layout)
     plain = tuner.model.get_decoder()(input_ids).last_hidden_state
     torch.testing.assert_close(regular[-1], plain)
     anchor, index = 4, torch.arange(3).expand(2, 3)

@@ -17,6 +17,7 @@ from transformers.utils.logging import get_logger
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.fingerprint import tokenizer_fingerprint
+from hf_mtp.layout import segments, training_layout
 
 K = 3
 ROWS = 16
@@ -109,34 +110,25 @@ def test_dataset_forms(form, packing, tmp_path):
 
 def supervised_tokens(folder, dataset, **options) -> set[tuple[int, int]]:
     """(row, column) of all tokens that some mask predicts in the first batch."""
-    made = trainer(folder, dataset, anchors_per_sequence=None, **options)
-    seen = set()
-    tuner = made.model.base_model
-    states = tuner.masked_states
-
-    def spy(input_ids, layout, all_layers=False):
-        columns = layout.target_columns(batch["labels"])
-        seen.update((row, column) for row, line in enumerate(columns.tolist()) for column in line if column >= 0)
-        return states(input_ids, layout, all_layers)
-
-    tuner.masked_states = spy
-    batch = next(iter(made.get_train_dataloader()))
-    made.compute_loss(made.model.train(), batch)
-    return seen
+    batch = next(iter(trainer(folder, dataset, **options).get_train_dataloader()))
+    positions = torch.arange(batch["labels"].shape[1]).expand_as(batch["labels"])
+    layout = training_layout(batch["labels"], positions, segments(batch["attention_mask"], positions), K)
+    lines = layout.target_columns(batch["labels"]).tolist()
+    return {(row, column) for row, line in enumerate(lines) for column in line if column >= 0}
 
 
 def test_prompts_are_outside_the_loss(tmp_path):
     rows = Dataset.from_dict({"prompt": [words(5)] * 4, "completion": [" " + words(6)] * 4})
     seen = supervised_tokens(tmp_path, rows)
-    # 5 of prompt, 6 of completion, 1 end: masks hang on columns 5.. and predict from two columns on.
-    assert seen == {(row, column) for row in range(4) for column in range(7, 12)}
+    # 5 of prompt, 6 of completion, 1 end: masks hang on columns 4.. and predict from two columns on.
+    assert seen == {(row, column) for row in range(4) for column in range(6, 12)}
 
 
 def test_assistant_only_loss(tmp_path):
     rows = Dataset.from_dict({"messages": [chats(1)[0]] * 4})
     seen = supervised_tokens(tmp_path, rows, assistant_only_loss=True)
     # `<user>`, 4 words, `<assistant>`; then 9 words and `<eos>` inside the loss.
-    assert seen == {(row, column) for row in range(4) for column in range(8, 16)}
+    assert seen == {(row, column) for row in range(4) for column in range(7, 16)}
 
 
 def test_packed_documents_are_computed_apart(tmp_path):

@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from hf_mtp.cache import cache_name
 from hf_mtp.layout import IGNORE, segments, training_layout
 from hf_mtp.measuring import describe_machine
+from hf_mtp.objective import drafted_features
+from hf_mtp.training_pass import training_pass
 
 CANDIDATES = 4  # per position
 SIZES = (8, 9, 10, 12, 16, 24, 32)  # drafts
@@ -52,8 +54,7 @@ def candidate_rates(model: PeftModel, tokenizer, dataset) -> list[list[float]]:
     A block hangs on every token; each draft is made from the true token before it, as in the objective.
     """
     tuner = model.base_model
-    k, sampler = tuner.active_mtp_config.k, tuner.sampler_head()
-    embedding, unembedding = tuner.model.get_input_embeddings(), tuner.model.get_output_embeddings()
+    k, unembedding = tuner.active_mtp_config.k, tuner.model.get_output_embeddings()
     hits_kC, seen_k = torch.zeros(k, CANDIDATES), torch.zeros(k)
     for row in dataset:
         prompt, answer = (
@@ -69,12 +70,12 @@ def candidate_rates(model: PeftModel, tokenizer, dataset) -> list[list[float]]:
         target_M = layout.target_columns(labels_1T)[0]
         mask_R = (target_M != IGNORE).nonzero()[:, 0]
         column_R = target_M[mask_R] - 1
-        regular, masks = tuner.masked_states(ids_1T, layout)
-        truth_R = unembedding(regular[-1][0, column_R]).argmax(dim=-1)
-        hidden_RD = masks[-1][0, mask_R]
-        if sampler is not None:
-            hidden_RD = sampler(embedding(ids_1T[0, column_R]), hidden_RD)
-        right_RC = unembedding(hidden_RD).topk(CANDIDATES, dim=-1).indices == truth_R[:, None]
+        reading = training_pass(tuner, ids_1T, layout, all_layers=False, masks=layout.masks)
+        truth_R = unembedding(reading.regular[-1][0, column_R]).argmax(dim=-1)
+        hidden_BMD = reading.masks(layout)[-1]
+        if tuner.sampler_head() is not None:
+            hidden_BMD = drafted_features(tuner, ids_1T, layout, hidden_BMD)
+        right_RC = unembedding(hidden_BMD[0, mask_R]).topk(CANDIDATES, dim=-1).indices == truth_R[:, None]
         place_R = layout.step_BM[0, mask_R] - 1
         hits_kC.index_add_(0, place_R, right_RC.float())
         seen_k.index_add_(0, place_R, torch.ones(len(place_R)))

@@ -1,0 +1,83 @@
+"""What decoding would do with a text, told from which drafts are right, without decoding.
+
+Pure functions of tensors. C blocks, B rows, M masks per row, k masks per block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Walk:
+    """Greedy decoding of a known text.
+
+    Args:
+        tokens (`int`): Tokens that it returns.
+        passes (`int`): Forward passes that it takes, those over the prompts included.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens per forward pass. Plain decoding has 1."""
+        return self.tokens / self.passes if self.passes else 0.0
+
+    def __add__(self, other: "Walk") -> "Walk":
+        return Walk(self.tokens + other.tokens, self.passes + other.passes)
+
+
+def mean_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
+    """1 + sum_i prod_{j<=i} accept_j, averaged over blocks: what a step from a token taken at random returns.
+
+    Decoding comes by easy stretches in fewer steps than by hard ones, so that it has less than this: see
+    [`walk_through`].
+
+    Args:
+        accepted_CK (`torch.BoolTensor` of shape `(C, K)`): Whether each draft of each of C blocks is the base's own
+            choice. False where the text ends before.
+
+    Returns:
+        `torch.Tensor`, a scalar between 1 and K + 1.
+    """
+    return 1 + accepted_CK.float().cumprod(dim=1).sum(dim=1).mean()
+
+
+@torch.compiler.disable
+def walk_through(
+    anchor_BM: torch.LongTensor, accepted_BM: torch.BoolTensor, supervised_BM: torch.BoolTensor, k: int
+) -> Walk:
+    """Decodes a text of which every token has a block, as quadratic decoding does if the text is the base's own.
+
+    A step that stands on column c returns the drafts that are right and one token more, and the next one stands on the
+    last draft that was right, or on c + 1.
+
+    Args:
+        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Column that each mask's block hangs on.
+        accepted_BM (`torch.BoolTensor` of shape `(B, M)`): Whether each draft is the base's own choice.
+        supervised_BM (`torch.BoolTensor` of shape `(B, M)`): Whether each mask has a token to predict.
+        k (`int`): Masks per block.
+    """
+    whole = Walk()
+    accepted_BA = accepted_BM.view(len(accepted_BM), -1, k).long().cumprod(dim=2).sum(dim=2)
+    for anchors, accepted, useful in zip(
+        anchor_BM[:, ::k].tolist(), accepted_BA.tolist(), supervised_BM[:, ::k].tolist(), strict=True
+    ):
+        blocks = zip(anchors, accepted, useful, strict=True)
+        by_column = {column: right for column, right, is_used in blocks if is_used}
+        for first in by_column:
+            if first - 1 not in by_column:  # a text begins; the pass over its prompt returns one token
+                whole += _walk(by_column, first)
+    return whole
+
+
+def _walk(accepted: dict[int, int], first: int) -> Walk:
+    last = first
+    while last + 1 in accepted:
+        last += 1
+    passes, column = 1, first
+    while column <= last:
+        passes, column = passes + 1, column + 1 + accepted[column]
+    return Walk(tokens=last + 2 - first, passes=passes)

@@ -1,0 +1,70 @@
+"""What is told from accepted drafts, against stepping through them, and against decoding itself."""
+
+import pytest
+import torch
+from tiny_models import generate, prompt, upgraded
+
+from hf_mtp.layout import IGNORE
+from hf_mtp.recipe import Recipe
+from hf_mtp.simulation import Walk, mean_tokens_per_step, walk_through
+
+
+def test_mean_tokens_per_step():
+    accepted = torch.rand(50, 4) < 0.7
+    total = 0
+    for block in accepted.tolist():
+        total += 1
+        for draft in block:
+            if not draft:
+                break
+            total += 1
+    torch.testing.assert_close(mean_tokens_per_step(accepted), torch.tensor(total / 50))
+    assert mean_tokens_per_step(torch.ones(3, 4, dtype=torch.bool)) == 5
+    assert mean_tokens_per_step(torch.zeros(3, 4, dtype=torch.bool)) == 1
+
+
+def test_a_walk_by_hand():
+    # Blocks of two on columns 2 to 5 of eight: the text from column 3 to 7 is foreseen.
+    anchors = torch.tensor([[2, 2, 3, 3, 4, 4, 5, 5]])
+    right = torch.tensor([[1, 1, 1, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    useful = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    # The prompt gives column 3; from 2 to 5 at once, giving 4 to 6; from 5 the last one, 7.
+    assert walk_through(anchors, right, useful, 2) == Walk(tokens=5, passes=3)
+    assert walk_through(anchors, torch.zeros_like(right), useful, 2) == Walk(tokens=5, passes=5)
+    # Two texts in a row.
+    apart = anchors + torch.tensor([0, 0, 0, 0, 9, 9, 9, 9])
+    assert walk_through(apart, torch.zeros_like(right), useful, 2) == Walk(tokens=6, passes=6)
+
+
+@pytest.mark.parametrize("config", [{}, {"sampler": False}, {"sampler_recurrent": True}])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_walk_through_the_bases_own_text_is_quadratic_decoding(k, config, trained):
+    model, new_tokens = trained(k, config), 40
+    for seed in range(4):
+        ids = prompt(6, seed=seed)
+        text = generate(model, ids, new_tokens, mtp=True, mtp_strategy="quadratic")
+        statistics = model.base_model.mtp_statistics
+        labels = text.clone()
+        labels[:, :6] = IGNORE
+        with torch.no_grad():
+            walk = model(input_ids=text, labels=labels, mtp_recipe=Recipe(), mtp_masks_per_part=30).walk
+        assert walk == Walk(tokens=statistics.tokens, passes=statistics.forward_passes)
+        assert statistics.accepted > 0
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model whose adapter has learnt a little, so that some drafts are right."""
+
+    def train(k: int, config: dict):
+        torch.manual_seed(0)
+        model = upgraded("llama", k, dtype=torch.float64, **config).double()
+        texts = torch.cat([generate(model, prompt(6, seed=seed), 40) for seed in range(4)])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(25):
+            optimizer.zero_grad()
+            model(input_ids=texts, mtp_recipe=Recipe()).loss.backward()
+            optimizer.step()
+        return model
+
+    return train
