@@ -160,7 +160,7 @@ def _part(
             torch.stack([states[row_R, column_R] for states in reading.regular[1:-1]]),
         )
 
-    weight_R = recipe.position_decay ** (layout.step_BM[row_R, mask_R] - 1).float()
+    weight_R = recipe.position_decay ** (layout.step_BM[row_R, mask_R] - 1).to(losses["lcm"].dtype)
     if layout.weight_B is not None:
         weight_R = weight_R * layout.weight_B[row_R]
     accepted_BM = torch.zeros_like(supervised_BM)
