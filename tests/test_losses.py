@@ -221,16 +221,14 @@ def test_objective(targets, position_decay, masks_per_part):
         model.base_model, input_ids, labels, layout, recipe, weight, masks_per_part=masks_per_part
     )
     expected, measures = slow_objective(model, input_ids, labels, layout, recipe)
-    torch.testing.assert_close(
-        objective.loss.double(), expected.double(), rtol=1e-6, atol=0
-    )  # weights of masks are float32
+    torch.testing.assert_close(objective.loss, expected, rtol=1e-6, atol=0)
     assert {name: value.item() for name, value in objective.metrics.items()} == pytest.approx(measures, rel=1e-5)
     assert objective.rows == (layout.target_columns(labels) != IGNORE).sum()
     gradients = [
         torch.autograd.grad(loss, list(adapter_parameters(model).values())) for loss in (objective.loss, expected)
     ]
     for fast, slow in zip(*gradients, strict=True):
-        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
 
 
 def test_objective_without_a_target_is_zero_and_has_gradients():
