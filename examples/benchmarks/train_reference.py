@@ -11,12 +11,14 @@ be given as `--set name=value`, and of `GatedLoraConfig` as `--adapter name=valu
 import argparse
 import ast
 import json
+import time
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from reference_data import train_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.measuring import describe_machine
@@ -41,61 +43,66 @@ def named_values(pairs: list[str]) -> dict:
     return {name: ast.literal_eval(value) for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
-    # A rank that is small beside the model's width of 320: LoRA's cost in decoding grows with it.
-    adapter = {"k": 8, "r": 32, "lora_alpha": 64, **named_values(args.adapter)}
-    model = get_peft_model(base, GatedLoraConfig(**adapter))
+# A rank that is small beside the model's width of 320: LoRA's cost in decoding grows with it.
+ADAPTER = {"k": 8, "r": 32, "lora_alpha": 64}
+SETTINGS = {
+    # Small steps, many of them: in half an hour on a CPU the number of steps is what is scarce.
+    "learning_rate": 5e-3,
+    "muon": True,
+    "targets": "soft",
+    # The sampler head makes the drafts; latent consistency sees to it that masks can be unembedded without it.
+    "base_weight": 0.0,
+    "lcm_weight": 3.0,
+    "position_decay": 0.8,
+    "per_device_train_batch_size": 4,
+    "anchors_per_sequence": 48,
+    "bf16": True,
+    "torch_compile": True,
+    "max_length": 384,
+}
 
-    settings = {
-        # Small steps, many of them: in half an hour on a CPU the number of steps is what is scarce.
-        "learning_rate": 5e-3,
-        "muon": True,
-        "targets": "soft",
-        # The sampler head makes the drafts; latent consistency sees to it that masks can be unembedded without it.
-        "base_weight": 0.0,
-        "lcm_weight": 3.0,
-        "position_decay": 0.8,
-        "per_device_train_batch_size": 4,
-        "anchors_per_sequence": 48,
-        "bf16": True,
-        "gradient_checkpointing": False,
-        "torch_compile": True,
-        "max_length": 384,
-        **named_values(args.set),
-    }
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    output: Path,
+    settings: dict,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> dict:
+    """Trains for so many minutes or steps; returns settings, machine, seconds, masks trained on and the log."""
     trainer = MTPTrainer(
         model=model,
         args=MTPConfig(
-            output_dir=str(args.output),
+            output_dir=str(output),
             num_train_epochs=1000,  # the clock ends it
-            max_steps=args.steps or -1,
-            max_minutes=None if args.steps else args.minutes,
+            max_steps=steps or -1,
+            max_minutes=None if steps else minutes,
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
             save_strategy="no",
             logging_steps=25,
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
-            seed=args.seed,
+            seed=seed,
             **settings,
         ),
-        train_dataset=train_dataset(args.data, tokenizer, sequences=16_000, seed=args.seed),
+        train_dataset=dataset,
         processing_class=tokenizer,
     )
+    before = time.process_time()
     result = trainer.train()
-    model.save_pretrained(args.output)
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # what follows is not in bfloat16
     logs = [entry for entry in trainer.state.log_history if "tokens_per_step" in entry]
-    record = {
+    return {
         "machine": describe_machine(),
-        "threads": args.threads,
-        "minutes": args.minutes,
+        "threads": torch.get_num_threads(),
+        "minutes": minutes,
         "seconds": round(result.metrics["train_runtime"], 1),
-        "adapter": adapter,
+        "cpu_seconds": round(time.process_time() - before, 1),
         "settings": settings,
         "recipe": vars(trainer.recipe),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -103,6 +110,23 @@ def main() -> None:
         "masks_trained": round(sum(entry["mask_tokens"] for entry in logs) * trainer.args.logging_steps),
         "log": logs,
     }
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
+    adapter = {**ADAPTER, **named_values(args.adapter)}
+    model = get_peft_model(base, GatedLoraConfig(**adapter))
+    dataset = train_dataset(args.data, tokenizer, sequences=16_000, seed=args.seed)
+    settings = {**SETTINGS, **named_values(args.set)}
+    record = train(
+        model, tokenizer, dataset, args.output, settings, minutes=args.minutes, steps=args.steps, seed=args.seed
+    )
+    record |= {"adapter": adapter}
+    model.save_pretrained(args.output)
     (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in record.items() if name != "log"}))
 
