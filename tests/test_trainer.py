@@ -131,19 +131,6 @@ def test_assistant_only_loss(tmp_path):
     assert seen == {(row, column) for row in range(4) for column in range(7, 16)}
 
 
-def test_packed_documents_are_computed_apart(tmp_path):
-    rows = Dataset.from_dict({"text": [words(7, row) for row in range(4)]})
-    apart = trainer(tmp_path / "a", rows, anchors_per_sequence=None, max_steps=1)
-    packed = trainer(tmp_path / "b", rows, anchors_per_sequence=None, max_steps=1, packing=True)
-    batches = [next(iter(made.get_train_dataloader())) for made in (apart, packed)]
-    batches[0]["labels"][:, 0] = -100  # as TRL does when it packs
-    assert batches[1]["input_ids"].shape[0] == 1
-    losses = [
-        made.compute_loss(made.model.train(), batch) for made, batch in zip((apart, packed), batches, strict=True)
-    ]
-    torch.testing.assert_close(*losses)
-
-
 # ---------------------------------------------------------------- measures
 
 
@@ -215,22 +202,6 @@ def losses_of_training(folder, *args, **options) -> list[float]:
     trained = trainer(folder, *args, **options)
     trained.train()
     return logged(trained)
-
-
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"anchors_per_sequence": None}])
-def test_options_that_only_change_memory(options, tmp_path):
-    common = {"anchors_per_sequence": 32}  # more than any of the texts has
-    plain = losses_of_training(tmp_path / "a", **common)
-    assert losses_of_training(tmp_path / "b", **{**common, **options}) == pytest.approx(plain, rel=1e-4)
-
-
-def test_accumulated_batches_are_averaged(tmp_path):
-    # Equal rows, so that every batch has as many masks and the mean over batches is the mean over masks.
-    rows = Dataset.from_dict({"text": [words(12)] * 8})
-    common = {"anchors_per_sequence": None}
-    whole = losses_of_training(tmp_path / "a", rows, per_device_train_batch_size=8, **common)
-    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert losses_of_training(tmp_path / "b", rows, **parts, **common) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize(("recipe", "targets"), [("paper", "data"), ("default", "model")])
