@@ -55,25 +55,31 @@ class TrainingPass:
         self.read(input_ids_BT, layout)
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
-        """Reads the regular tokens."""
+        """Reads the regular tokens. Of rows that hold one text each, none sees the padding behind it."""
         self.cache = DynamicCache()
         with torch.no_grad():
-            self.regular = self.states(input_ids_BT, layout.without_masks(), self.cache)
+            regular = layout.without_masks()
+            self.regular = self.states(input_ids_BT, regular, self.cache, is_causal=each_row_is_one_text(layout))
 
     def masks(self, part: BlockLayout) -> list[torch.Tensor]:
         """`(B, M, D)`, as many as `regular` has: states of one part's masks."""
         with self.tuner.masks_in_columns(0, part.index_BM):
             return self.states(part.index_BM + self.tuner.vocab_size, part, copied(self.cache))
 
-    def states(self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None) -> list[torch.Tensor]:
-        """States, `(B, Q, D)` each, of the last Q columns of a layout; the cache has the columns before."""
+    def states(
+        self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, is_causal: bool = False
+    ) -> list[torch.Tensor]:
+        """States, `(B, Q, D)` each, of the last Q columns of a layout; the cache has the columns before.
+
+        Where the model's own causal mask is right, `is_causal`, none is made: that of a long text is large.
+        """
         queries, device_type, model = input_ids_BQ.shape[1], input_ids_BQ.device.type, self.tuner.model
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else model.dtype
         kinds = attention_kinds(model.config.get_text_config(decoder=True))
         return self.call(
             input_ids_BQ,
-            attention_mask=attention_masks(layout, kinds, dtype, queries=queries),
+            attention_mask=None if is_causal else attention_masks(layout, kinds, dtype, queries=queries),
             position_ids=layout.position_BN[:, -queries:],
             use_cache=cache is not None,
             **{cache_name(inspect.signature(self.decoder.forward).parameters): cache},
@@ -111,7 +117,7 @@ class SequencePass(TrainingPass):
     """
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
-        if layout.segment_BT.max() > 0:
+        if not each_row_is_one_text(layout):
             raise ValueError(
                 f"{type(self.tuner.model).__name__} reads one sequence per row, but the batch is packed: rows hold "
                 "several texts. Set packing=False."
@@ -146,6 +152,11 @@ def training_pass(
     else:
         kind = TrainingPass
     return kind(tuner, input_ids_BT, layout, all_layers, masks)
+
+
+def each_row_is_one_text(layout: BlockLayout) -> bool:
+    """Whether no row is packed, or padded at its start."""
+    return not bool((layout.segment_BT > 0).any() or (layout.segment_BT[:, 0] < 0).any())
 
 
 def is_checkpointing(model: nn.Module) -> bool:
