@@ -1,27 +1,40 @@
 """[`MTPTrainer`]: TRL's supervised fine-tuning with the multi-token objective."""
 
-import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 from trl import SFTTrainer
 
+from .agreement import (
+    describe,
+    describe_objective,
+    describe_steps,
+    refuse_disagreement,
+    refuse_to_resume,
+    what_changes,
+)
+from .checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
 from .deadline import TICKS, Deadline
 from .fingerprint import tokenizer_fingerprint
 from .interrupt import SaveOnInterrupt
 from .layout import IGNORE
+from .nonfinite import NonfiniteGuard
 from .objective import Objective
 from .optimizer import make_muon_adamw
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
+from .workers import died, explain_death
+
+logger = logging.get_logger(__name__)
 
 EVAL_SEED = 0  # evaluation draws the same anchors every time
 
 
-class MTPTrainer(SFTTrainer):
+class MTPTrainer(WholeCheckpoints, SFTTrainer):
     """
     Trains the adapter of an upgraded model.
 
@@ -89,6 +102,9 @@ class MTPTrainer(SFTTrainer):
         self._describe_training(tuner)
         # The loss is a mean over masks, not a sum over label tokens: let Trainer average accumulated batches.
         self.model_accepts_loss_kwargs = False
+        # Taken before the model is sharded or wrapped.
+        self._adapter, self._objective = describe(tuner), describe_objective(self.recipe, args.anchors_per_sequence)
+        self.guard = NonfiniteGuard(self, args.nonfinite)
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
         if self.deadline is not None:
@@ -124,10 +140,32 @@ class MTPTrainer(SFTTrainer):
         return scheduler
 
     def train(self, *args, **kwargs):
+        refuse_disagreement(gather_object([{**self._adapter, **self._objective}]))
         try:
             return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not died(error):
+                raise
+            newest = newest_whole_checkpoint(Path(self.args.output_dir))
+            raise RuntimeError(explain_death(error, self.args.dataloader_num_workers, newest)) from error
         finally:  # also when training failed, and no callback hears of its end
             self.interrupt.restore_handler()
+
+    def checkpoint_facts(self) -> dict:
+        """The adapter that is trained and how steps are spread, for [`MTPTrainer.before_resuming`]."""
+        args = self.args
+        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {"adapter": self._adapter, "steps": describe_steps(args.world_size, sequences)}
+
+    def before_resuming(self, checkpoint: Path) -> None:
+        """Refuses a checkpoint of another adapter, and says what changes if steps are spread differently."""
+        there, here = contents(checkpoint), self.checkpoint_facts()
+        refuse_to_resume(checkpoint.name, there.get("adapter", {}), here["adapter"])
+        if change := what_changes(there.get("steps", {}), here["steps"]):
+            logger.warning(change)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return self.guard.norm(model, super()._get_grad_norm(model, grad_norm))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         generator = None
@@ -139,6 +177,8 @@ class MTPTrainer(SFTTrainer):
             mtp_anchors=self.args.anchors_per_sequence,
             mtp_generator=generator,
         )
+        if self.model.training:
+            objective = self.guard(objective, inputs["input_ids"])
         self._record(objective, inputs)
         # Releases of transformers differ in what they read from the outputs; with the loss alone all are content.
         return (objective.loss, {"loss": objective.loss}) if return_outputs else objective.loss
@@ -153,21 +193,13 @@ class MTPTrainer(SFTTrainer):
                 metrics[name].append(value)
         if self.model.training:
             self._total_train_tokens += inputs["input_ids"].numel()
+            metrics["skipped_steps"] = [self.guard.skipped_steps]
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["mask_tokens"].append(objective.rows)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
         return super().prediction_step(model, inputs, True, ignore_keys)
-
-    def _save_checkpoint(self, model, trial):
-        """A checkpoint is there whole or not at all: what a failed save (a full disk) leaves is removed."""
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the adapter's own model card into `output_dir`."""

@@ -57,7 +57,7 @@ def logged(trained: MTPTrainer, name: str = "loss") -> list[float]:
 
 def assert_same_end(resumed: MTPTrainer, whole: MTPTrainer, steps: int) -> None:
     """The last `steps` losses and the adapters are the same, to the bit."""
-    assert len(set(logged(whole))) == len(logged(whole)) == SAVING["max_steps"]
+    assert len(set(logged(whole))) == len(logged(whole)) == whole.args.max_steps
     assert logged(resumed)[-steps:] == logged(whole)[-steps:]
     for name, parameter in adapter_parameters(whole.model).items():
         assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
