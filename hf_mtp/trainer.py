@@ -165,7 +165,9 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             logger.warning(change)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        return self.guard.norm(model, super()._get_grad_norm(model, grad_norm))
+        grad_norm = self.guard.norm(model, super()._get_grad_norm(model, grad_norm))
+        self._metrics["train"]["skipped_steps"] = [self.guard.skipped_steps]
+        return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         generator = None
@@ -193,7 +195,6 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
                 metrics[name].append(value)
         if self.model.training:
             self._total_train_tokens += inputs["input_ids"].numel()
-            metrics["skipped_steps"] = [self.guard.skipped_steps]
         metrics["num_tokens"] = [self._total_train_tokens]
         metrics["mask_tokens"].append(objective.rows)
 
