@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from .recipe import Recipe
+from .stacked import is_gated
 
 if TYPE_CHECKING:
     from .tuner import GatedLoraModel
@@ -16,14 +17,15 @@ FIELDS = (
     "r",
     "lora_alpha",
     "use_rslora",
-    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
     "sampler",
     "sampler_residual",
     "base_hidden_size",
     "base_vocab_size",
     "tokenizer_fingerprint",
 )
-BASE = "weights of the base"
+LAYERS, BASE = "layers with a LoRA", "weights of the base"
 SAMPLES = 32  # numbers by which the weights of two bases are told apart
 
 
@@ -35,10 +37,9 @@ def describe(model: "GatedLoraModel") -> dict:
     """
     config = model.active_mtp_config
     described = {name: getattr(config, name) for name in FIELDS}
-    if not isinstance(config.target_modules, str):
-        described["target_modules"] = sorted(config.target_modules)
+    described[LAYERS] = sorted(name for name, layer in model.model.named_modules() if is_gated(layer))
     table = model.model.get_input_embeddings().weight.detach()
-    if table.device.type == "meta" or hasattr(table, "full_tensor"):  # in parts elsewhere
+    if table.device.type == "meta" or hasattr(table, "full_tensor") or not table.numel():  # elsewhere, or in parts
         return described
     values = table.flatten()[:: max(1, table.numel() // SAMPLES)][:SAMPLES]
     return {**described, BASE: values.float().cpu().tolist()}
@@ -51,7 +52,9 @@ def describe_objective(recipe: Recipe, anchors: int | None) -> dict:
 
 def differences(one: dict, other: dict) -> dict[str, tuple]:
     """By name, the two values of what is known of both and not the same."""
-    return {name: (one[name], other[name]) for name in one if name in other and not _same(one[name], other[name])}
+    return {
+        name: (one[name], other[name]) for name in one if name in other and not _same(name, one[name], other[name])
+    }
 
 
 def refuse_disagreement(described: Sequence[dict]) -> None:
@@ -125,16 +128,18 @@ def what_changes(there: dict, here: dict) -> str | None:
     return None
 
 
-def _same(one, other) -> bool:
-    if isinstance(one, list) and one and other and isinstance(one[0], float):  # weights, in perhaps another precision
-        return len(one) == len(other) and all(
-            math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-4) for a, b in zip(one, other, strict=True)
-        )
-    return one == other or (isinstance(one, list) and not (one and other))
+def _same(name: str, one, other) -> bool:
+    if name == BASE:  # in perhaps another precision
+        return all(math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-4) for a, b in zip(one, other, strict=False))
+    return one == other
 
 
 def _in_words(different: dict[str, tuple], at_one: str, at_other: str) -> str:
-    return "; ".join(
-        f"the {name} are others" if name == BASE else f"`{name}` is {one!r} {at_one} and {other!r} {at_other}"
-        for name, (one, other) in different.items()
-    )
+    def words(name: str, one, other) -> str:
+        if name == BASE:
+            return f"the {name} are others"
+        if name == LAYERS:
+            return f"the {name} are others: {len(one)} {at_one} and {len(other)} {at_other}"
+        return f"`{name}` is {one!r} {at_one} and {other!r} {at_other}"
+
+    return "; ".join(words(name, *values) for name, values in different.items())

@@ -18,10 +18,9 @@ def explain_death(error: BaseException, workers: int, checkpoint: Path | None) -
         workers (`int`): `dataloader_num_workers`.
         checkpoint (`Path`, *optional*): The newest one.
     """
-    reason = str(error.__cause__ or error).strip(" .")  # the cause, if there is one, names the signal
     resume = f"go on with `trainer.train(resume_from_checkpoint={str(checkpoint)!r})`" if checkpoint else "start again"
     return (
-        f"{reason}. It read data for this training and is gone, most often for want of memory (the "
+        f"{str(error).strip(' .')}. It read data for this training and is gone, most often for want of memory (the "
         "system's log tells) or because of a crash in the dataset's own code. Use fewer than "
         f"`dataloader_num_workers={workers}` (0 reads in the training's process and shows the dataset's own error), a "
         f"smaller `dataloader_prefetch_factor` or smaller batches, and {resume}."

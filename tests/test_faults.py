@@ -169,7 +169,7 @@ def contents_of(folder: Path) -> dict[Path, bytes]:
         (lambda: upgraded("llama", K, r=8), "`r` is 4 in the checkpoint and 8 in the model"),
         (
             lambda: upgraded("llama", K, target_modules=["q_proj"]),
-            r"`target_modules` is \[.*\] in .* and \['q_proj'\] in",
+            "the layers with a LoRA are others: 14 in the checkpoint and 2 in the model",
         ),
         (lambda: upgraded("llama", K, sampler=False), "`sampler` is True in the checkpoint and False in the model"),
         (lambda: upgraded(tiny_base("llama", seed=1), K), "the weights of the base are others"),
@@ -350,7 +350,7 @@ def test_a_worker_that_dies_ends_training_with_what_to_do(tmp_path):
     rows = Dataset.from_dict({"row": range(ROWS)}).with_transform(reads_or_dies)
     made = trainer(tmp_path, rows, remove_unused_columns=False, **NONFINITE_RUN, **options)
     with pytest.raises(
-        RuntimeError, match=r"is killed by signal: Killed.*`dataloader_num_workers=1`.*go on with"
+        RuntimeError, match=r"(killed by signal|exited unexpectedly).*`dataloader_num_workers=1`.*go on with"
     ) as caught:
         made.train()
     newest = newest_whole_checkpoint(tmp_path)
