@@ -52,9 +52,8 @@ def describe_objective(recipe: Recipe, anchors: int | None) -> dict:
 
 def differences(one: dict, other: dict) -> dict[str, tuple]:
     """By name, the two values of what is known of both and not the same."""
-    return {
-        name: (one[name], other[name]) for name in one if name in other and not _same(name, one[name], other[name])
-    }
+    both = [(name, value, other[name]) for name, value in one.items() if name in other]
+    return {name: (here, there) for name, here, there in both if not _same(name, here, there)}
 
 
 def refuse_disagreement(described: Sequence[dict]) -> None:

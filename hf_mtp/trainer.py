@@ -25,6 +25,9 @@ from .layout import IGNORE
 from .nonfinite import NonfiniteGuard
 from .objective import Objective
 from .optimizer import make_muon_adamw
+from .reading import Reading, reading_of
+from .rows import refuse_rows_of_no_format
+from .support import refuse_attention_without_masks
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
 from .workers import died, explain_death
@@ -82,6 +85,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             raise ValueError("`train_dataset` is empty: multi-token prediction needs at least one text to learn from.")
         if args is None:
             args = MTPConfig(output_dir="mtp_output")
+        _refuse_datasets(args, train_dataset, **kwargs)
         if kwargs.get("peft_config") is None:
             _gated(model)
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
@@ -97,6 +101,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
                 f"`max_length={args.max_length}` leaves no room for a token, the one after it and the {k} that its "
                 f"masks predict: set it to at least k + 2 = {k + 2}."
             )
+        _refuse_packing(args, tuner)
         self.recipe = args.resolved_recipe()
         self._refuse_nothing_to_learn()
         self._describe_training(tuner)
@@ -206,6 +211,32 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Writes the adapter's own model card into `output_dir`."""
         if self.is_world_process_zero():
             _gated(self.model).active_mtp_config.write_model_card(self.args.output_dir, repo=self.hub_model_id)
+
+
+def _refuse_datasets(
+    args: MTPConfig, train_dataset, eval_dataset=None, processing_class=None, formatting_func=None, **kwargs
+) -> None:
+    """Raises for what TRL would stumble over, in words that say what is missing."""
+    if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        for name, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+            refuse_rows_of_no_format(dataset, name, args.dataset_text_field)
+    if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
+        raise ValueError(
+            "`assistant_only_loss=True` learns what the chat template marks by `{% generation %}`, but the "
+            f"{type(processing_class).__name__} has no chat template: set `processing_class.chat_template`, or set "
+            "`chat_template_path`."
+        )
+
+
+def _refuse_packing(args: MTPConfig, tuner: GatedLoraModel) -> None:
+    """Raises if the base cannot compute the documents of a packed row apart, or takes no masks at all."""
+    refuse_attention_without_masks(tuner.model)
+    packed = next((name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)), None)
+    if packed is not None and reading_of(tuner) is not Reading.BRANCHES:
+        raise ValueError(
+            f"`{packed}=True` puts several texts in a row, but {type(tuner.model).__name__} reads one sequence per "
+            f"row and would mix them. Set `{packed}=False`."
+        )
 
 
 def _uses_muon(args: MTPConfig, kwargs: dict) -> bool:

@@ -23,7 +23,7 @@ ORDER = """
 peft_type card config statistics slots layout masks losses recipe sampler gate stacked fingerprint support drafting
 lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step sequence tiny reading
 prefill request peers decoding call generation objective tuner hub registration check measuring nonfinite
-training_config agreement checkpoint interrupt deadline optimizer workers trainer __init__
+training_config agreement checkpoint interrupt deadline optimizer workers rows trainer __init__
 """.split()
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
