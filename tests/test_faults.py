@@ -6,14 +6,18 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tiny_models import adapter_parameters, prompt, tiny_base, upgraded
 from tiny_training import ROWS, SAVING, K, RaisesAt, assert_same_end, logged, texts, trainer
 from transformers import Trainer
@@ -21,7 +25,7 @@ from transformers.utils.logging import get_logger
 
 from hf_mtp import MTPConfig
 from hf_mtp.agreement import describe, describe_objective, describe_steps, refuse_disagreement, what_changes
-from hf_mtp.checkpoint import UNFINISHED, flaw_of, newest_whole_checkpoint
+from hf_mtp.checkpoint import UNFINISHED, contents, flaw_of, newest_whole_checkpoint
 
 # ---------------------------------------------------------------- killed
 
@@ -29,23 +33,31 @@ KILLS = 10
 KILLED_RUN = {**SAVING, "save_steps": 1, "save_total_limit": 1, "max_steps": 8}
 
 
-def in_a_child(action, *args, kill_after: float | None = None) -> int:
-    """Calls `action` in a copy of this process, killed after that many seconds; gives its exit code, -9 if killed."""
+def copy_of_this_process(action, *args) -> int:
+    """Starts one that calls `action` and ends; gives its id."""
     child = os.fork()
     if not child:
         try:
             action(*args)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
             os._exit(1)
         os._exit(0)
-    if kill_after is not None:
-        killer = threading.Timer(kill_after, os.kill, (child, signal.SIGKILL))
-        killer.start()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if kill_after is not None:
-        killer.cancel()
-        killer.join()  # no thread is there when the next copy is made
+    return child
+
+
+def exit_code(child: int) -> int:
+    """Waits for a process: 0 if all went well, -9 if it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_after(seconds: float, child: int) -> int:
+    """Kills a process after that time, if it has not ended by then; gives its exit code."""
+    killer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
+    killer.start()
+    code = exit_code(child)
+    killer.cancel()
+    killer.join()  # no thread is there when the next copy is made
     return code
 
 
@@ -79,9 +91,10 @@ def test_killed_at_any_moment_it_goes_on_from_a_whole_checkpoint(tmp_path):
     draw, unfinished = random.Random(0), 0
     for kill in range(KILLS):
         if kill % 2:
-            assert in_a_child(go_on, kill_after=draw.uniform(0, seconds / 2)) in (-signal.SIGKILL, 0)
+            code = killed_after(draw.uniform(0, seconds / 2), copy_of_this_process(go_on))
+            assert code in (-signal.SIGKILL, 0)
         else:
-            assert in_a_child(go_on, draw.randint(1, 70)) == -signal.SIGKILL
+            assert exit_code(copy_of_this_process(go_on, draw.randint(1, 70))) == -signal.SIGKILL
             unfinished += Path(folder, UNFINISHED).is_dir()
         assert all(flaw_of(checkpoint) is None for checkpoint in folder.glob("checkpoint-*"))
     assert unfinished > 2
@@ -356,3 +369,44 @@ def test_a_worker_that_dies_ends_training_with_what_to_do(tmp_path):
     newest = newest_whole_checkpoint(tmp_path)
     assert newest is not None
     assert str(newest) in str(caught.value)
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def in_two_processes(action) -> list[int]:
+    """Calls `action(rank)` in two copies of this process that can talk to each other; gives their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        action(rank)
+
+    return [exit_code(child) for child in [copy_of_this_process(run, rank) for rank in range(2)]]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="trains in copies of this process")
+def test_two_processes_leave_out_the_same_step_and_write_one_checkpoint(tmp_path):
+    """The bad row is of the second process. In the end both try to go on with another adapter each."""
+
+    def train(rank: int) -> None:
+        options = {**NONFINITE_RUN, "per_device_train_batch_size": 2, "save_total_limit": 1, "nonfinite": "skip"}
+        made = trainer(tmp_path, with_bad_row(IN_STEP_3), poisoned(), **options)
+        made.train()
+        assert logged(made, "skipped_steps") == [0, 0, 1, 1]
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"checkpoint-4"}
+        weights = {name: parameter.detach() for name, parameter in adapter_parameters(made.model).items()}
+        save_file(weights, tmp_path / f"{rank}.safetensors")
+        with pytest.raises(ValueError, match="Processes 0 and 1 .*`k` is 2 in process 0 and 3 in process 1"):
+            trainer(tmp_path, model=upgraded("llama", 2 + rank)).train(resume_from_checkpoint=True)
+
+    assert in_two_processes(train) == [0, 0]
+    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(one[name], other[name]) and one[name].isfinite().all() for name in one)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < {path.name for path in Path(tmp_path, "checkpoint-4").iterdir()}
+    assert contents(tmp_path / "checkpoint-4")["steps"] == {"processes": 2, "sequences_per_step": 4}
+    assert flaw_of(tmp_path / "checkpoint-4") is None
