@@ -104,7 +104,7 @@ class NonfiniteGuard:
         self._reported = True
         weights = [p.detach() for p in self.trainer.model.parameters() if p.requires_grad]
         broken = sum(not bool(torch.isfinite(weight).all()) for weight in weights)
-        state = f"are not, in {broken} of {len(weights)} tensors" if broken else "are"
+        state = f"were not finite before it, in {broken} of {len(weights)} tensors" if broken else "are finite"
         message = (
             f"{problem}. The adapter's weights {state}. The batch, in process {self.trainer.args.process_index}:\n"
             f"{_rows(batches, self.trainer.processing_class)}\n"

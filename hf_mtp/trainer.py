@@ -43,9 +43,10 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
     A [`~trl.SFTTrainer`] in all but its loss: every dataset format that TRL takes goes in unchanged, and saving,
     resuming, evaluation and reporting are those of [`~transformers.Trainer`]. Checkpoints hold the adapter, not the
-    base. Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask
-    position against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, what decoding would
-    give on the same text; with the prefix `eval_` in evaluation.
+    base; each is there whole or not at all, also if the process is killed while it saves. Logs each loss (`loss_base`,
+    `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position against the base's own choice
+    (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, what decoding would give on the same text; with the prefix
+    `eval_` in evaluation.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -57,8 +58,10 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             Everything else that [`~trl.SFTTrainer`] takes, except `compute_loss_func`.
 
     Raises:
-        ValueError: The model was not upgraded, the dataset is empty or has nothing to learn from, `max_length` leaves
-            no room for a block, or `compute_loss_func` is given.
+        ValueError: The model was not upgraded, the dataset is empty, mixes formats or has nothing to learn from,
+            `max_length` leaves no room for a block, the base cannot tell packed texts apart, or `compute_loss_func` is
+            given. From `train`: the checkpoint is of another adapter or base, or processes train different ones.
+        FloatingPointError: From `train`: a loss or a gradient is NaN or infinite, and `nonfinite="raise"`.
 
     Example:
 
@@ -171,7 +174,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = self.guard.norm(model, super()._get_grad_norm(model, grad_norm))
-        self._metrics["train"]["skipped_steps"] = [self.guard.skipped_steps]
+        if self.guard.policy == "skip":
+            self._metrics["train"]["skipped_steps"] = [self.guard.skipped_steps]
         return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

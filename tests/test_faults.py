@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,18 @@ def test_gradients_that_are_not_finite(policy, tmp_path, logs):
         with pytest.raises(FloatingPointError, match="The gradients of step 3 are not finite, though its losses"):
             made.train()
         assert newest_whole_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_a_loss_that_overflows_with_finite_gradients(tmp_path):
+    made = trainer(tmp_path, nonfinite="skip", **NONFINITE_RUN)
+    made.model.register_forward_hook(
+        lambda model, args, objective: replace(
+            objective, loss=objective.loss + (torch.inf if made.state.global_step == 2 else 0)
+        )
+    )
+    made.train()
+    assert logged(made, "skipped_steps") == [0, 0, 1, 1]
+    assert {int(state["step"]) for state in made.optimizer.state.values()} == {3}
 
 
 def test_an_evaluation_that_is_not_finite_is_reported_as_it_is(tmp_path):
