@@ -7,6 +7,7 @@ longer wanted loses its name before its files. Knows nothing of what is trained.
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import Trainer
@@ -64,12 +65,7 @@ class WholeCheckpoints(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self._name_the_best(run, unfinished / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                finish(unfinished / name, run / name, self.checkpoint_facts())
-            self.accelerator.wait_for_everyone()
-            if self.is_local_process_zero() and Path(unfinished, name).is_dir():  # a machine with a disk of its own
-                finish(unfinished / name, run / name, self.checkpoint_facts())
+            self._finish(unfinished / name, run / name)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -81,6 +77,16 @@ class WholeCheckpoints(Trainer):
             for checkpoint in surplus(run, self.args.save_total_limit, self.state.best_model_checkpoint):
                 discard(checkpoint)
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _finish(self, written: Path, checkpoint: Path) -> None:
+        """Gives the checkpoint its name when all processes have written their part."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish(written, checkpoint, self.checkpoint_facts())
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and written.is_dir():  # a machine with a disk of its own
+            with suppress(FileNotFoundError):  # or it is shared, and shows late what the first process did
+                finish(written, checkpoint, self.checkpoint_facts())
 
     def _name_the_best(self, run: Path, written: Path) -> None:
         """Corrects the folder that the state calls the best, which Trainer has looked for among the unfinished."""
