@@ -1,39 +1,56 @@
 """[`MTPTrainer`]: TRL's supervised fine-tuning with the multi-token objective."""
 
-import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 from trl import SFTTrainer
 
+from .agreement import (
+    describe,
+    describe_objective,
+    describe_steps,
+    refuse_disagreement,
+    refuse_to_resume,
+    what_changes,
+)
+from .checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
 from .deadline import TICKS, Deadline
 from .fingerprint import tokenizer_fingerprint
 from .interrupt import SaveOnInterrupt
 from .layout import IGNORE
+from .nonfinite import NonfiniteGuard
 from .objective import Objective
 from .optimizer import make_muon_adamw
 from .reading import Reading, reading_of
+from .rows import refuse_rows_of_no_format
 from .simulation import Walk
+from .support import refuse_attention_without_masks
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
+from .workers import died, explain_death
+
+logger = logging.get_logger(__name__)
 
 EVAL_SEED = 0  # evaluation draws the same anchors every time
 
 
-class MTPTrainer(SFTTrainer):
+class MTPTrainer(WholeCheckpoints, SFTTrainer):
     """
     Trains the adapter of an upgraded model.
 
     A [`~trl.SFTTrainer`] in all but its loss: every dataset format that TRL takes goes in unchanged, and saving,
     resuming, evaluation and reporting are those of [`~transformers.Trainer`]. Checkpoints hold the adapter, not the
-    base. Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask
-    position against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`; with the prefix
-    `eval_` in evaluation, where `eval_tokens_per_step` is what quadratic decoding would give if it wrote the same
-    text. In training it is what a step from a sampled token would give, which is more, since decoding comes by easy
-    stretches in fewer steps than by hard ones.
+    base; each is there whole or not at all, also if the process is killed while it saves. Logs each loss (`loss_base`,
+    `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position against the base's own choice
+    (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`; with the prefix `eval_` in evaluation, where
+    `eval_tokens_per_step` is what quadratic decoding would give if it wrote the same text. In training it is what a
+    step from a sampled token would give, which is more, since decoding comes by easy stretches in fewer steps than by
+    hard ones.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -45,8 +62,10 @@ class MTPTrainer(SFTTrainer):
             Everything else that [`~trl.SFTTrainer`] takes, except `compute_loss_func`.
 
     Raises:
-        ValueError: The model was not upgraded, the dataset is empty or has nothing to learn from, `max_length` leaves
-            no room for a block, or `compute_loss_func` is given.
+        ValueError: The model was not upgraded, the dataset is empty, mixes formats or has nothing to learn from,
+            `max_length` leaves no room for a block, the base cannot tell packed texts apart, or `compute_loss_func` is
+            given. From `train`: the checkpoint is of another adapter or base, or processes train different ones.
+        FloatingPointError: From `train`: a loss or a gradient is NaN or infinite, and `nonfinite="raise"`.
 
     Example:
 
@@ -73,6 +92,7 @@ class MTPTrainer(SFTTrainer):
             raise ValueError("`train_dataset` is empty: multi-token prediction needs at least one text to learn from.")
         if args is None:
             args = MTPConfig(output_dir="mtp_output")
+        _refuse_datasets(args, train_dataset, **kwargs)
         if kwargs.get("peft_config") is None:
             _gated(model)
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
@@ -88,28 +108,32 @@ class MTPTrainer(SFTTrainer):
                 f"`max_length={args.max_length}` leaves no room for a token, the one after it and the {k} that its "
                 f"masks predict: set it to at least k + 2 = {k + 2}."
             )
+        _refuse_packing(args, tuner)
         self.recipe = args.resolved_recipe()
         self._refuse_nothing_to_learn()
         self._describe_training(tuner)
         # The loss is divided by the weight of all masks of the accumulated batches, see `get_batch_samples`.
         self.model_accepts_loss_kwargs = True
         self._walk = Walk()  # through the texts of an evaluation
+        # Taken before the model is sharded or wrapped.
+        self._adapter, self._objective = describe(tuner), describe_objective(self.recipe, args.anchors_per_sequence)
+        self.guard = NonfiniteGuard(self, args.nonfinite)
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
         if self.deadline is not None:
             self.add_callback(self.deadline)
 
     def _refuse_nothing_to_learn(self) -> None:
-        """Raises unless some sequence has a token inside the loss with one more two tokens on."""
+        """Raises unless some sequence has two tokens in a row inside the loss, the second of which a mask predicts."""
         if not isinstance(self.train_dataset, Dataset):
             return  # a stream: found out while training
         for row in self.train_dataset:
             labels = row.get("labels", row["input_ids"])
-            if any(here != IGNORE and there != IGNORE for here, there in zip(labels, labels[2:], strict=False)):
+            if any(IGNORE not in pair for pair in pairwise(labels[1:])):
                 return
         raise ValueError(
-            "No sequence of `train_dataset` has three tokens inside the loss, so there is nothing for a mask to "
-            f"predict. Are they all prompt, or truncated to their prompt by `max_length={self.args.max_length}`?"
+            "No sequence of `train_dataset` has two tokens in a row inside the loss, so there is nothing for a mask "
+            f"to predict. Are they all prompt, or truncated to their prompt by `max_length={self.args.max_length}`?"
         )
 
     def _describe_training(self, tuner: GatedLoraModel) -> None:
@@ -129,8 +153,14 @@ class MTPTrainer(SFTTrainer):
         return scheduler
 
     def train(self, *args, **kwargs):
+        refuse_disagreement(gather_object([{**self._adapter, **self._objective}]))
         try:
             return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not died(error):
+                raise
+            newest = newest_whole_checkpoint(Path(self.args.output_dir))
+            raise RuntimeError(explain_death(error, self.args.dataloader_num_workers, newest)) from error
         finally:  # also when training failed, and no callback hears of its end
             self.interrupt.restore_handler()
 
@@ -145,6 +175,25 @@ class MTPTrainer(SFTTrainer):
         if self.accelerator.num_processes > 1:
             weight = self.accelerator.gather(weight).sum()
         return batches, weight.clamp(min=1e-6)  # batches without a target
+
+    def checkpoint_facts(self) -> dict:
+        """The adapter that is trained and how steps are spread, for [`MTPTrainer.before_resuming`]."""
+        args = self.args
+        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {"adapter": self._adapter, "steps": describe_steps(args.world_size, sequences)}
+
+    def before_resuming(self, checkpoint: Path) -> None:
+        """Refuses a checkpoint of another adapter, and says what changes if steps are spread differently."""
+        there, here = contents(checkpoint), self.checkpoint_facts()
+        refuse_to_resume(checkpoint.name, there.get("adapter", {}), here["adapter"])
+        if change := what_changes(there.get("steps", {}), here["steps"]):
+            logger.warning(change)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = self.guard.norm(model, super()._get_grad_norm(model, grad_norm))
+        if self.guard.policy == "skip":
+            self._metrics["train"]["skipped_steps"] = [self.guard.skipped_steps]
+        return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         is_training, anchors, generator, total = self.model.training, self.args.anchors_per_sequence, None, None
@@ -162,6 +211,8 @@ class MTPTrainer(SFTTrainer):
             mtp_total=total,
             mtp_masks_per_part=self.args.masks_per_part,
         )
+        if self.model.training:
+            objective = self.guard(objective, inputs["input_ids"])
         self._record(objective, inputs)
         # Releases of transformers differ in what they read from the outputs; with the loss alone all are content.
         return (objective.loss, {"loss": objective.loss}) if return_outputs else objective.loss
@@ -194,15 +245,6 @@ class MTPTrainer(SFTTrainer):
         # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
         return super().prediction_step(model, inputs, True, ignore_keys)
 
-    def _save_checkpoint(self, model, trial):
-        """A checkpoint is there whole or not at all: what a failed save (a full disk) leaves is removed."""
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the adapter's own model card into `output_dir`."""
         if self.is_world_process_zero():
@@ -212,6 +254,32 @@ class MTPTrainer(SFTTrainer):
 def _objective_inputs(inputs: dict) -> dict[str, torch.Tensor | None]:
     """What of a batch the objective reads."""
     return {name: inputs.get(name) for name in ("input_ids", "labels", "attention_mask", "position_ids")}
+
+
+def _refuse_datasets(
+    args: MTPConfig, train_dataset, eval_dataset=None, processing_class=None, formatting_func=None, **kwargs
+) -> None:
+    """Raises for what TRL would stumble over, in words that say what is missing."""
+    if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        for name, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+            refuse_rows_of_no_format(dataset, name, args.dataset_text_field)
+    if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
+        raise ValueError(
+            "`assistant_only_loss=True` learns what the chat template marks by `{% generation %}`, but the "
+            f"{type(processing_class).__name__} has no chat template: set `processing_class.chat_template`, or set "
+            "`chat_template_path`."
+        )
+
+
+def _refuse_packing(args: MTPConfig, tuner: GatedLoraModel) -> None:
+    """Raises if the base cannot compute the documents of a packed row apart, or takes no masks at all."""
+    refuse_attention_without_masks(tuner.model)
+    packed = next((name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)), None)
+    if packed is not None and reading_of(tuner) is not Reading.BRANCHES:
+        raise ValueError(
+            f"`{packed}=True` puts several texts in a row, but {type(tuner.model).__name__} reads one sequence per "
+            f"row and would mix them. Set `{packed}=False`."
+        )
 
 
 def _uses_muon(args: MTPConfig, kwargs: dict) -> bool:

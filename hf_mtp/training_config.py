@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from .losses import DIVERGENCES
+from .nonfinite import NONFINITE
 from .recipe import TARGETS, Recipe, get_recipe
 
 
@@ -66,8 +67,15 @@ class MTPConfig(SFTConfig):
             Ends training after this time, if epochs or `max_steps` do not end it before, and makes the learning rate
             schedule follow the clock. For budgets that are time and not steps.
 
+        > Parameters that control what happens when something goes wrong
+
+        nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What to do if a loss or a gradient is NaN or infinite: `"raise"` ends training with a report of the batch
+            before the step is taken; `"skip"` leaves the step out, all its accumulated batches in all processes,
+            warns, and counts it in the logs as `skipped_steps`. DeepSpeed takes steps by itself and skips none.
+
     Raises:
-        ValueError: An unknown recipe, negative weights, or anchors below 1.
+        ValueError: An unknown recipe, negative weights, anchors below 1, or an unknown `nonfinite`.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
@@ -103,6 +111,13 @@ class MTPConfig(SFTConfig):
     max_minutes: float | None = field(
         default=None, metadata={"help": "Ends training after this time; the learning rate follows the clock."}
     )
+    nonfinite: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do if a loss or a gradient is not finite: 'raise' or 'skip'.",
+            "choices": [*NONFINITE],
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,6 +139,10 @@ class MTPConfig(SFTConfig):
             raise ValueError(f"`masks_per_part` must be at least 1, but got {self.masks_per_part}.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes}.")
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(
+                f"`nonfinite` must be one of {', '.join(map(repr, NONFINITE))}, but got {self.nonfinite!r}."
+            )
         self.resolved_recipe()
 
     def resolved_recipe(self) -> Recipe:

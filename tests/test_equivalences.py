@@ -3,9 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import K, logged, texts, trainer
 from tiny_models import adapter_parameters, prompt, upgraded
 from tiny_text import words
+from tiny_training import K, logged, texts, trainer
 
 from hf_mtp.recipe import Recipe
 

@@ -23,7 +23,8 @@ ORDER = """
 peft_type card config statistics slots layout masks losses simulation recipe sampler gate stacked fingerprint support
 drafting lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step sequence tiny
 reading prefill request peers decoding call generation training_pass partial_backward objective tuner hub registration
-check measuring training_config interrupt deadline optimizer trainer __init__
+check measuring nonfinite training_config agreement checkpoint interrupt deadline optimizer workers rows trainer
+__init__
 """.split()
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.

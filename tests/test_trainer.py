@@ -12,15 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
-from transformers import TrainerCallback
+from tiny_training import ROWS, SAVING, K, RaisesAt, assert_same_end, logged, texts, tokens, trainer
 from transformers.utils.logging import get_logger
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.fingerprint import tokenizer_fingerprint
 from hf_mtp.layout import segments, training_layout
 
-K = 3
-ROWS = 16
 MEASURES = {
     "loss_base",
     "loss_sampler",
@@ -30,48 +28,6 @@ MEASURES = {
     "mask_tokens",
     *(f"accuracy_{step}" for step in range(1, K + 1)),
 }
-
-
-def texts(rows: int = ROWS) -> Dataset:
-    return Dataset.from_dict({"text": [words(12 + row % 5, row) for row in range(rows)]})
-
-
-def tokens(rows: int = ROWS) -> Dataset:
-    return Dataset.from_dict({"input_ids": [prompt(14, seed=row)[0].tolist() for row in range(rows)]})
-
-
-def trainer(folder, train_dataset=None, model=None, **options) -> MTPTrainer:
-    """A trainer of a tiny model. Options are those of the config, or of the trainer where it has one of that name."""
-    of_trainer = {name: options.pop(name) for name in ("eval_dataset", "callbacks", "peft_config") if name in options}
-    config = MTPConfig(
-        output_dir=str(folder),
-        **{
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "max_length": 32,
-            "auxiliary_weight": 0.5,
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            **options,
-        },
-    )
-    return MTPTrainer(
-        model=upgraded("llama", K) if model is None else model,
-        args=config,
-        train_dataset=texts() if train_dataset is None else train_dataset,
-        processing_class=tiny_tokenizer(),
-        **of_trainer,
-    )
-
-
-def logged(trained: MTPTrainer, name: str = "loss") -> list[float]:
-    return [entry[name] for entry in trained.state.log_history if name in entry]
 
 
 # ---------------------------------------------------------------- datasets
@@ -260,9 +216,6 @@ def test_adapter_records_how_it_was_trained(tmp_path):
     assert "| training recipe | paper |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "anchors_per_sequence": 3}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> tuple[Path, MTPTrainer]:
     """A whole training, with checkpoints: its folder and its trainer."""
@@ -270,14 +223,6 @@ def uninterrupted(tmp_path_factory) -> tuple[Path, MTPTrainer]:
     whole = trainer(folder, **SAVING)
     whole.train()
     return folder, whole
-
-
-def assert_same_end(resumed: MTPTrainer, whole: MTPTrainer, steps: int) -> None:
-    """The last `steps` losses and the adapters are the same, to the bit."""
-    assert len(set(logged(whole))) == len(logged(whole)) == SAVING["max_steps"]
-    assert logged(resumed)[-steps:] == logged(whole)[-steps:]
-    for name, parameter in adapter_parameters(whole.model).items():
-        assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
 
 
 def test_resumed_training_ends_as_uninterrupted_training(uninterrupted, tmp_path):
@@ -294,17 +239,6 @@ def test_resumed_training_with_dropout_and_accumulation(tmp_path):
     resumed = trainer(tmp_path / "resumed", model=upgraded("llama", K, lora_dropout=0.1), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert_same_end(resumed, whole, steps=2)
-
-
-class RaisesAt(TrainerCallback):
-    """Runs `action` when a step ends."""
-
-    def __init__(self, step: int, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.action()
 
 
 def test_interrupt_saves_a_checkpoint_to_resume_from(uninterrupted, tmp_path):
@@ -386,7 +320,7 @@ def test_empty_dataset_is_refused(tmp_path):
 def test_dataset_of_prompts_alone_is_refused(tmp_path):
     rows = tokens().map(lambda row: {"labels": [-100] * len(row["input_ids"])})
     with pytest.raises(
-        ValueError, match="No sequence of `train_dataset` has three tokens inside the loss.*Are they all prompt"
+        ValueError, match="No sequence of `train_dataset` has two tokens in a row inside the loss.*Are they all prompt"
     ):
         trainer(tmp_path, rows)
 
