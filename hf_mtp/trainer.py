@@ -17,6 +17,7 @@ from .objective import Objective
 from .optimizer import make_muon_adamw
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
+from .watching import watch
 
 EVAL_SEED = 0  # evaluation draws the same anchors every time
 
@@ -93,6 +94,7 @@ class MTPTrainer(SFTTrainer):
         self.add_callback(self.interrupt)
         if self.deadline is not None:
             self.add_callback(self.deadline)
+        watch(self, curves=args.training_curves)
 
     def _refuse_nothing_to_learn(self) -> None:
         """Raises unless some sequence has a token inside the loss with one more two tokens on."""

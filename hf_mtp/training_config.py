@@ -49,6 +49,12 @@ class MTPConfig(SFTConfig):
             Ends training after this time, if epochs or `max_steps` do not end it before, and makes the learning rate
             schedule follow the clock. For budgets that are time and not steps.
 
+        > Parameters that control what is written
+
+        training_curves (`bool`, *optional*, defaults to `True`):
+            Whether to draw the losses, tokens per step and accuracies into `training_curves.png` in the output folder,
+            at each save and at the end. Needs matplotlib, and is left out without it.
+
     Raises:
         ValueError: An unknown recipe, negative weights, or anchors below 1.
     """
@@ -72,6 +78,10 @@ class MTPConfig(SFTConfig):
     muon: bool = field(default=False, metadata={"help": "Whether LoRA's matrices are trained by Muon."})
     max_minutes: float | None = field(
         default=None, metadata={"help": "Ends training after this time; the learning rate follows the clock."}
+    )
+
+    training_curves: bool = field(
+        default=True, metadata={"help": "Whether to draw training_curves.png in the output folder."}
     )
 
     def __post_init__(self):

@@ -23,7 +23,8 @@ ORDER = """
 peft_type card config statistics slots layout masks losses recipe sampler gate stacked fingerprint support drafting
 lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step sequence tiny reading
 prefill request peers decoding call generation objective tuner hub registration check measuring training_config
-interrupt deadline optimizer trainer __init__
+interrupt deadline optimizer prompts randomness shard responses regenerate decoding_callback progress plotting curves
+watching trainer __init__
 """.split()
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
@@ -96,6 +97,7 @@ CLASSES = [value for value in PUBLIC.values() if inspect.isclass(value)]
 
 def test_public_names():
     assert set(PUBLIC) == {
+        "DecodingCallback",
         "GatedLoraConfig",
         "GatedLoraModel",
         "MTPConfig",
@@ -104,6 +106,7 @@ def test_public_names():
         "MTPTrainer",
         "SupportReport",
         "check_support",
+        "regenerate_responses",
     }
     with pytest.raises(AttributeError, match="'hf_mtp' has no attribute 'MTPTrainr'"):
         hf_mtp.MTPTrainr  # noqa: B018
