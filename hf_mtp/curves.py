@@ -19,6 +19,7 @@ LOSSES = {
     "loss_lcm": "latent",
     "loss_auxiliary": "auxiliary",
 }
+LINESTYLES = {"loss_sampler": (0, (4, 1.5))}  # it is close to the base's, and must not hide that
 DECODED = "eval_decoding/tokens_per_step"  # of DecodingCallback
 LABELLED = 8  # mask positions with their number beside them at most
 
@@ -63,11 +64,13 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
     from .plotting import save_png
 
     figure = Figure(figsize=(8, 9), dpi=125, layout="constrained")  # 1000 pixels wide
+    figure.get_layout_engine().set(h_pad=0.15)  # inches
     losses, steps, accuracies = figure.subplots(3, 1, sharex=True)
     _draw_losses(losses, log_history)
     _draw_tokens_per_step(steps, log_history)
     _draw_accuracies(accuracies, log_history)
-    accuracies.set_xlabel("training step")
+    evaluated = bool(points_of("eval_loss", log_history))
+    accuracies.set_xlabel("training step" + " (circles: evaluation)" * evaluated)
     accuracies.xaxis.get_major_locator().set_params(integer=True)
     save_png(figure, path)
 
@@ -83,11 +86,16 @@ def points_of(name: str, log_history: list[dict]) -> Points:
 
 
 def _draw_losses(axes: "Axes", log_history: list[dict]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     from .plotting import COLOURS, style
 
     lines = {label: name for name, label in LOSSES.items() if points_of(name, log_history)}
     colours = [COLOURS[[*LOSSES.values()].index(label)] for label in lines]
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     style(
         axes, "Losses", "each before its weight; base and sampler: nats per draft, latent and auxiliary: squared error"
     )
@@ -99,11 +107,14 @@ def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
     from .plotting import COLOURS, GREY, style
 
     decoded = points_of(DECODED, log_history)
-    style(axes, "Tokens per step", "foreseen on the text" + "; diamonds: measured in decoding" * bool(decoded))
+    style(
+        axes, "Tokens per step", "computed on the text" + "; diamonds: measured while decoding prompts" * bool(decoded)
+    )
     axes.set_ylabel("tokens per forward pass")
     axes.plot(decoded.keys(), decoded.values(), "D", color=COLOURS[1], markersize=6)
     axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate("plain decoding", (0, 1), xycoords=("axes fraction", "data"), xytext=(2, 4), **_POINTS, color=GREY)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate("plain decoding", (1, 1), xytext=(-2, 4), ha="right", color=GREY, **place)
     last = [*points_of("tokens_per_step", log_history).values()][-1]
     _draw_lines(axes, {f"{last:.2f}": "tokens_per_step"}, [COLOURS[0]], log_history)
 
@@ -119,9 +130,9 @@ def _draw_accuracies(axes: "Axes", log_history: list[dict]) -> None:
         axes, "Accuracy of each mask", "share of masks whose likeliest token is the base's own, by place in the block"
     )
     axes.set_ylabel("accuracy")
-    axes.set_ylim(0, 1)
     every = -(-k // LABELLED)
     lines = {f"mask {position}": f"accuracy_{position}" for position in range(1, k + 1)}
+    axes.set_ylim(0, 1)
     _draw_lines(axes, lines, shades, log_history, every)
 
 
@@ -135,7 +146,7 @@ def _draw_lines(
     for label, name in lines.items():
         colour = colours[len(ends)]
         line, evaluations = points_of(name, log_history), points_of(f"eval_{name}", log_history)
-        axes.plot(line.keys(), line.values(), color=colour, linewidth=1.8)
+        axes.plot(line.keys(), line.values(), color=colour, linewidth=1.8, linestyle=LINESTYLES.get(name, "-"))
         axes.plot(evaluations.keys(), evaluations.values(), "o", color=colour, markersize=5, markerfacecolor="white")
         ends[label] = [*line.items()][-1]
     axes.margins(x=0.02)
@@ -146,6 +157,3 @@ def _draw_lines(
 
 def _is_accuracy(name: str) -> bool:
     return name.startswith("accuracy_")
-
-
-_POINTS = {"textcoords": "offset points"}

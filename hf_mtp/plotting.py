@@ -27,7 +27,7 @@ def style(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: list[str], gap: float = GAP) -> None:
-    """Writes each line's name to the right of its last point, moved up where two would overlap.
+    """Writes each line's name to the right of its last point, moved where two would overlap.
 
     Args:
         axes (`matplotlib.axes.Axes`): The panel, when its limits are final.
@@ -52,16 +52,21 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: list[s
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """Heights of labels, each where it belongs or as far up as the one below it needs.
+    """Heights of labels, each where it belongs or as far from there as its neighbours need.
 
     Args:
-        heights (`list[float]`): Where they belong, from 0.
+        heights (`list[float]`): Where they belong, 0 at the bottom of the panel and 1 at its top.
         gap (`float`): Between two at least.
     """
+    upwards = sorted(range(len(heights)), key=heights.__getitem__)
     moved, lowest = {}, 0.0
-    for index in sorted(range(len(heights)), key=heights.__getitem__):
+    for index in upwards:
         moved[index] = max(heights[index], lowest)
         lowest = moved[index] + gap
+    highest = 1.0
+    for index in reversed(upwards):
+        moved[index] = min(moved[index], highest)
+        highest = moved[index] - gap
     return [moved[index] for index in range(len(heights))]
 
 

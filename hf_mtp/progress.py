@@ -20,6 +20,9 @@ class MTPProgressCallback(ProgressCallback):
     evaluations and the summary are printed. Output that goes to a file has all lines.
     """
 
+    def __init__(self, max_str_len: int = 1000):  # samples of DecodingCallback are meant to be read
+        super().__init__(max_str_len)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         bar = self.training_bar
         if bar is None:

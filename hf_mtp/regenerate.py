@@ -10,13 +10,12 @@ command is given again.
 import argparse
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import Dataset, load_dataset, load_from_disk
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from .responses import regenerate_responses
+from .responses import launched_processes, regenerate_responses
 
 SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -78,7 +77,7 @@ def load_model(name: str, dtype: str) -> PreTrainedModel | PeftModel:
         dtype (`str`): Of the weights.
     """
     kind = AutoModelForCausalLM if find_adapter_config_file(name) is None else AutoPeftModelForCausalLM
-    return kind.from_pretrained(name, dtype=dtype).to(PartialState().device)
+    return kind.from_pretrained(name, dtype=dtype).to(launched_processes().device)
 
 
 def load_tokenizer(name: str, model: PreTrainedModel | PeftModel) -> AutoTokenizer:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +107,7 @@ def regenerate_responses(
     >>> trainer = MTPTrainer(model=model, args=MTPConfig(output_dir="out"), train_dataset=dataset)
     ```
     """
-    processes = PartialState()
+    processes = launched_processes()
     _refuse_dataset(dataset, tokenizer, prompt_tokens, processes.num_processes)
     _refuse_arguments(model, batch_size, max_new_tokens, mtp, generate_kwargs)
     rows = dataset.shard(processes.num_processes, processes.process_index, contiguous=True)
@@ -140,6 +141,12 @@ def regenerate_responses(
                 progress.add(len(batch), sum(answer.tokens for answer in answers))
         shard.finish(asked.order)
     return Dataset.from_json(str(shard.path))
+
+
+def launched_processes() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started, and its device."""
+    accelerator = torch.accelerator if hasattr(torch, "accelerator") else torch.cuda
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available())
 
 
 class _Answer(NamedTuple):
