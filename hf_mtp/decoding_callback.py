@@ -89,8 +89,7 @@ class DecodingCallback(TrainerCallback):
                 found = [self._decode(model, tokenizer)]
         (found,) = broadcast_object_list(found)  # all processes must choose the same best checkpoint
         metrics.update({name: value for name, value in found.items() if isinstance(value, float)})
-        with evaluation_mode(model):  # TRL tells by the mode whose averages to log
-            self.trainer.log(found)
+        self.trainer.log(found)
 
     def _decode(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
         device = input_device(model)
