@@ -93,7 +93,7 @@ def _draw_losses(axes: "Axes", log_history: list[dict]) -> None:
     lines = {label: name for name, label in LOSSES.items() if points_of(name, log_history)}
     colours = [COLOURS[[*LOSSES.values()].index(label)] for label in lines]
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=_ticks([*lines.values()], log_history)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     style(
@@ -101,6 +101,13 @@ def _draw_losses(axes: "Axes", log_history: list[dict]) -> None:
     )
     axes.set_ylabel("loss, log scale")
     _draw_lines(axes, lines, colours, log_history)
+
+
+def _ticks(names: list[str], log_history: list[dict]) -> tuple[float, ...]:
+    """Where a logarithmic axis has ticks in each power of ten: few where it spans many, enough where only a part."""
+    values = [value for name in names for value in points_of(name, log_history).values() if value > 0]
+    span = max(values, default=1) / min(values, default=1)
+    return (1,) if span > 1000 else (1, 2, 5) if span > 8 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
 def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:

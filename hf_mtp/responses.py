@@ -156,7 +156,6 @@ class _Answer(NamedTuple):
     tokens: int
 
 
-@torch.inference_mode()
 def _answer(
     rows: list[dict],
     model: PreTrainedModel | PeftModel,
