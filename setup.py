@@ -7,7 +7,8 @@ from setuptools import setup
 # The one place that holds the version: hf_mtp.__version__ reads it back through importlib.metadata.
 VERSION = "0.1.0"
 
-QUICKSTART = ["matplotlib>=3.9", "rich>=13.9"]
+PLOTS = ["matplotlib>=3.9"]  # training_curves.png; left out without
+QUICKSTART = [*PLOTS, "rich>=13.9"]
 TEST = [*QUICKSTART, "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6"]  # the quickstart is tested too
 QUANTIZATION = ["bitsandbytes>=0.50", "optimum-quanto>=0.2.7", "torchao>=0.18"]  # their tests are skipped without
 
@@ -46,5 +47,6 @@ setup(
         "huggingface_hub>=1.31",
         "safetensors>=0.8",
     ],
-    extras_require={"test": TEST, "quickstart": QUICKSTART, "quantization": QUANTIZATION},
+    entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.regenerate:main"]},
+    extras_require={"test": TEST, "quickstart": QUICKSTART, "quantization": QUANTIZATION, "plots": PLOTS},
 )

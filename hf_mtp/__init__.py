@@ -1,6 +1,7 @@
 """hf_mtp: any causal language model of the Hub generates several tokens per forward pass, with unchanged output.
 
-Importing the package registers its adapter type with PEFT. The trainer, which needs `trl`, loads when first used.
+Importing the package registers its adapter type with PEFT. What needs `trl`, such as the trainer, loads
+when first used.
 """
 
 import importlib
@@ -17,13 +18,16 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = {
+    "DecodingCallback": ".decoding_callback",
     "MTPConfig": ".training_config",
     "MTPTrainer": ".trainer",
     "SupportReport": ".check",
     "check_support": ".check",
+    "regenerate_responses": ".responses",
 }
 
 __all__ = [
+    "DecodingCallback",
     "GatedLoraConfig",
     "GatedLoraModel",
     "MTPConfig",
@@ -32,6 +36,7 @@ __all__ = [
     "MTPTrainer",
     "SupportReport",
     "check_support",
+    "regenerate_responses",
 ]
 
 

@@ -79,15 +79,14 @@ def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
         hook.remove()
 
 
-@torch.inference_mode()
-def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **mtp) -> Decoded:
+def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
     """Answers one prompt greedily.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
         prompt_1T (`torch.LongTensor` of shape `(1, T)`): The prompt.
         max_new_tokens (`int`): Length of the answer at most.
-        mtp: `mtp=True`, `mtp_k` and `mtp_strategy`, for `generate`. Nothing for plain decoding.
+        options: For `generate`: `mtp=True`, `mtp_k` and `mtp_strategy`, none of them for plain decoding; and others.
     """
     with counted_forward_passes(model) as forward_passes:
         start = time.perf_counter()
@@ -96,11 +95,11 @@ def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, *
             attention_mask=torch.ones_like(prompt_1T),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            **mtp,
+            **options,
         )
         ids = output[0, prompt_1T.shape[1] :].tolist()  # waits for a GPU to finish
         seconds = time.perf_counter() - start
-    steps = model.base_model.mtp_statistics.steps if mtp.get("mtp") else [1] * len(ids)
+    steps = model.base_model.mtp_statistics.steps if options.get("mtp") else [1] * len(ids)
     return Decoded(ids, forward_passes(), seconds, steps)
 
 
@@ -110,7 +109,7 @@ def decode_both_ways(
     max_new_tokens: int,
     *,
     on_prompt: Callable[[], None] = lambda: None,
-    **mtp,
+    **options,
 ) -> list[Record]:
     """Answers every prompt twice, right after each other, taking turns in which way comes first.
 
@@ -119,12 +118,12 @@ def decode_both_ways(
         prompts (`list[torch.LongTensor]`): Each of shape `(1, T)`.
         max_new_tokens (`int`): Length of an answer at most.
         on_prompt (`Callable`, *optional*): Called after each prompt.
-        mtp: `mtp_k` and `mtp_strategy`, for `generate`.
+        options: For `generate`: `mtp_k` and `mtp_strategy`, which plain decoding has no use for; and others.
     """
-    warm_up(model, prompts[0], **mtp)
+    warm_up(model, prompts[0], **options)
+    ways = [_plain(options), {"mtp": True, **options}]
     records = []
     for index, prompt_1T in enumerate(prompts):
-        ways = [{}, {"mtp": True, **mtp}]
         order = (0, 1) if index % 2 == 0 else (1, 0)
         done = {way: decode(model, prompt_1T, max_new_tokens, **ways[way]) for way in order}
         records.append(compare(done[0], done[1]))
@@ -132,10 +131,15 @@ def decode_both_ways(
     return records
 
 
-def warm_up(model: PeftModel, prompt_1T: torch.LongTensor, **mtp) -> None:
+def warm_up(model: PeftModel, prompt_1T: torch.LongTensor, **options) -> None:
     """A few tokens both ways, so that no first prompt pays for what is set up once."""
-    decode(model, prompt_1T, 4)
-    decode(model, prompt_1T, 12, mtp=True, **mtp)
+    decode(model, prompt_1T, 4, **_plain(options))
+    decode(model, prompt_1T, 12, mtp=True, **options)
+
+
+def _plain(options: dict) -> dict:
+    """What of these arguments of `generate` plain decoding takes too."""
+    return {name: value for name, value in options.items() if not name.startswith("mtp_")}
 
 
 def compare(plain: Decoded, fast: Decoded) -> Record:

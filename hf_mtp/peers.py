@@ -8,6 +8,16 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 
+def weights_are_sharded(model: torch.nn.Module) -> bool:
+    """Whether each process holds a part of the weights only, so that all must take part in every forward pass.
+
+    Args:
+        model ([`torch.nn.Module`]): The model.
+    """
+    parts = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())  # of a DTensor
+    return parts or is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+
+
 def peers_unfinished(model: torch.nn.Module, synced_gpus: bool | None) -> Callable[[bool], bool]:
     """A function that tells whether to go on, told whether this process is done.
 

@@ -32,6 +32,7 @@ from .simulation import Walk
 from .support import refuse_attention_without_masks
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
+from .watching import watch
 from .workers import died, explain_death
 
 logger = logging.get_logger(__name__)
@@ -122,6 +123,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         self.add_callback(self.interrupt)
         if self.deadline is not None:
             self.add_callback(self.deadline)
+        watch(self, curves=args.training_curves)
 
     def _refuse_nothing_to_learn(self) -> None:
         """Raises unless some sequence has two tokens in a row inside the loss, the second of which a mask predicts."""

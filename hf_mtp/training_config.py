@@ -74,6 +74,12 @@ class MTPConfig(SFTConfig):
             before the step is taken; `"skip"` leaves the step out, all its accumulated batches in all processes,
             warns, and counts it in the logs as `skipped_steps`. DeepSpeed takes steps by itself and skips none.
 
+        > Parameters that control what is written
+
+        training_curves (`bool`, *optional*, defaults to `True`):
+            Whether to draw the losses, tokens per step and accuracies into `training_curves.png` in the output folder,
+            at each save and at the end. Needs matplotlib, and is left out without it.
+
     Raises:
         ValueError: An unknown recipe, negative weights, anchors below 1, or an unknown `nonfinite`.
     """
@@ -117,6 +123,10 @@ class MTPConfig(SFTConfig):
             "help": "What to do if a loss or a gradient is not finite: 'raise' or 'skip'.",
             "choices": [*NONFINITE],
         },
+    )
+
+    training_curves: bool = field(
+        default=True, metadata={"help": "Whether to draw training_curves.png in the output folder."}
     )
 
     def __post_init__(self):

@@ -23,8 +23,8 @@ ORDER = """
 peft_type card config statistics slots layout masks losses simulation recipe sampler gate stacked fingerprint support
 drafting lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step sequence tiny
 reading prefill request peers decoding call generation training_pass partial_backward objective tuner hub registration
-check measuring nonfinite training_config agreement checkpoint interrupt deadline optimizer workers rows trainer
-__init__
+check measuring nonfinite training_config agreement checkpoint interrupt deadline optimizer workers rows prompts
+randomness shard responses regenerate decoding_callback progress plotting curves watching trainer __init__
 """.split()
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
@@ -97,6 +97,7 @@ CLASSES = [value for value in PUBLIC.values() if inspect.isclass(value)]
 
 def test_public_names():
     assert set(PUBLIC) == {
+        "DecodingCallback",
         "GatedLoraConfig",
         "GatedLoraModel",
         "MTPConfig",
@@ -105,6 +106,7 @@ def test_public_names():
         "MTPTrainer",
         "SupportReport",
         "check_support",
+        "regenerate_responses",
     }
     with pytest.raises(AttributeError, match="'hf_mtp' has no attribute 'MTPTrainr'"):
         hf_mtp.MTPTrainr  # noqa: B018

@@ -71,6 +71,7 @@ def test_it_saves_an_adapter_with_a_card_and_no_checkpoints(finished):
         "adapter_model.safetensors",
         "results.json",
         "tokens_per_step.png",
+        "training_curves.png",
     }
     assert "| python |" in (finished[1] / "README.md").read_text(encoding="utf-8")
 

@@ -39,6 +39,7 @@ def trainer(folder, train_dataset=None, model=None, **options) -> MTPTrainer:
             "gradient_checkpointing": False,
             "disable_tqdm": True,
             "save_strategy": "no",
+            "training_curves": False,
             **options,
         },
     )

@@ -1,0 +1,103 @@
+"""What a row of a dataset asks, and the same row with another response: in every form with a prompt that TRL takes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+from trl import maybe_convert_to_chatml
+
+FORMS = ("prompt", "messages", "conversations", "text")  # in the order in which TRL looks for them
+
+Prompt = str | list[dict]  # a text, or the turns of a conversation
+
+
+class Question(NamedTuple):
+    """A prompt, and what makes a row out of a response to it.
+
+    Args:
+        prompt (`str` or `list[dict]`): Text, or the turns of a conversation.
+        with_response (`Callable`): From a response to the row that has it.
+    """
+
+    prompt: Prompt
+    with_response: Callable[[str], dict]
+
+
+def form_of(columns: list[str]) -> str:
+    """Which of [`FORMS`] a dataset has.
+
+    Raises:
+        ValueError: There is no column to take a prompt from.
+    """
+    for form in FORMS:
+        if form in columns:
+            return form
+    raise ValueError(
+        f"A row needs a column that holds a prompt, one of {', '.join(map(repr, FORMS))}, but the dataset has "
+        f"{', '.join(map(repr, columns)) or 'no columns'}. Rename one: `dataset.rename_column(..., 'prompt')`."
+    )
+
+
+def question_of(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None = None) -> Question:
+    """Cuts the response off a row.
+
+    Args:
+        row (`dict`): A row in one of [`FORMS`]. A conversation asks with all turns before a last one of the assistant.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        prompt_tokens (`int`, *optional*): How many tokens of a plain text are the prompt.
+    """
+    form = form_of([*row])
+    row = maybe_convert_to_chatml(dict(row))
+    if form == "prompt":
+        if isinstance(row["prompt"], str):
+            return Question(row["prompt"], lambda response: {**row, "completion": response})
+        return Question(row["prompt"], lambda response: {**row, "completion": [_turn(response)]})
+    if form == "text":
+        start = _first_tokens(row["text"], tokenizer, prompt_tokens)
+        return Question(start, lambda response: {**row, "text": start + response})
+    turns = row["messages"]
+    asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+    return Question(asked, lambda response: {**row, "messages": [*asked, _turn(response)]})
+
+
+def _turn(response: str) -> dict:
+    return {"role": "assistant", "content": response}
+
+
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+    """The start of a text, without the bytes of a character that the cut goes through."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= count else _decode(ids[:count], tokenizer).rstrip("\ufffd")
+
+
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, row: dict | None = None) -> list[int]:
+    """Token ids as TRL makes them, ready to be answered: none for a prompt that is empty.
+
+    Args:
+        prompt (`str` or `list[dict]`): Text, or the turns of a conversation.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        row (`dict`, *optional*): The row it is from, for its `tools` and `chat_template_kwargs`.
+    """
+    if not prompt:
+        return []
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    row = row or {}
+    encoded = tokenizer.apply_chat_template(
+        prompt,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tools=row.get("tools") or None,
+        **(row.get("chat_template_kwargs") or {}),
+    )
+    return encoded["input_ids"]
+
+
+def decode_response(prompt_ids: list[int], response_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that stands behind the prompt. Decoded alone, a response may lose the space that it starts with."""
+    return _decode(prompt_ids + response_ids, tokenizer)[len(_decode(prompt_ids, tokenizer)) :]
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

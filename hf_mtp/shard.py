@@ -1,0 +1,153 @@
+"""One process's part of a dataset on disk: a JSON Lines file that grows in batches and appears when it is whole."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+
+class Shard:
+    """
+    Rows that are computed in an order of their own and kept in the dataset's.
+
+    Batches go to a hidden file, so that nobody reads half a dataset. Once the last is there it becomes
+    `train-00000-of-00001.jsonl`, the name by which `load_dataset` knows a split's shards. Whatever interrupts this,
+    what was computed stays.
+
+    Args:
+        folder (`Path`): Where all shards are.
+        index, of (`int`): Which shard this is, of how many.
+    """
+
+    def __init__(self, folder: Path, index: int, of: int):
+        self.folder, self.of = folder, of
+        name = f"train-{index:05d}-of-{of:05d}"
+        self.path = folder / f"{name}.jsonl"
+        self._part = folder / f".{name}.part"
+        self._arguments = folder / f".{name}.arguments.json"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are there."""
+        return self.path.is_file()
+
+    def claim(self, arguments: dict) -> None:
+        """Makes sure that what is in the folder, and what will be, comes from the same arguments.
+
+        Args:
+            arguments (`dict`): All that rows depend on, as JSON has it.
+
+        Raises:
+            ValueError: The folder holds rows of other arguments, of another number of processes, or of unknown origin.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_strangers()
+        if not self._arguments.is_file():
+            _write_whole(self._arguments, [json.dumps(arguments, indent=1).encode()])
+            return
+        made_with = json.loads(self._arguments.read_text(encoding="utf-8"))
+        other = [name for name in arguments if made_with.get(name) != arguments[name]]
+        if other:
+            differences = ", ".join(f"{name} {made_with.get(name)!r}, not {arguments[name]!r}" for name in other)
+            raise ValueError(
+                f"{self.folder} holds rows made with other arguments: {differences}. Use those to go on with it, or "
+                "another output folder."
+            )
+
+    def _refuse_strangers(self) -> None:
+        count = f"-of-{self.of:05d}"
+        for path in self.folder.glob("*.jsonl"):
+            if count not in path.name:
+                raise ValueError(
+                    f"{self.folder} holds {path.name}, which {self.of} process(es) did not make. Use as many as "
+                    "before to go on with it, or another output folder."
+                )
+        for path in self.folder.glob(".train-*-of-*.arguments.json"):
+            if count not in path.name:
+                raise ValueError(
+                    f"{self.folder} was begun by {int(path.name.split('-of-')[1][:5])} process(es), but now there are "
+                    f"{self.of}. Use as many as before to go on with it, or another output folder."
+                )
+        if self.is_whole and not self._arguments.is_file():
+            raise ValueError(f"{self.path} is of unknown origin. Use another output folder.")
+
+    def resume(self, batch_size: int) -> int:
+        """Drops what an interrupted write left.
+
+        Args:
+            batch_size (`int`): Rows that [`append`] gets at a time; the last batch may be smaller.
+
+        Returns:
+            `int`: How many batches of this size are there.
+        """
+        if not self._part.is_file():
+            return 0
+        with self._part.open("r+b") as file:
+            ends = [0]
+            for line in file:
+                if line.endswith(b"\n"):
+                    ends.append(ends[-1] + len(line))
+            batches = (len(ends) - 1) // batch_size
+            file.truncate(ends[batches * batch_size])
+        return batches
+
+    def append(self, rows: list[dict]) -> None:
+        """Adds a batch, which has reached the disk when this returns."""
+        with self._part.open("ab") as file:
+            file.write(b"".join(to_json(row) + b"\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, order: list[int]) -> None:
+        """Makes the visible file, in the dataset's order.
+
+        Args:
+            order (`list[int]`): For each row that was appended, its place in the dataset.
+        """
+        with self._part.open("rb") as file:
+            starts = [0]
+            for line in file:
+                starts.append(starts[-1] + len(line))
+            in_dataset_order = sorted(range(len(order)), key=order.__getitem__)
+            _write_whole(self.path, (_line_at(file, starts[number]) for number in in_dataset_order))
+        self._part.unlink()
+
+
+def to_json(row: dict) -> bytes:
+    """A row as JSON, on one line.
+
+    Raises:
+        ValueError: A column holds what JSON cannot, such as an image.
+    """
+    try:
+        return json.dumps(row, ensure_ascii=False).encode()
+    except TypeError as error:
+        columns = [name for name, value in row.items() if not _is_json(value)]
+        raise ValueError(
+            f"Column {', '.join(map(repr, columns))} cannot be written as JSON: {error}. Leave it out, "
+            f"`dataset.remove_columns({columns})`."
+        ) from error
+
+
+def _is_json(value) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _line_at(file: BinaryIO, start: int) -> bytes:
+    file.seek(start)
+    return file.readline()
+
+
+def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """A file that is there whole or not at all."""
+    draft = path.with_name(f".{path.name.lstrip('.')}.tmp")
+    with draft.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
