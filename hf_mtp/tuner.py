@@ -27,7 +27,14 @@ from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
 from .stacked import UsersLayer, is_gated, refuse_name, restore, untouched, users_layers
-from .support import decoder_of, device_of, input_device, refuse_attention_without_masks, refuse_unsupported
+from .support import (
+    decoder_of,
+    device_of,
+    input_device,
+    mask_form,
+    refuse_attention_without_masks,
+    refuse_unsupported,
+)
 from .targets import exclude_layers_out_of_reach, linear_layers, shortened
 
 # Training attends from this many blocks at a time to the tokens before them and to each other: more blocks mean more
@@ -462,7 +469,9 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         decoder = decoder_of(self.model)
         outputs = decoder(
             input_ids=input_ids_BQ,
-            attention_mask=attention_masks(layout, self._attention_kinds(), dtype, queries=queries),
+            attention_mask=attention_masks(
+                layout, self._attention_kinds(), mask_form(self.model, dtype), queries=queries
+            ),
             position_ids=layout.position_BN[:, -queries:],
             use_cache=cache is not None,
             output_hidden_states=all_layers,
