@@ -4,12 +4,14 @@ Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, 
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Cache, DynamicCache
@@ -234,6 +236,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Refuses weights that are not a whole adapter; PEFT would leave what is missing at its random start."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
+        remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
         expected = {
             key: tensor.shape
             for key, tensor in model.state_dict().items()
