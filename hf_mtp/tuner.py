@@ -25,10 +25,11 @@ from .generation import MTPGenerationMixin
 from .layout import BlockLayout, segments, training_layout
 from .masks import attention_kinds, attention_masks
 from .objective import Objective, multi_token_objective
+from .parameters import gate_parameter
 from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
-from .stacked import UsersLayer, is_gated, refuse_name, restore, untouched, users_layers
+from .stacked import UsersLayer, is_gated, refuse_name, refuse_parameter, restore, untouched, users_layers
 from .support import (
     decoder_of,
     device_of,
@@ -112,11 +113,16 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if isinstance(target, BaseTunerLayer) and not is_gated(target):
+            refuse_parameter(target, kwargs.get("parameter_name"))
             target = UsersLayer(target)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
-        gate_lora_layer(getattr(parent, target_name), adapter_name, self.gate, name=current_key)
+        layer = getattr(parent, target_name)
+        if isinstance(layer, ParamWrapper):
+            gate_parameter(layer, self.gate)
+        elif "parameter_name" not in kwargs:  # else one that is gated has weights of another adapter now
+            gate_lora_layer(layer, adapter_name, self.gate, name=current_key)
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
         """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""

@@ -20,10 +20,10 @@ PACKAGE = Path(hf_mtp.__file__).parent
 
 # Both flows from top to bottom: a module imports from those before it only.
 ORDER = """
-peft_type card config statistics slots layout masks losses recipe sampler gate stacked fingerprint support drafting
-lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step sequence tiny reading
-prefill request peers decoding call generation objective tuner hub registration check measuring training_config
-interrupt deadline optimizer trainer __init__
+peft_type card config statistics slots layout masks losses recipe sampler gate parameters stacked fingerprint support
+drafting lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step sequence tiny
+reading prefill request peers decoding call generation objective tuner hub registration check measuring
+training_config interrupt deadline optimizer trainer __init__
 """.split()
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
