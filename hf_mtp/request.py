@@ -186,6 +186,8 @@ def refuse_arguments(kwargs: dict) -> None:
         raise ValueError("`custom_generate` and `mtp=True` are two ways to decode: pass one of them.")
     if kwargs.get("assistant_model") is not None:
         raise ValueError("`assistant_model` and `mtp=True` are two ways to make drafts: pass one of them.")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("`use_cache=False` with `mtp=True`: drafts are verified against a cache. Leave it out.")
     _refuse_quantized(kwargs.get("cache_implementation"))  # before the packages for it are asked for
 
 
@@ -213,8 +215,6 @@ def refuse_generation_config(config: GenerationConfig) -> None:
                 f"not return the same output. Drop `{name}`, or `mtp=True`."
             )
     _refuse_quantized(config.cache_implementation)
-    if not config.use_cache:
-        raise ValueError("`use_cache=False` with `mtp=True`: drafts are verified against a cache. Leave it out.")
 
 
 def refuse_short_cache(cache: Cache | None, columns: int) -> None:
