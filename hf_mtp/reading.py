@@ -127,7 +127,8 @@ def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
     )
 
 
-def _are_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+def are_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
     # Some layers compute in float32 whatever the model's dtype, in sums whose order depends on the length. What is
     # wrong is wrong by orders of magnitude.
     tolerance = max(50 * torch.finfo(truth.dtype).eps, 500 * torch.finfo(torch.float32).eps) * truth.abs().max()
@@ -158,7 +159,7 @@ def _branch_equals_sequence(model: PreTrainedModel) -> bool:
     mask = attention_masks(layout, attention_kinds(model.config.get_text_config(decoder=True)), mask_form(model))
     branched = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BN, use_cache=False).logits[0]
     return all(
-        _are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0])
+        are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0])
         for rows in (text, [*text[:-1], *branch])
     )
 
@@ -192,7 +193,7 @@ def _passes_equal_sequences(
         logits_BRV = step(regular, layout, cache, logits_rows=1 + drafts.count).logits_BRV
         for row in range(rows):
             true = truth_B[row][read[row] + before - PROMPT + 1 : read[row] + kept[row] - PROMPT + 1]
-            if not _are_close(logits_BRV[row, : len(true)], true):
+            if not are_close(logits_BRV[row, : len(true)], true):
                 return False
         cache.keep(kept)
         read = [tokens + new for tokens, new in zip(read, kept, strict=True)]

@@ -133,6 +133,8 @@ class MaskedStep:
         ):  # else the model's own causal mask is right
             cached = cache.seen_by(regular + layout.masks)
             inputs["attention_mask"] = attention_masks(layout, self.kinds, self.form, cached)
+        for name, value_B1 in cache.beside.items():
+            inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])
         inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
         past = list(cache.lengths)
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
