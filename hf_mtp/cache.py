@@ -25,6 +25,15 @@ def cache_name(names: Container[str]) -> str:
     return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
+def tokens_by_layer(cache: Cache) -> dict[int, int]:
+    """How many columns of keys and values each layer of a cache has seen, of those that hold some."""
+    return {
+        index: int(layer.get_seq_length())
+        for index, layer in enumerate(cache.layers)
+        if isinstance(layer, CacheLayerMixin) and layer.is_initialized
+    }
+
+
 class Rows:
     """Where the tokens of each row begin and end; one object for all layers of a cache.
 

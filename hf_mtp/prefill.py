@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from .cache import CACHE_NAMES, cache_name
+from .cache import CACHE_NAMES, cache_name, tokens_by_layer
 from .reading import are_close
 from .sequence import copied
 
@@ -79,17 +79,18 @@ def _beside_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, mode
         return model(**{**inputs, name: copied(held)}, return_dict=True)
 
     outputs = read(**inputs)
-    layers = [
-        index
-        for index, (before, after) in enumerate(zip(held.layers, outputs[name].layers, strict=True))
-        if before.is_initialized and hasattr(before, "keys") and before.get_seq_length() == after.get_seq_length()
-    ]
+    after = tokens_by_layer(outputs[name])
+    layers = [index for index, tokens in tokens_by_layer(held).items() if tokens == after[index]]
     more = {
         key: value
         for key, value in inputs.items()
-        if key not in OWN_ARGUMENTS | {"input_ids"} and isinstance(value, torch.Tensor)
+        if key not in OWN_ARGUMENTS | {"input_ids"} and isinstance(value, torch.Tensor | dict | list | tuple)
     }
-    passed = {key: value for key, value in more.items() if layers and value.shape[:2] == (len(input_ids), 1)}
+    passed = {
+        key: value
+        for key, value in more.items()
+        if layers and isinstance(value, torch.Tensor) and value.shape[:2] == (len(input_ids), 1)
+    }
     if more.keys() != passed.keys():
         fewer = {key: value for key, value in inputs.items() if key not in more or key in passed}
         if not are_close(read(**fewer).logits[:, -1], outputs.logits[:, -1]):

@@ -13,7 +13,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from .cache import cache_name
+from .cache import cache_name, tokens_by_layer
 from .prefill import OWN_ARGUMENTS, Beside, read_by_base
 from .rope import rope_switches
 
@@ -82,7 +82,7 @@ class Prompt:
             if columns > read + 1:
                 beside = read_by_base(model, input_ids, model_kwargs, read)
                 read, unread = columns - 1, input_ids[:, -1:]
-        if read and not beside.layers and any(_holds_other_than(read, layer) for layer in cache.layers):
+        if read and not beside.layers and set(tokens_by_layer(cache).values()) - {read}:
             raise NotImplementedError(
                 "The cache that was passed holds something else than tokens (an image, say), which `mtp=True` can go "
                 "on from only within one call. Leave the cache out, or decode with mtp=False."
@@ -128,11 +128,6 @@ def _tokens_read(cache: Cache) -> int:
             "or decode with mtp=False."
         )
     return 0
-
-
-def _holds_other_than(tokens: int, layer) -> bool:
-    """Whether a layer of a cache holds keys and values, but not of so many tokens."""
-    return layer.is_initialized and hasattr(layer, "keys") and int(layer.get_seq_length()) != tokens
 
 
 def _left_padding(mask: torch.Tensor | None, batch: int, columns: int, device: torch.device) -> torch.LongTensor:
