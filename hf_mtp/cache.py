@@ -37,6 +37,15 @@ def copied(held: Cache) -> Cache:
     return twin
 
 
+def tokens_by_layer(cache: Cache) -> dict[int, int]:
+    """How many columns of keys and values each layer of a cache has seen, of those that hold some."""
+    return {
+        index: int(layer.get_seq_length())
+        for index, layer in enumerate(cache.layers)
+        if isinstance(layer, CacheLayerMixin) and layer.is_initialized
+    }
+
+
 class Rows:
     """Where the tokens of each row begin and end; one object for all layers of a cache.
 
@@ -176,6 +185,7 @@ class RollbackCache(Cache):
 
     def __init__(self, start_B: torch.LongTensor, columns: int | None = None, offloading: bool = False):
         self.rows = Rows(start_B, columns)
+        self.beside: dict[str, torch.Tensor] = {}  # what the model is given with each token, `(B, 1, ...)`
         super().__init__(layer_class_to_replicate=partial(RollbackLayer, self.rows), offloading=offloading)
 
     @property
@@ -208,7 +218,10 @@ class RollbackCache(Cache):
         self.rows.set_lengths([self.rows.lengths[row] for row in rows])
         self.rows.start_B, self.rows.length_B = self.rows.start_B[index], self.rows.length_B[index]
         self.rows.ahead_B = self.rows.ahead_B[..., index]
+        self.beside = {name: value[index.to(value.device)] for name, value in self.beside.items()}
         for layer in self.layers:
+            if not layer.is_initialized:  # of an image, and there is none
+                continue
             layer.keys, layer.values = (
                 layer.keys[index.to(layer.keys.device)],
                 layer.values[index.to(layer.keys.device)],
@@ -237,6 +250,18 @@ class RollbackCache(Cache):
             )
         self.keep([length] * len(self.lengths))
 
+    def see(self, cache: Cache, layers: list[int], beside: dict[str, torch.Tensor]) -> None:
+        """Shows the model what is no text: it stays as it is, whatever is read or rolled back.
+
+        Args:
+            cache ([`~transformers.Cache`]): What `generate` was given.
+            layers (`list[int]`): Its layers that hold an image, say.
+            beside (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): What the model is given with each token.
+        """
+        for index in layers:
+            self.layers[index] = copy.copy(cache.layers[index])
+        self.beside = beside
+
     def hand_over(self, cache: Cache) -> None:
         """Appends to another cache the tokens that it lacks. Rows shorter than the longest end in zeros."""
         known, length = cache.get_seq_length(), self.rows.longest
@@ -245,5 +270,7 @@ class RollbackCache(Cache):
         ends_B = self.rows.length_B[:, None, None, None]
         in_row = torch.arange(known, length, device=ends_B.device)[None, None, :, None] < ends_B
         for index, layer in enumerate(self.layers):
+            if not isinstance(layer, RollbackLayer) or not layer.is_initialized:
+                continue
             inside = in_row.to(layer.keys.device)
             cache.update(layer.keys[:, :, known:length] * inside, layer.values[:, :, known:length] * inside, index)

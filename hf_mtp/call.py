@@ -140,6 +140,8 @@ class GenerateCall:
         cache.rows.set_ahead(prompt.ahead_B)
         if prompt.read:
             cache.take_over(prompt.cache)
+        if prompt.beside.layers:  # refused for all other kinds of caches
+            cache.see(prompt.cache, prompt.beside.layers, prompt.beside.inputs)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:

@@ -57,6 +57,9 @@ class SupportReport:
 def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
     """Tries every way to decode on a tiny random model of the same kind, against plain decoding, in float64.
 
+    These are all strategies, a batch of prompts, a static cache and, beside the model's default, eager attention. Flex
+    attention, whose kernels take long to compile, and flash attention, which needs a GPU, are left out.
+
     No weights are downloaded: of a Hub id, the config alone. Adapter weights are random, and drafts are right, wrong
     and missing in turns, so that acceptance and roll-back are tried too.
 

@@ -20,7 +20,6 @@ _CHANGE_THE_BASE = {
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
     "kasa_config": None,
-    "target_parameters": None,
 }
 # Initialisations that keep the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ ...) rewrite them.
 _KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")

@@ -90,6 +90,7 @@ class MTPGenerationMixin:
         stop_strings_to_criteria(kwargs)
         streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
         call = GenerateCall(self, reading, strategy, k, generator, streamer, synced_gpus)
+        kwargs["use_cache"] = True  # some models' own default is not to
         return self.model.generate(*args, custom_generate=call, **kwargs)
 
     def _checked_k(self, mtp_k: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Who attends to whom, as the additive masks that attention layers take.
+"""Who attends to whom, in the forms that attention layers take.
 
 Pure functions of a layout. Knows nothing of models; of a model's config it reads only which kinds of attention its
 layers have (`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
@@ -7,11 +7,16 @@ Shapes: B batch, Q query columns, N = T + M columns of this pass, S key columns:
 regular and of the same document, and those of this pass.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .layout import NO_DOCUMENT, BlockLayout
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -129,30 +134,41 @@ def additive(allowed_BQS: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~allowed_BQS, torch.finfo(dtype).min)[:, None]
 
 
+def in_blocks(allowed_BQS: torch.BoolTensor) -> "BlockMask":
+    """The same for flex attention, which skips blocks of columns where nothing is allowed."""
+    from torch.nn.attention.flex_attention import create_block_mask  # the oldest torch has none
+
+    def allows(row, head, query, key):
+        return allowed_BQS[row, query, key]
+
+    rows, queries, keys = allowed_BQS.shape
+    return create_block_mask(allows, rows, None, queries, keys, device=allowed_BQS.device)
+
+
 def attention_masks(
     layout: BlockLayout,
     kinds: list[AttentionKind],
-    dtype: torch.dtype,
+    form: Callable[[torch.BoolTensor], "torch.Tensor | BlockMask"],
     cached: CachedColumns | None = None,
     queries: int | None = None,
-) -> torch.Tensor | dict[str, torch.Tensor]:
+) -> "torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]":
     """What to pass to a model as `attention_mask`.
 
     Args:
         layout ([`BlockLayout`]): The blocks.
         kinds (`list[AttentionKind]`): See [`attention_kinds`].
-        dtype (`torch.dtype`): The model's.
+        form (`Callable`): What attention layers take the rule as, [`additive`] or [`in_blocks`].
         cached ([`CachedColumns`], *optional*): The tokens before.
         queries (`int`, *optional*): Q, the last columns that attend; all N if `None`.
 
     Returns:
-        One additive mask of shape `(B, 1, Q, S)` while no window or chunk can be exceeded or all layers are of one
+        One mask of shape `(B, 1, Q, S)` while no window or chunk can be exceeded or all layers are of one
         kind, and a mask per kind otherwise, under the name that transformers gives the kind.
     """
     # An upper bound of all positions: a mask is at most as many behind its anchor as there are masks.
     longest = cached.columns if cached is not None else layout.position_BT.shape[1] + layout.masks
     limited = [kind for kind in kinds if kind.reaches_back() is not None and kind.reaches_back() < longest]
     if not limited:
-        return additive(allowed_attention(layout, cached, queries=queries), dtype)
-    masks = {kind.name: additive(allowed_attention(layout, cached, kind, queries), dtype) for kind in kinds}
+        return form(allowed_attention(layout, cached, queries=queries))
+    masks = {kind.name: form(allowed_attention(layout, cached, kind, queries)) for kind in kinds}
     return masks if len(masks) > 1 else masks[kinds[0].name]

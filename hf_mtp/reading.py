@@ -19,11 +19,11 @@ from .config import GatedLoraConfig
 from .drafting import found_drafts, no_drafts
 from .gate import GateError
 from .layout import BlockLayout, decoding_layout
-from .masks import attention_kinds, attention_masks
+from .masks import attention_kinds, attention_masks, in_blocks
 from .pacing import Whole
 from .sequence import SequenceCache, SequenceStep, WholeTextCache, WholeTextStep
 from .step import MaskedStep
-from .support import evaluation_mode, input_device, is_recurrent, takes_4d_masks
+from .support import evaluation_mode, input_device, is_recurrent, mask_form
 from .tiny import WINDOW, tiny_model
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _of_stand_in(model: PreTrainedModel, best: Reading) -> Reading:
         try:
             with torch.random.fork_rng(devices=[]):
                 stand_in = tiny_model(model.config, model_class=type(model))
-                if takes_4d_masks(model):
+                if mask_form(model) not in (None, in_blocks):  # flash and flex take no float64 on a CPU
                     stand_in.set_attn_implementation(model.config._attn_implementation)
                 tuner = get_peft_model(stand_in, GatedLoraConfig(k=2, r=2)).base_model
         except Exception as error:  # a config may lead to any error of its model's code
@@ -100,7 +100,7 @@ def _holds(tuner: "GatedLoraModel", reading: Reading) -> bool:
         try:
             if reading is Reading.BRANCHES:
                 return (
-                    takes_4d_masks(tuner.model)
+                    mask_form(tuner.model) is not None
                     and not is_recurrent(tuner.model)
                     and _branch_equals_sequence(tuner.model)
                     and _passes_equal_sequences(tuner, MaskedStep, RollbackCache, linear=False, rows=2)
@@ -127,7 +127,8 @@ def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
     )
 
 
-def _are_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+def are_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
     # Some layers compute in float32 whatever the model's dtype, in sums whose order depends on the length. What is
     # wrong is wrong by orders of magnitude.
     tolerance = max(50 * torch.finfo(truth.dtype).eps, 500 * torch.finfo(torch.float32).eps) * truth.abs().max()
@@ -155,10 +156,10 @@ def _branch_equals_sequence(model: PreTrainedModel) -> bool:
     ids, text, branch = _example(model, 1, PROMPT + 2), list(range(PROMPT)), [PROMPT, PROMPT + 1]
     column = torch.arange(PROMPT, device=ids.device)[None]
     layout = BlockLayout.of_blocks(column[:, -2:-1], column, torch.zeros_like(column), k=2)
-    mask = attention_masks(layout, attention_kinds(model.config.get_text_config(decoder=True)), model.dtype)
+    mask = attention_masks(layout, attention_kinds(model.config.get_text_config(decoder=True)), mask_form(model))
     branched = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BN, use_cache=False).logits[0]
     return all(
-        _are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0])
+        are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0])
         for rows in (text, [*text[:-1], *branch])
     )
 
@@ -192,7 +193,7 @@ def _passes_equal_sequences(
         logits_BRV = step(regular, layout, cache, logits_rows=1 + drafts.count).logits_BRV
         for row in range(rows):
             true = truth_B[row][read[row] + before - PROMPT + 1 : read[row] + kept[row] - PROMPT + 1]
-            if not _are_close(logits_BRV[row, : len(true)], true):
+            if not are_close(logits_BRV[row, : len(true)], true):
                 return False
         cache.keep(kept)
         read = [tokens + new for tokens, new in zip(read, kept, strict=True)]

@@ -13,22 +13,9 @@ from transformers import (
     StopStringCriteria,
 )
 
-from .cache import CACHE_NAMES, cache_name
-from .prefill import read_by_base
+from .cache import cache_name, tokens_by_layer
+from .prefill import OWN_ARGUMENTS, Beside, read_by_base
 from .rope import rope_switches
-
-# Arguments of a model's forward pass that the decode loop makes itself.
-_OWN_ARGUMENTS = {
-    "attention_mask",
-    "position_ids",
-    *CACHE_NAMES,
-    "inputs_embeds",
-    "use_cache",
-    "logits_to_keep",
-    "cache_position",
-    "output_hidden_states",
-    "output_attentions",
-}
 
 
 @dataclass(frozen=True)
@@ -43,6 +30,7 @@ class Prompt:
         rows (`list[int]`): Which rows of the batch these are.
         ahead_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models of R position ids per token): How far
             positions are ahead of a count from 0 at the first token.
+        beside ([`Beside`]): What the model sees beside the text.
     """
 
     unread_BT: torch.Tensor
@@ -51,6 +39,7 @@ class Prompt:
     read: int
     rows: list[int]
     ahead_B: torch.LongTensor
+    beside: Beside = Beside()
 
     @property
     def columns(self) -> int:
@@ -84,16 +73,21 @@ class Prompt:
             )
         start_B = _left_padding(model_kwargs.get("attention_mask"), input_ids.shape[0], columns, unread.device)
         positions = model_kwargs.get("position_ids")
-        ahead_B = _ahead(positions, start_B, columns)
+        ahead_B, beside = _ahead(positions, start_B, columns), Beside()
         if _is_more_than_text(model_kwargs) or not _count_up(positions, start_B, columns):
             if embeds is not None:
                 raise NotImplementedError(
                     "`inputs_embeds` with `mtp=True` go alone: leave out `position_ids` and all other inputs."
                 )
             if columns > read + 1:
-                read_by_base(model, input_ids, model_kwargs, read)
+                beside = read_by_base(model, input_ids, model_kwargs, read)
                 read, unread = columns - 1, input_ids[:, -1:]
-        return cls(unread, start_B, cache, read, list(range(len(start_B))), ahead_B)
+        if read and not beside.layers and set(tokens_by_layer(cache).values()) - {read}:
+            raise NotImplementedError(
+                "The cache that was passed holds something else than tokens (an image, say), which `mtp=True` can go "
+                "on from only within one call. Leave the cache out, or decode with mtp=False."
+            )
+        return cls(unread, start_B, cache, read, list(range(len(start_B))), ahead_B, beside)
 
     def parts(self, together: bool) -> list["Prompt"]:
         """What is decoded one after the other: the whole batch, or each row without its padding.
@@ -119,7 +113,7 @@ class Prompt:
 def _is_more_than_text(model_kwargs: dict) -> bool:
     """Whether the model is to read something beside the tokens: whatever came as data, not as a setting."""
     return any(
-        name not in _OWN_ARGUMENTS and isinstance(value, torch.Tensor | dict | list | tuple)
+        name not in OWN_ARGUMENTS and isinstance(value, torch.Tensor | dict | list | tuple)
         for name, value in model_kwargs.items()
     )
 
@@ -186,6 +180,8 @@ def refuse_arguments(kwargs: dict) -> None:
         raise ValueError("`custom_generate` and `mtp=True` are two ways to decode: pass one of them.")
     if kwargs.get("assistant_model") is not None:
         raise ValueError("`assistant_model` and `mtp=True` are two ways to make drafts: pass one of them.")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("`use_cache=False` with `mtp=True`: drafts are verified against a cache. Leave it out.")
     _refuse_quantized(kwargs.get("cache_implementation"))  # before the packages for it are asked for
 
 
@@ -213,8 +209,6 @@ def refuse_generation_config(config: GenerationConfig) -> None:
                 f"not return the same output. Drop `{name}`, or `mtp=True`."
             )
     _refuse_quantized(config.cache_implementation)
-    if not config.use_cache:
-        raise ValueError("`use_cache=False` with `mtp=True`: drafts are verified against a cache. Leave it out.")
 
 
 def refuse_short_cache(cache: Cache | None, columns: int) -> None:
@@ -224,7 +218,7 @@ def refuse_short_cache(cache: Cache | None, columns: int) -> None:
         cache ([`~transformers.Cache`], *optional*): What `generate` was given.
         columns (`int`): Tokens that it will hold in the end, at most.
     """
-    for layer in getattr(cache, "layers", []):
+    for layer in cache.layers if getattr(cache, "_is_user_defined", False) else ():
         size = layer.get_max_length()
         if size != -1 and not layer.is_sliding and size < columns:
             raise ValueError(
@@ -258,11 +252,13 @@ def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | No
         whole (`bool`): Whether the model must read each text from its start.
 
     Raises:
-        NotImplementedError: A static cache; in a batch also a cache that holds something, or synchronised processes.
+        NotImplementedError: A static cache, or cross-attention; in a batch also a cache that holds something, or
+            synchronised processes.
     """
     batch = len(prompt.rows) > 1 or bool(prompt.start_B.any())
     for asked, what, instead in (
         (is_static, "a static cache", "Leave `cache_implementation` out"),
+        (prompt.beside.layers, "cross-attention to an image", "Leave the image out"),
         (whole and prompt.read, "a cache that is not empty", "Pass none"),
         (whole and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
         (whole and prompt.ahead_B.any(), "`position_ids`", "Leave them out"),

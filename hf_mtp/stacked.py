@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .gate import GatedVariant
+from .parameters import ParamWrapper
 
 
 class UsersLayer(nn.Module, BaseTunerLayer):
@@ -31,6 +32,8 @@ class UsersLayer(nn.Module, BaseTunerLayer):
 
 def is_gated(layer: nn.Module) -> bool:
     """Whether a layer belongs to a gated adapter."""
+    if isinstance(layer, ParamWrapper):
+        return True
     return isinstance(layer, LoraLayer) and any(isinstance(v, GatedVariant) for v in layer.lora_variant.values())
 
 
@@ -53,6 +56,19 @@ def refuse_name(adapter_name: str, layers: dict[str, BaseTunerLayer]) -> None:
         raise ValueError(
             f"The base has an adapter named {adapter_name!r} of its own. Give the gated one another name: "
             "get_peft_model(model, GatedLoraConfig(...), adapter_name='mtp')."
+        )
+
+
+def refuse_parameter(layer: BaseTunerLayer, parameter_name: str | None) -> None:
+    """Raises if a parameter is to be targeted whose module has an adapter of the user's own.
+
+    Raises:
+        ValueError: It is: both would add to the module's weights while it runs, ours for masks only.
+    """
+    if parameter_name is not None:
+        raise ValueError(
+            f"`target_parameters` names {parameter_name!r}, but its module already has an adapter of its own "
+            f"({type(layer).__name__}). Leave it out, or merge that adapter first."
         )
 
 

@@ -17,6 +17,7 @@ from .drafting import Drafts, Draw
 from .layout import BlockLayout
 from .masks import attention_kinds, attention_masks
 from .rope import rope_switches
+from .support import mask_form
 
 if TYPE_CHECKING:
     from .tuner import GatedLoraModel
@@ -87,6 +88,7 @@ class MaskedStep:
         self.compiled = compiled
         self.tuner, self.model = tuner, tuner.model
         self.kinds = attention_kinds(self.model.config.get_text_config(decoder=True))
+        self.form = mask_form(self.model)
         self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
         self.known_arguments = inspect.signature(self.model.forward).parameters
@@ -130,7 +132,9 @@ class MaskedStep:
             cache.is_plain and (layout.masks == 0 or layout.is_chain)
         ):  # else the model's own causal mask is right
             cached = cache.seen_by(regular + layout.masks)
-            inputs["attention_mask"] = attention_masks(layout, self.kinds, self.model.dtype, cached)
+            inputs["attention_mask"] = attention_masks(layout, self.kinds, self.form, cached)
+        for name, value_B1 in cache.beside.items():
+            inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])
         inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
         past = list(cache.lengths)
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model

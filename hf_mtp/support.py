@@ -1,12 +1,13 @@
 """Which base models there is no way to upgrade, and what their attention takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from .masks import AttentionKind, attention_kinds
+from .masks import AttentionKind, additive, attention_kinds, in_blocks
 
 _ATTENTION_KINDS = {AttentionKind().name, "sliding_attention", "chunked_attention"}
 
@@ -42,12 +43,12 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
 
 def refuse_attention_without_masks(model: PreTrainedModel) -> None:
-    """Raises if the attention implementation in use cannot take an additive 4-D mask.
+    """Raises if the attention implementation in use takes no mask that says who attends to whom.
 
     Raises:
-        ValueError: It is flash or flex attention.
+        ValueError: It is flash attention.
     """
-    if not takes_4d_masks(model):
+    if mask_form(model) is None:
         raise ValueError(
             f"The base model uses attn_implementation={model.config._attn_implementation!r}, which takes no 4-D "
             "attention mask, but masks that hang on several tokens need one. Call "
@@ -56,10 +57,17 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
         )
 
 
-def takes_4d_masks(model: PreTrainedModel) -> bool:
-    """Whether the attention implementation in use can take an additive 4-D mask."""
+def mask_form(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Callable | None:
+    """The form in which the attention implementation in use takes the rule of who attends to whom; `None` if in none.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+        dtype (`torch.dtype`, *optional*): What attention computes in; the model's own if `None`.
+    """
     implementation = model.config._attn_implementation or "eager"
-    return "flash" not in implementation and "flex" not in implementation
+    if "flash" in implementation:
+        return None
+    return in_blocks if "flex" in implementation else partial(additive, dtype=dtype or model.dtype)
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

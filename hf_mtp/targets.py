@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -115,6 +116,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         if inside and name.startswith(inside):
             continue
         inside = (f"{name}.",) if isinstance(module, LoraLayer) else inside
+        if isinstance(module, ParamWrapper):  # around a parameter of something else
+            continue
         if hasattr(module, "in_features") or isinstance(module, Conv1D):
             layers[name] = module
     unembedding = model.get_output_embeddings()

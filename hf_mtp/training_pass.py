@@ -18,7 +18,7 @@ from .cache import cache_name, copied
 from .layout import BlockLayout
 from .masks import attention_kinds, attention_masks
 from .reading import Reading, reading_of
-from .support import decoder_of, refuse_attention_without_masks
+from .support import decoder_of, mask_form, refuse_attention_without_masks
 
 if TYPE_CHECKING:
     from .tuner import GatedLoraModel
@@ -75,11 +75,11 @@ class TrainingPass:
         """
         queries, device_type, model = input_ids_BQ.shape[1], input_ids_BQ.device.type, self.tuner.model
         autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else model.dtype
+        form = mask_form(model, torch.get_autocast_dtype(device_type) if autocast else model.dtype)
         kinds = attention_kinds(model.config.get_text_config(decoder=True))
         return self.call(
             input_ids_BQ,
-            attention_mask=None if is_causal else attention_masks(layout, kinds, dtype, queries=queries),
+            attention_mask=None if is_causal else attention_masks(layout, kinds, form, queries=queries),
             position_ids=layout.position_BN[:, -queries:],
             use_cache=cache is not None,
             **{cache_name(inspect.signature(self.decoder.forward).parameters): cache},

@@ -3,12 +3,14 @@
 Extends PEFT's LoRA tuner through its public seams: LoRA variants for the gate, tuner-level modules for the two heads.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -19,10 +21,11 @@ from .gate import Gate, MaskColumns, gate_lora_layer
 from .generation import MTPGenerationMixin
 from .layout import segments, training_layout, weight_of_all_masks
 from .objective import Objective, multi_token_objective
+from .parameters import gate_parameter
 from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
-from .stacked import UsersLayer, is_gated, refuse_name, restore, untouched, users_layers
+from .stacked import UsersLayer, is_gated, refuse_name, refuse_parameter, restore, untouched, users_layers
 from .support import decoder_of, device_of, input_device, refuse_unsupported
 from .targets import exclude_layers_out_of_reach, linear_layers, shortened
 from .training_pass import is_checkpointing
@@ -96,11 +99,16 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if isinstance(target, BaseTunerLayer) and not is_gated(target):
+            refuse_parameter(target, kwargs.get("parameter_name"))
             target = UsersLayer(target)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
-        gate_lora_layer(getattr(parent, target_name), adapter_name, self.gate, name=current_key)
+        layer = getattr(parent, target_name)
+        if isinstance(layer, ParamWrapper):
+            gate_parameter(layer, self.gate)
+        elif "parameter_name" not in kwargs:  # else one that is gated has weights of another adapter now
+            gate_lora_layer(layer, adapter_name, self.gate, name=current_key)
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
         """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""
@@ -220,6 +228,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Refuses weights that are not a whole adapter; PEFT would leave what is missing at its random start."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
+        remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
         expected = {
             key: tensor.shape
             for key, tensor in model.state_dict().items()

@@ -42,7 +42,6 @@ def test_sizes_must_be_positive_integers(name, value):
         ("modules_to_save", ["lm_head"]),
         ("layer_replication", [(0, 2), (1, 2)]),
         ("trainable_token_indices", [3]),
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ],
 )
 def test_fields_that_change_the_base_are_refused(field, value):

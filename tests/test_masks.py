@@ -1,5 +1,6 @@
 """The attention rule, against a loop over pairs of tokens; and that models obey it."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,14 @@ from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, checkpoin
 
 from hf_mtp.cache import RollbackCache
 from hf_mtp.layout import decoding_layout, segments, training_layout
-from hf_mtp.masks import AttentionKind, CachedColumns, allowed_attention, attention_kinds, attention_masks
+from hf_mtp.masks import (
+    AttentionKind,
+    CachedColumns,
+    additive,
+    allowed_attention,
+    attention_kinds,
+    attention_masks,
+)
 from hf_mtp.slots import choose_slots
 from hf_mtp.step import MaskedStep
 
@@ -110,7 +118,7 @@ def test_the_rule_by_eye():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_additive_mask(dtype):
     layout = step_layout(3, past=2, anchors=3, k=2)
-    mask = attention_masks(layout, [AttentionKind()], dtype, cached_columns(layout, 2))
+    mask = attention_masks(layout, [AttentionKind()], partial(additive, dtype=dtype), cached_columns(layout, 2))
     assert mask.dtype == dtype
     assert mask.shape == (1, 1, 9, 11)
     assert torch.equal(mask[:, 0] == 0, allowed_attention(layout, cached_columns(layout, 2)))
@@ -118,12 +126,13 @@ def test_additive_mask(dtype):
 
 
 def test_one_mask_until_the_window_is_exceeded_and_then_one_per_kind():
+    form = partial(additive, dtype=torch.float32)
     kinds = [AttentionKind(), AttentionKind("sliding_attention", window=10)]
     for past, expected in ((1, torch.Tensor), (2, dict)):
         layout = step_layout(3, past, anchors=3, k=2)
         cached = cached_columns(layout, past)
-        assert isinstance(attention_masks(layout, kinds, torch.float32, cached), expected)
-    masks = attention_masks(layout, kinds, torch.float32, cached)
+        assert isinstance(attention_masks(layout, kinds, form, cached), expected)
+    masks = attention_masks(layout, kinds, form, cached)
     assert masks.keys() == {"full_attention", "sliding_attention"}
     assert torch.equal(masks["sliding_attention"][:, 0] == 0, allowed_attention(layout, cached, kinds[1]))
 

@@ -1,13 +1,16 @@
 """Prompts of every kind: positions that do not count up from 0, the model's last ones, rotary embeddings that change
 with the length, images."""
 
+import functools
+
 import pytest
 import torch
-from tiny_models import tiny_base, upgraded
+from tiny_models import CACHE, tiny_base, upgraded
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     LlavaConfig,
+    MllamaConfig,
     Qwen2_5_VLConfig,
     SmolVLMConfig,
 )
@@ -194,6 +197,36 @@ def image_model(name: str):
         )
         patches = torch.randn(16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         inputs, places = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}, 4
+    elif name == "mllama":  # which looks at the image in layers of their own
+        options = {"rope_parameters": ROPES["default"], "num_hidden_layers": 3, "cross_attention_layers": [1]}
+        config = MllamaConfig(
+            text_config={
+                **{key: value for key, value in TEXT.items() if not key.startswith(("head", "bos", "eos"))},
+                **options,
+            },
+            vision_config={
+                **{key: VISION[key] for key in ("hidden_size", "intermediate_size", "image_size", "patch_size")},
+                "num_hidden_layers": 1,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "vision_output_dim": 32,
+                "max_num_tiles": 2,
+                "intermediate_layers_indices": [0],
+                "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            },
+            image_token_index=IMAGE,
+        )
+        tiles = pixels[:, None, None].repeat(1, 1, 2, 1, 1, 1)
+        # The second tile is padding, and the tokens before the image do not see it.
+        seen = torch.zeros(1, 11, 1, 2, dtype=torch.long)
+        seen[:, 4:, :, 0] = 1
+        inputs = {
+            "pixel_values": tiles,
+            "aspect_ratio_ids": torch.tensor([[1]]),
+            "aspect_ratio_mask": torch.tensor([[[1, 0]]]),
+            "cross_attention_mask": seen,
+        }
+        places = 1
     else:
         config = SmolVLMConfig(
             text_config={"model_type": "llama", **TEXT},
@@ -211,6 +244,8 @@ def image_model(name: str):
         for parameter_name, parameter in model.named_parameters():
             if "projection" in parameter_name and parameter.dim() == 2:  # zeros, in a random Gemma 3
                 parameter.normal_()
+            if parameter_name.endswith("_gate"):  # closed, in a random Mllama
+                parameter.fill_(1.0)
     before, after = text(4) % (SMALL - 5) + 1, text(6) % (SMALL - 5) + 1
     image = torch.full((1, places), IMAGE)
     if name == "qwen2_5_vl":
@@ -223,7 +258,7 @@ def image_model(name: str):
     return model, inputs
 
 
-IMAGE_MODELS = ["llava", "gemma3", "qwen2_5_vl", "smolvlm"]
+IMAGE_MODELS = ["llava", "gemma3", "qwen2_5_vl", "smolvlm", "mllama"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -234,6 +269,48 @@ def test_prompts_with_an_image(name, strategy):
     assert_exact(model, strategy, **inputs)
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     assert not torch.equal(generate(model, **other), generate(model, **inputs)), "the image is not looked at"
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_rows_that_see_the_image_differently(cache):
+    base, inputs = image_model("mllama")
+    model = upgraded(base, k=3, dtype=torch.float64)
+    both = {name: torch.cat([value, value.flip(-1)]) for name, value in inputs.items()}
+    both["input_ids"][1] = inputs["input_ids"][0]
+    both["attention_mask"][1, :2] = 0
+    assert_exact(model, "quadratic", **both, cache_implementation=cache)
+    text_only = {name: both[name] for name in ("input_ids", "attention_mask")}
+    assert_exact(model, "quadratic", **text_only, cache_implementation=cache)
+    assert not torch.equal(generate(model, **text_only), generate(model, **both))
+
+
+def test_a_cache_with_an_image_is_not_taken_for_tokens():
+    base, inputs = image_model("mllama")
+    model = upgraded(base, k=3, dtype=torch.float64)
+    for mtp in (False, True):
+        first = generate(model, **inputs, return_dict_in_generate=True, mtp=mtp)
+        with pytest.raises(NotImplementedError, match="holds something else than tokens.*Leave the cache out"):
+            generate(model, input_ids=torch.cat([first.sequences, text(3)], dim=1), **{CACHE: first[CACHE]}, mtp=True)
+
+
+def test_what_a_model_is_given_with_every_token():
+    """Were it left out, the text would be another one."""
+    base, inputs = image_model("llava")
+
+    class Whole(type(base)):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return {**super().prepare_inputs_for_generation(*args, **kwargs), "shift": torch.tensor([0.0, 9.0])}
+
+        @functools.wraps(type(base).forward)
+        def forward(self, *args, shift=None, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            if shift is not None:
+                outputs.logits[..., ::2] += shift.sum()
+            return outputs
+
+    base.__class__ = Whole
+    with pytest.raises(NotImplementedError, match="Whole is given shift with every token"):
+        generate(upgraded(base, k=3, dtype=torch.float64), **inputs, mtp=True)
 
 
 def test_layers_that_see_images_only_get_no_lora():

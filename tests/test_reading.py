@@ -197,3 +197,15 @@ def test_packed_texts_are_refused():
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
     with pytest.raises(ValueError, match="one sequence per row.*packing=False"):
         model(input_ids=ids(10), position_ids=positions, mtp_recipe=Recipe())
+
+
+@pytest.mark.parametrize("by", ["config", "generation_config"])
+def test_a_model_that_uses_no_cache_by_default(by):
+    model = model_of("mpt" if by == "config" else "bloom")
+    model.generation_config.use_cache = False
+    plain = generate(model, ids())
+    rehearse(model, plain)
+    assert torch.equal(generate(model, ids(), mtp=True, mtp_strategy="linear"), plain)
+    assert model.base_model.mtp_statistics.accepted
+    with pytest.raises(ValueError, match="`use_cache=False` with `mtp=True`.*Leave it out"):
+        generate(model, ids(), mtp=True, use_cache=False)

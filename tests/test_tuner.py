@@ -170,6 +170,18 @@ def test_two_adapters_on_one_base(tmp_path):
         torch.testing.assert_close(mask_logits(loaded), expected)
 
 
+def test_an_adapter_loads_under_another_name(tmp_path):
+    model = upgraded("llama", K)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path, adapter_name="mtp")
+    loaded.load_adapter(tmp_path, adapter_name="twice")
+    for name in ("mtp", "twice"):
+        loaded.set_adapter(name)
+        own, other = loaded.base_model.lora_sampler_heads[name], model.base_model.lora_sampler_heads["default"]
+        assert all(torch.equal(*pair) for pair in zip(own.parameters(), other.parameters(), strict=True))
+        assert torch.equal(mask_logits(loaded), mask_logits(model))
+
+
 def test_set_adapter_lets_gradients_into_one_adapter_only():
     model = two_adapters()
     for name, other in (("wide", "default"), ("default", "wide")):
