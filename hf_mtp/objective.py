@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import ModelOutput
 
 from .layout import IGNORE, BlockLayout
 from .losses import (
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Objective:
-    """What one batch gave.
+class Objective(ModelOutput):
+    """What one batch gave. A [`~transformers.utils.ModelOutput`], so that wrappers of the model find the tensors in it.
 
     Args:
         loss (`torch.Tensor`): Weighted sum of the losses, a scalar with gradient. Zero if no mask had a target.
@@ -36,8 +37,8 @@ class Objective:
     """
 
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
-    rows: int
+    metrics: dict[str, torch.Tensor] | None = None
+    rows: int | None = None
 
 
 # How many masks are supervised depends on the data. With `torch_compile=True` the forward passes are compiled, and the

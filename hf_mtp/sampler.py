@@ -62,6 +62,8 @@ class SamplerHead(nn.Module):
             A function of a step, 0..K-1, and the embeddings `(B, E)` of the tokens before: features `(B, D)`.
         """
         mix, *rest = self.blocks
+        if mix.weight.dim() != 2:  # spread over processes: only calling the layer gathers it
+            return lambda step, previous_BE: self(previous_BE, hidden_BKD[:, step])
         split = mix.in_features - hidden_BKD.shape[-1]
         from_hidden_KBD = F.linear(hidden_BKD.to(mix.weight.dtype), mix.weight[:, split:], mix.bias).unbind(dim=1)
         from_previous_DE = mix.weight[:, :split].mT

@@ -101,6 +101,11 @@ def device_of(layer: torch.nn.Module) -> torch.device:
     return layer.weight.device if waiting is None else torch.device(waiting)
 
 
+def weight_shape(layer: torch.nn.Module) -> torch.Size:
+    """Shape of a layer's whole weight, which DeepSpeed ZeRO-3 takes away from each process while it is not needed."""
+    return getattr(layer.weight, "ds_shape", layer.weight.shape)
+
+
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether the model says that it keeps a state, which, unlike keys and values, cannot be cut short."""
     kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}

@@ -20,14 +20,22 @@ from .drafting import Drafts, Draw, draft
 from .fingerprint import refuse_other_base
 from .gate import Gate, MaskColumns, gate_lora_layer
 from .generation import MTPGenerationMixin
-from .layout import BlockLayout, segments, training_layout
+from .layout import IGNORE, BlockLayout, segments, training_layout
 from .masks import attention_kinds, attention_masks
 from .objective import Objective, multi_token_objective
+from .peers import hold_in_forward, is_sharded, past_sharding, whole_weight
 from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
 from .stacked import UsersLayer, is_gated, refuse_name, restore, untouched, users_layers
-from .support import decoder_of, device_of, input_device, refuse_attention_without_masks, refuse_unsupported
+from .support import (
+    decoder_of,
+    device_of,
+    input_device,
+    refuse_attention_without_masks,
+    refuse_unsupported,
+    weight_shape,
+)
 from .targets import exclude_layers_out_of_reach, linear_layers, shortened
 
 # Training attends from this many blocks at a time to the tokens before them and to each other: more blocks mean more
@@ -84,6 +92,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
                     if isinstance(other, nn.Embedding) and other is not embedding
                 ),
                 decoder_of(model).register_forward_hook(self._keep_last_states),
+                self.register_forward_pre_hook(self._hold_unembedding),
             )
         theirs = users_layers(model)
         refuse_name(adapter_name, theirs)
@@ -111,17 +120,18 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
         """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""
-        table = self.model.get_input_embeddings().weight
-        masks = nn.Embedding(config.k, table.shape[1])
-        if masks.weight.device.type != "meta" and table.device.type != "meta":
-            whole = table.full_tensor() if hasattr(table, "full_tensor") else table  # of a DTensor
-            sample = whole.detach()[:: max(1, len(whole) // 4096)].float().cpu()
+        embedding = self.model.get_input_embeddings()
+        size = weight_shape(embedding)[1]
+        masks = nn.Embedding(config.k, size)
+        if masks.weight.device.type != "meta" and embedding.weight.device.type != "meta":
+            with whole_weight(embedding) as table:
+                sample = table.detach()[:: max(1, len(table) // 4096)].float().cpu()
             nn.init.normal_(masks.weight)
             masks.weight.data.mul_(sample.std(dim=0)).add_(sample.mean(dim=0))
         self.lora_mask_embeddings[adapter_name] = masks
         if config.sampler:
             self.lora_sampler_heads[adapter_name] = SamplerHead(
-                table.shape[1], config.base_hidden_size, residual=config.sampler_residual
+                size, config.base_hidden_size, residual=config.sampler_residual
             )
 
     def _sync_heads(self) -> None:
@@ -252,7 +262,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     @property
     def vocab_size(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+        return weight_shape(self.model.get_input_embeddings())[0]
 
     @property
     def active_mtp_config(self) -> GatedLoraConfig:
@@ -287,7 +297,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """The base's output layer, `(..., D)` to `(..., V)`; its result is where the rest of ours computes."""
         layer = self.model.get_output_embeddings()
         if device_of(layer) == input_device(self.model):
-            return layer
+            return past_sharding(layer)
         return lambda hidden: layer(hidden).to(hidden.device)
 
     @contextmanager
@@ -320,6 +330,10 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         listener = self.gate.listener
         if listener is not None:
             listener.states = outputs.last_hidden_state.to(input_device(self.model))
+
+    def _hold_unembedding(self, *_) -> None:
+        """Forward pre-hook: training unembeds more often than the base does."""
+        hold_in_forward(self, self.model.get_output_embeddings())
 
     # ---------------------------------------------------------------- forward passes
 
@@ -382,6 +396,10 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             generator,
             same_in_all_rows=not self._reads_branches(),
         )
+        if is_sharded(self) and not (layout.target_columns(labels) != IGNORE).any():
+            # Nothing to learn from here, but other processes wait in every layer for this one.
+            spare = self._objective(input_ids.new_zeros(1, 3), recipe, None, None)
+            return Objective(spare.loss * 0.0, {}, 0)
         return multi_token_objective(self, input_ids, labels, layout, recipe)
 
     def masked_states(
@@ -435,6 +453,13 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
             raise ValueError(
                 f"{type(self.model).__name__} reads one sequence per row, but the batch is packed: rows hold several "
                 "texts. Set packing=False."
+            )
+
+        if is_sharded(self):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} reads each block of masks in a pass of its own, and processes differ in "
+                "how many they have, so they would wait for each other's weights for ever. Train with whole weights in "
+                "every process: DDP or DeepSpeed ZeRO-2."
             )
 
         def states(input_ids: torch.LongTensor) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 
 # Both flows from top to bottom: a module imports from those before it only.
 ORDER = """
-peft_type card config statistics slots layout masks losses recipe sampler gate stacked fingerprint support drafting
+peft_type card config statistics slots layout masks losses recipe sampler gate stacked support fingerprint drafting
 lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step sequence tiny reading
 prefill request peers decoding call generation objective tuner hub registration check measuring training_config
 interrupt deadline optimizer trainer __init__
