@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Objective(ModelOutput):
-    """What one batch gave. A [`~transformers.utils.ModelOutput`], so that wrappers of the model find the tensors in it.
+    """What one batch gave, in a form in which wrappers of the model (DDP, FSDP, DeepSpeed) find the tensors.
 
     Args:
         loss (`torch.Tensor`): Weighted sum of the losses, a scalar with gradient. Zero if no mask had a target.

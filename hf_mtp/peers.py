@@ -23,12 +23,23 @@ def whole_weight(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
         yield layer.weight.full_tensor() if hasattr(layer.weight, "full_tensor") else layer.weight
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism), also while a
-    forward pass has gathered them. Then all run the same layers in the same order, forward and backward.
+def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """State of the adapters of a model whose weights FSDP2 spreads over processes. All processes ask for it together.
 
     Args:
-        model ([`torch.nn.Module`]): The model or a part of it.
+        model ([`torch.nn.Module`]): The upgraded model.
+    """
+    parts = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    return {name: part.full_tensor().cpu() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
+
+    Then all run the same layers in the same order, and the only backward pass is that through the whole model.
+
+    Args:
+        model ([`torch.nn.Module`]): The model or a part of it, also within a forward pass, which gathers weights.
     """
     is_part = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
     return is_part or any(hasattr(m, "unshard") or is_fsdp_managed_module(m) for m in model.modules())

@@ -15,6 +15,7 @@ from .interrupt import SaveOnInterrupt
 from .layout import IGNORE
 from .objective import Objective
 from .optimizer import make_muon_adamw
+from .peers import whole_adapter
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
 
@@ -159,6 +160,14 @@ class MTPTrainer(SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
         return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.accelerator.is_fsdp2:
+            return super().save_model(output_dir, _internal_call)
+        # Whatever the type of state dict: the adapter whole, in one file, and none of the base gathered for it.
+        self._save(output_dir, state_dict=whole_adapter(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model, trial):
         """A checkpoint is there whole or not at all: what a failed save (a full disk) leaves is removed."""

@@ -457,9 +457,9 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
         if is_sharded(self):
             raise NotImplementedError(
-                f"{type(self.model).__name__} reads each block of masks in a pass of its own, and processes differ in "
-                "how many they have, so they would wait for each other's weights for ever. Train with whole weights in "
-                "every process: DDP or DeepSpeed ZeRO-2."
+                f"{type(self.model).__name__} reads each block of masks in a pass of its own. Processes that hold "
+                "parts of its weights would wait for each other for ever, differing in how many blocks they have. "
+                "Train with whole weights in every process: DDP or DeepSpeed ZeRO-2."
             )
 
         def states(input_ids: torch.LongTensor) -> list[torch.Tensor]:
