@@ -10,6 +10,7 @@ VERSION = "0.1.0"
 QUICKSTART = ["matplotlib>=3.9", "rich>=13.9"]
 TEST = [*QUICKSTART, "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6"]  # the quickstart is tested too
 QUANTIZATION = ["bitsandbytes>=0.50", "optimum-quanto>=0.2.7", "torchao>=0.18"]  # their tests are skipped without
+DISTRIBUTED = ["deepspeed>=0.19"]  # DDP and FSDP need nothing more
 
 readme = Path(__file__).with_name("README.md")
 
@@ -46,5 +47,5 @@ setup(
         "huggingface_hub>=1.31",
         "safetensors>=0.8",
     ],
-    extras_require={"test": TEST, "quickstart": QUICKSTART, "quantization": QUANTIZATION},
+    extras_require={"test": TEST, "quickstart": QUICKSTART, "quantization": QUANTIZATION, "distributed": DISTRIBUTED},
 )
