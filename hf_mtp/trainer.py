@@ -16,6 +16,7 @@ from .layout import IGNORE
 from .objective import Objective
 from .optimizer import make_muon_adamw
 from .peers import whole_adapter
+from .support import unpack_for_gradients
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
 
@@ -79,6 +80,7 @@ class MTPTrainer(SFTTrainer):
             kwargs["optimizer_cls_and_kwargs"] = (make_muon_adamw, settings)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         tuner = _gated(self.model)
+        unpack_for_gradients(self.model)
         k = tuner.active_mtp_config.k
         if args.max_length is not None and args.max_length < k + 2:
             raise ValueError(
