@@ -67,9 +67,10 @@ def made(config: str, folder: Path, name: str) -> MTPTrainer:
     """The trainer of one of several processes."""
     ranks.start_accelerate(config)
     trainer = make_trainer(folder, name, ranks.WORLD, config in TIED, checkpointing=config == "fsdp2")
-    if config == "zero3":  # else weights as small as these are not spread at all
-        plugin = trainer.accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if config == "zero3":  # else weights as small as these are not spread at all, or stay once they are gathered
+        settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        names = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+        settings |= {f"stage3_{name}": 0 for name in names}
     return trainer
 
 
