@@ -11,6 +11,7 @@ PLOTS = ["matplotlib>=3.9"]  # training_curves.png; left out without
 QUICKSTART = [*PLOTS, "rich>=13.9"]
 TEST = [*QUICKSTART, "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6"]  # the quickstart is tested too
 QUANTIZATION = ["bitsandbytes>=0.50", "optimum-quanto>=0.2.7", "torchao>=0.18"]  # their tests are skipped without
+DISTRIBUTED = ["deepspeed>=0.19"]  # DDP and FSDP need nothing more
 
 readme = Path(__file__).with_name("README.md")
 
@@ -48,5 +49,11 @@ setup(
         "safetensors>=0.8",
     ],
     entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.regenerate:main"]},
-    extras_require={"test": TEST, "quickstart": QUICKSTART, "quantization": QUANTIZATION, "plots": PLOTS},
+    extras_require={
+        "test": TEST,
+        "quickstart": QUICKSTART,
+        "plots": PLOTS,
+        "quantization": QUANTIZATION,
+        "distributed": DISTRIBUTED,
+    },
 )

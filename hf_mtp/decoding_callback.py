@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .measuring import Record, decode_both_ways, summarize
-from .peers import weights_are_sharded
+from .peers import is_sharded
 from .prompts import Prompt, encode_prompt
 from .randomness import own_randomness
 from .support import evaluation_mode, input_device
@@ -84,7 +84,7 @@ class DecodingCallback(TrainerCallback):
         self._decoded_at = state.global_step if self.trainer.is_in_train else None
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         found = [None]
-        if state.is_world_process_zero or weights_are_sharded(model):
+        if state.is_world_process_zero or is_sharded(model):
             with evaluation_mode(model), own_randomness(model, seed=0):
                 found = [self._decode(model, tokenizer)]
         (found,) = broadcast_object_list(found)  # all processes must choose the same best checkpoint

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .support import weight_shape
+
 if TYPE_CHECKING:
     from .config import GatedLoraConfig
 
@@ -27,7 +29,7 @@ def refuse_other_base(config: "GatedLoraConfig", model: PreTrainedModel) -> None
     Raises:
         ValueError: The base has another hidden size, vocabulary or tokenizer than the adapter was trained for.
     """
-    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+    vocab_size, hidden_size = weight_shape(model.get_output_embeddings())
     for name, meaning, actual in (
         ("base_hidden_size", "hidden size", hidden_size),
         ("base_vocab_size", "vocabulary size", vocab_size),

@@ -177,6 +177,7 @@ class GatedLinear(Linear):
         if variant.inner is None and not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == columns.length:
             lora_A, lora_B = self.lora_A[columns.adapter], self.lora_B[columns.adapter]
             is_plain = type(lora_A.weight) is type(lora_B.weight) is torch.nn.Parameter and lora_B.bias is None
+            is_plain = is_plain and lora_A.weight.dim() == 2  # ZeRO-3 leaves nothing until the layer is called
             if is_plain and lora_A.weight.dtype == x.dtype == result.dtype and not self.training:
                 masks = result[:, columns.first :]  # a view
                 low_rank = F.linear(x[:, columns.first :], lora_A.weight)

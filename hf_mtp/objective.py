@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import ModelOutput
 
 from .layout import IGNORE, BlockLayout
 from .losses import cross_entropy, feature_consistency, latent_consistency, likeliest_tokens
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Objective:
-    """What one batch gave.
+class Objective(ModelOutput):
+    """What one batch gave, in a form in which wrappers of the model (DDP, FSDP, DeepSpeed) find the tensors.
 
     Args:
         loss (`torch.Tensor`): Weighted sum of the losses, a scalar with gradient. Zero if no mask had a target.
@@ -38,8 +39,8 @@ class Objective:
     """
 
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
-    rows: int
+    metrics: dict[str, torch.Tensor] | None = None
+    rows: int | None = None
     walk: Walk | None = None
 
 

@@ -52,12 +52,10 @@ class PartialBackward:
 def can_go_backward_in_parts(model: nn.Module, parts: Sized) -> bool:
     """Whether gradients are wanted, in parts, and can be computed before the whole loss is known.
 
-    Not where parameters are sharded, whose gradients only hooks in their own backward pass know to gather; nor in
-    float16, whose gradients need the scale that the whole loss is multiplied by.
+    Not in float16, whose gradients need the scale that the whole loss is multiplied by.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    is_sharded = any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in parameters)
-    is_half = any(torch.is_autocast_enabled(p.device.type) for p in parameters[:1]) and (
-        torch.get_autocast_dtype(parameters[0].device.type) is torch.float16
-    )
-    return torch.is_grad_enabled() and len(parts) > 1 and bool(parameters) and not is_sharded and not is_half
+    trainable = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+    if trainable is None or not torch.is_grad_enabled() or len(parts) == 1:
+        return False
+    device_type = trainable.device.type
+    return not (torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16)

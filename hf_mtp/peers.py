@@ -1,21 +1,81 @@
-"""Processes that decode side by side and must run the same number of forward passes (FSDP, DeepSpeed ZeRO-3)."""
+"""Processes side by side, each with a part of the weights: all run the same layers, or they wait for each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed
+from peft.utils.integrations import gather_params_ctx
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from .support import weight_shape
 
-def weights_are_sharded(model: torch.nn.Module) -> bool:
-    """Whether each process holds a part of the weights only, so that all must take part in every forward pass.
+
+@contextmanager
+def whole_weight(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The weight of a layer of which each process may hold a part. All processes ask for it together.
 
     Args:
-        model ([`torch.nn.Module`]): The model.
+        layer ([`torch.nn.Module`]): One whose forward pass is not running.
     """
-    parts = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())  # of a DTensor
-    return parts or is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    with gather_params_ctx(layer.weight, modifier_rank=None):  # of ZeRO-3
+        yield layer.weight.full_tensor() if hasattr(layer.weight, "full_tensor") else layer.weight
+
+
+def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """State of the adapters of a model whose weights FSDP2 spreads over processes. All processes ask for it together.
+
+    Args:
+        model ([`torch.nn.Module`]): The upgraded model.
+    """
+    parts = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    return {name: part.full_tensor().cpu() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
+
+    Then all run the same layers in the same order, and the only backward pass is that through the whole model.
+
+    Args:
+        model ([`torch.nn.Module`]): The model or a part of it, also within a forward pass, which gathers weights.
+    """
+    is_part = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
+    return is_part or any(hasattr(m, "unshard") or is_fsdp_managed_module(m) for m in model.modules())
+
+
+def hold_in_forward(module: torch.nn.Module, layer: torch.nn.Module) -> None:
+    """Keeps the weights of a layer gathered from the start of a module's forward pass to its end, under ZeRO-3.
+
+    Args:
+        module ([`torch.nn.Module`]): The module, whose forward pass did not begin.
+        layer ([`torch.nn.Module`]): A layer in it.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        import deepspeed
+
+        for parameter in layer.parameters():
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def past_sharding(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A frozen layer as a function that may run, and whose gradient may be computed, in the middle of a forward pass.
+
+    Past the hooks that gather its weights. FSDP2 takes any backward pass through one of its layers for the model's,
+    and takes all weights apart at its end; ZeRO-3 gathers with every call, and processes differ in their calls.
+
+    Args:
+        layer ([`torch.nn.Module`]): The layer. Under ZeRO-3, [`hold_in_forward`] keeps its weights.
+    """
+
+    def call(features: torch.Tensor) -> torch.Tensor:
+        if hasattr(layer, "unshard"):
+            layer.unshard()  # until the model's own backward pass
+        is_there = layer.weight.shape == weight_shape(layer)
+        return layer.forward(features) if is_there else layer(features)
+
+    return call if hasattr(layer, "unshard") or hasattr(layer.weight, "ds_id") else layer
 
 
 def peers_unfinished(model: torch.nn.Module, synced_gpus: bool | None) -> Callable[[bool], bool]:

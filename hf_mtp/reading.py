@@ -23,7 +23,7 @@ from .masks import attention_kinds, attention_masks, in_blocks
 from .pacing import Whole
 from .sequence import SequenceCache, SequenceStep, WholeTextCache, WholeTextStep
 from .step import MaskedStep
-from .support import evaluation_mode, input_device, is_recurrent, mask_form
+from .support import evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
 from .tiny import WINDOW, tiny_model
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _holds(tuner: "GatedLoraModel", reading: Reading) -> bool:
 
 def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
     """`(rows, count)` ids, all apart and from 0, which is often a padding token that models treat apart."""
-    vocab, total = model.get_input_embeddings().weight.shape[0], rows * count
+    vocab, total = weight_shape(model.get_input_embeddings())[0], rows * count
     return torch.tensor([vocab * i // (total + 2) for i in range(1, total + 1)], device=input_device(model)).view(
         rows, count
     )

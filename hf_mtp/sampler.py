@@ -72,14 +72,19 @@ class SamplerHead(nn.Module):
             called once for each step, in order.
         """
         mix, activation, norm, *rest = self.blocks
-        split = mix.in_features - hidden_BKD.shape[-1]
-        from_hidden_KBD = F.linear(hidden_BKD.to(mix.weight.dtype), mix.weight[:, split:], mix.bias).unbind(dim=1)
-        from_previous_DE = mix.weight[:, :split].mT
+        dtype, is_whole = mix.weight.dtype, mix.weight.dim() == 2  # else spread over processes until it is called
+        if is_whole:
+            split = mix.in_features - hidden_BKD.shape[-1]
+            from_hidden_KBD = F.linear(hidden_BKD.to(dtype), mix.weight[:, split:], mix.bias).unbind(dim=1)
+            from_previous_DE = mix.weight[:, :split].mT
         state_BD = None  # of the recurrence
 
         def refine(step: int, previous_BE: torch.Tensor) -> torch.Tensor:
             nonlocal state_BD
-            mixed = torch.addmm(from_hidden_KBD[step], previous_BE.to(mix.weight.dtype), from_previous_DE)
+            if is_whole:
+                mixed = torch.addmm(from_hidden_KBD[step], previous_BE.to(dtype), from_previous_DE)
+            else:
+                mixed = mix(torch.cat([previous_BE, hidden_BKD[:, step]], dim=-1).to(dtype))
             if state_BD is not None:
                 mixed = mixed + self.recurrence(state_BD)
             refined = norm(activation(mixed))

@@ -109,6 +109,23 @@ def device_of(layer: torch.nn.Module) -> torch.device:
     return layer.weight.device if waiting is None else torch.device(waiting)
 
 
+def weight_shape(layer: torch.nn.Module) -> torch.Size:
+    """Shape of a layer's whole weight, which DeepSpeed ZeRO-3 takes away from each process while it is not needed."""
+    return getattr(layer.weight, "ds_shape", layer.weight.shape)
+
+
+def unpack_for_gradients(model: torch.nn.Module) -> None:
+    """Makes 4-bit layers of bitsandbytes ready for training on a CPU.
+
+    Evaluation packs their weights for a kernel that passes no gradient on and does not say so. Unpacking is not exact,
+    so that a layer that was packed computes with slightly other weights from then on.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
+            layer.state_dict()  # unpacks what was packed before
+
+
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether the model says that it keeps a state, which, unlike keys and values, cannot be cut short."""
     kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}

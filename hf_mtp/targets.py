@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .cache import cache_name
-from .support import evaluation_mode, input_device
+from .support import evaluation_mode, input_device, weight_shape
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +84,7 @@ def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
     try:
         for number, columns in enumerate(PASSES):
             ids = torch.arange(1, ROWS * columns + 1, device=input_device(model)).view(ROWS, columns)
-            inputs = {"input_ids": ids % model.get_input_embeddings().weight.shape[0], "use_cache": True}
+            inputs = {"input_ids": ids % weight_shape(model.get_input_embeddings())[0], "use_cache": True}
             inputs |= {"logits_to_keep": 1} if "logits_to_keep" in known else {}
             if number:
                 inputs[cache_name(known)] = outputs[cache_name(outputs)]

@@ -26,10 +26,11 @@ from .layout import IGNORE
 from .nonfinite import NonfiniteGuard
 from .objective import Objective
 from .optimizer import make_muon_adamw
+from .peers import whole_adapter
 from .reading import Reading, reading_of
 from .rows import refuse_rows_of_no_format
 from .simulation import Walk
-from .support import refuse_attention_without_masks
+from .support import refuse_attention_without_masks, unpack_for_gradients
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
 from .watching import watch
@@ -103,6 +104,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             kwargs["optimizer_cls_and_kwargs"] = (make_muon_adamw, settings)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         tuner = _gated(self.model)
+        unpack_for_gradients(self.model)
         k = tuner.active_mtp_config.k
         if args.max_length is not None and args.max_length < k + 2:
             raise ValueError(
@@ -246,6 +248,14 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
         return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.accelerator.is_fsdp2:
+            return super().save_model(output_dir, _internal_call)
+        # Whatever the type of state dict: the adapter whole, in one file, and none of the base gathered for it.
+        self._save(output_dir, state_dict=whole_adapter(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the adapter's own model card into `output_dir`."""

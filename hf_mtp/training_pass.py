@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 from .cache import cache_name, copied
 from .layout import BlockLayout
 from .masks import attention_kinds, attention_masks
+from .peers import is_sharded
 from .reading import Reading, reading_of
 from .support import decoder_of, mask_form, refuse_attention_without_masks
 
@@ -114,6 +115,7 @@ class SequencePass(TrainingPass):
 
     Raises:
         ValueError: A row holds several texts.
+        NotImplementedError: Each process has a part of the weights.
     """
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
@@ -121,6 +123,12 @@ class SequencePass(TrainingPass):
             raise ValueError(
                 f"{type(self.tuner.model).__name__} reads one sequence per row, but the batch is packed: rows hold "
                 "several texts. Set packing=False."
+            )
+        if is_sharded(self.tuner):
+            raise NotImplementedError(
+                f"{type(self.tuner.model).__name__} reads each block of masks in a pass of its own. Processes "
+                "that hold parts of its weights would wait for each other for ever, differing in how many blocks they "
+                "have. Train with whole weights in every process: DDP or DeepSpeed ZeRO-2."
             )
         self.input_ids_BT = input_ids_BT
         with torch.no_grad():
@@ -145,6 +153,8 @@ def training_pass(
         ValueError: The base's attention implementation takes no 4-D mask.
     """
     refuse_attention_without_masks(tuner.model)
+    if is_sharded(tuner):  # all processes must run the same number of passes
+        masks = layout.anchor_BM.numel()
     if reading_of(tuner) is not Reading.BRANCHES:
         kind = SequencePass
     elif tuner.model.training and is_checkpointing(tuner.model):

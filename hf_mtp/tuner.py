@@ -19,14 +19,15 @@ from .drafting import Drafts, Draw, draft
 from .fingerprint import refuse_other_base
 from .gate import Gate, MaskColumns, gate_lora_layer
 from .generation import MTPGenerationMixin
-from .layout import segments, training_layout, weight_of_all_masks
+from .layout import IGNORE, segments, training_layout, weight_of_all_masks
 from .objective import Objective, multi_token_objective
 from .parameters import gate_parameter
+from .peers import hold_in_forward, is_sharded, past_sharding, whole_weight
 from .reading import Reading, reading_of
 from .recipe import Recipe
 from .sampler import SamplerHead
 from .stacked import UsersLayer, is_gated, refuse_name, refuse_parameter, restore, untouched, users_layers
-from .support import decoder_of, device_of, input_device, refuse_unsupported
+from .support import decoder_of, device_of, input_device, refuse_unsupported, weight_shape
 from .targets import exclude_layers_out_of_reach, linear_layers, shortened
 from .training_pass import is_checkpointing
 
@@ -80,6 +81,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
                     if isinstance(other, nn.Embedding) and other is not embedding
                 ),
                 decoder_of(model).register_forward_hook(self._keep_last_states),
+                self.register_forward_pre_hook(self._hold_unembedding),
             )
         theirs = users_layers(model)
         refuse_name(adapter_name, theirs)
@@ -112,17 +114,18 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
         """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""
-        table = self.model.get_input_embeddings().weight
-        masks = nn.Embedding(config.k, table.shape[1])
-        if masks.weight.device.type != "meta" and table.device.type != "meta":
-            whole = table.full_tensor() if hasattr(table, "full_tensor") else table  # of a DTensor
-            sample = whole.detach()[:: max(1, len(whole) // 4096)].float().cpu()
+        embedding = self.model.get_input_embeddings()
+        size = weight_shape(embedding)[1]
+        masks = nn.Embedding(config.k, size)
+        if masks.weight.device.type != "meta" and embedding.weight.device.type != "meta":
+            with whole_weight(embedding) as table:
+                sample = table.detach()[:: max(1, len(table) // 4096)].float().cpu()
             nn.init.normal_(masks.weight)
             masks.weight.data.mul_(sample.std(dim=0)).add_(sample.mean(dim=0))
         self.lora_mask_embeddings[adapter_name] = masks
         if config.sampler:
             self.lora_sampler_heads[adapter_name] = SamplerHead(
-                table.shape[1], config.base_hidden_size, config.sampler_residual, config.sampler_recurrent
+                size, config.base_hidden_size, config.sampler_residual, config.sampler_recurrent
             )
 
     def _sync_heads(self) -> None:
@@ -255,7 +258,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     @property
     def vocab_size(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+        return weight_shape(self.model.get_input_embeddings())[0]
 
     @property
     def active_mtp_config(self) -> GatedLoraConfig:
@@ -290,7 +293,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         """The base's output layer, `(..., D)` to `(..., V)`; its result is where the rest of ours computes."""
         layer = self.model.get_output_embeddings()
         if device_of(layer) == input_device(self.model):
-            return layer
+            return past_sharding(layer)
         return lambda hidden: layer(hidden).to(hidden.device)
 
     @contextmanager
@@ -323,6 +326,10 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         listener = self.gate.listener
         if listener is not None:
             listener.states = outputs.last_hidden_state.to(input_device(self.model))
+
+    def _hold_unembedding(self, *_) -> None:
+        """Forward pre-hook: training unembeds more often than the base does."""
+        hold_in_forward(self, self.model.get_output_embeddings())
 
     # ---------------------------------------------------------------- forward passes
 
@@ -386,6 +393,10 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         in_all_rows = reading_of(self) is not Reading.BRANCHES
         k = self.active_mtp_config.k
         layout = training_layout(labels, *places, k, mtp_anchors, mtp_generator, same_in_all_rows=in_all_rows)
+        if is_sharded(self) and not (layout.target_columns(labels) != IGNORE).any():
+            # Nothing to learn from here, but other processes wait in every layer for this one.
+            spare = self._objective(input_ids.new_zeros(1, 3), recipe)
+            return Objective(spare.loss * 0.0, {}, 0)
         weight = weight_of_all_masks(labels, *places, k, recipe.position_decay)
         return multi_token_objective(
             self, input_ids, labels, layout, recipe, weight, mtp_total, masks_per_part=mtp_masks_per_part

@@ -20,11 +20,12 @@ PACKAGE = Path(hf_mtp.__file__).parent
 
 # Both flows from top to bottom: a module imports from those before it only.
 ORDER = """
-peft_type card config statistics slots layout masks losses simulation recipe sampler gate parameters stacked
-fingerprint support drafting lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step
-sequence tiny reading prefill request peers decoding call generation training_pass partial_backward objective tuner hub
-registration check measuring nonfinite training_config agreement checkpoint interrupt deadline optimizer workers rows
-prompts randomness shard responses regenerate decoding_callback progress plotting curves watching trainer __init__
+peft_type card config statistics slots layout masks losses simulation recipe sampler gate parameters stacked support
+fingerprint drafting lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step
+sequence tiny reading prefill request peers decoding call generation training_pass partial_backward objective tuner
+hub registration check measuring nonfinite training_config agreement checkpoint interrupt deadline optimizer workers
+rows prompts randomness shard responses regenerate decoding_callback progress plotting curves watching trainer
+__init__
 """.split()
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.

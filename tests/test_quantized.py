@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base, upgraded
+from tiny_text import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -13,10 +15,11 @@ from transformers import (
     TorchAoConfig,
 )
 
-from hf_mtp import GatedLoraConfig
+from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.check import Rehearsal
 from hf_mtp.reading import Reading, reading_of
 from hf_mtp.recipe import Recipe
+from hf_mtp.support import unpack_for_gradients
 
 
 def torchao_config():
@@ -81,6 +84,68 @@ def test_training_on_a_quantized_base(name, tmp_path):
         losses.append(objective.loss.item())
     assert losses[-1] < 0.95 * losses[0]
     assert set(map(id, parameters)) == set(map(id, adapter_parameters(model).values()))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"])
+def test_qlora(optim, tmp_path):
+    """Trained on a 4-bit base, saved, and loaded on a base that is quantized anew."""
+    model = get_peft_model(quantized("bitsandbytes 4-bit", tmp_path / "base"), GatedLoraConfig(k=3, r=4))
+    trainer = MTPTrainer(
+        model=model,
+        args=MTPConfig(
+            output_dir=str(tmp_path / "adapter"),
+            optim=optim,
+            max_steps=12,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": prompt(14, rows=4).tolist()}),
+        processing_class=tiny_tokenizer(),
+    )
+    try:
+        trainer.train()
+    except NotImplementedError as error:
+        pytest.skip(f"bitsandbytes: {error}")
+    assert getattr(trainer.optimizer.optimizer, "is_paged", False) == optim.startswith("paged")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.95 * losses[0]
+    trainer.save_model()
+
+    base = quantized("bitsandbytes 4-bit", tmp_path / "base")
+    unpack_for_gradients(base)  # packed for a CPU and unpacked, as loading an adapter does, weights are others
+    expected = generate(base, prompt())
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    for name, parameter in adapter_parameters(model).items():
+        assert torch.equal(loaded.get_parameter(name).to(parameter.dtype), parameter)
+    for strategy in ("quadratic", "linear", "auto"):
+        assert torch.equal(generate(loaded, prompt(), mtp=True, mtp_strategy=strategy), expected)
+
+
+def test_evaluation_does_not_stop_the_gradient(tmp_path):
+    """Weights that bitsandbytes packed for a CPU pass no gradient on."""
+    base = quantized("bitsandbytes 4-bit", tmp_path)
+    model, gradients = upgraded(base), []
+    for _ in range(2):
+        unpack_for_gradients(model)
+        model.train()(input_ids=prompt(), mtp_recipe=Recipe()).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in adapter_parameters(model).values()])
+        model.zero_grad()
+        generate(model.eval(), prompt())
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    weight = model.get_base_model().model.layers[0].mlp.down_proj.base_layer
+    whole = torch.nn.Linear(weight.in_features, weight.out_features, bias=False)
+    features = torch.randn(3, weight.in_features, requires_grad=True)
+    with torch.no_grad():
+        whole.weight.copy_(weight(torch.eye(weight.in_features)).mT)
+    expected, found = (torch.autograd.grad(layer(features).sum(), features)[0] for layer in (whole, weight))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("layer", ["gptq.GPTQLoraLinear", "torchao.TorchaoLoraLinear"])
