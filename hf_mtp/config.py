@@ -1,6 +1,7 @@
 """What an adapter is: [`GatedLoraConfig`]."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _CHANGE_THE_BASE = {
 }
 # Initialisations that keep the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ ...) rewrite them.
 _KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _require_positive_int(name: str, value: object, meaning: str) -> None:
@@ -85,6 +87,9 @@ class GatedLoraConfig(LoraConfig):
             Whether the sampler head refines the mask's hidden state instead of replacing it, as the paper does.
         sampler_recurrent (`bool`, *optional*, defaults to `False`):
             Whether the sampler head also sees what it made of the masks before.
+        save_dtype (`str`, *optional*):
+            Type that weights are saved in: `"bfloat16"` halves the file. Drafts are rounded a little by it, the output
+            is not. As they are trained if `None`, in float32; checkpoints of a training always are.
         base_hidden_size, base_vocab_size (`int`, *optional*):
             Filled in from the base model. An adapter refuses a base that differs.
         tokenizer_fingerprint (`str`, *optional*):
@@ -122,6 +127,7 @@ class GatedLoraConfig(LoraConfig):
     sampler_recurrent: bool = field(
         default=False, metadata={"help": "Whether the sampler head also sees what it made of the masks before."}
     )
+    save_dtype: str | None = field(default=None, metadata={"help": "Type that weights are saved in."})
     base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     base_vocab_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     tokenizer_fingerprint: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
@@ -134,6 +140,11 @@ class GatedLoraConfig(LoraConfig):
     def __post_init__(self):
         _require_positive_int("k", self.k, "the number of mask tokens")
         _require_positive_int("r", self.r, "the rank of the LoRA matrices")
+        if self.save_dtype not in (None, *SAVE_DTYPES):
+            raise ValueError(
+                f"`save_dtype` must be one of {', '.join(map(repr, SAVE_DTYPES))}, or None for the type that weights "
+                f"are trained in, but got {self.save_dtype!r}."
+            )
         if self.task_type not in (None, TaskType.CAUSAL_LM, ExtensionTaskType.GATED_CAUSAL_LM):
             raise ValueError(
                 f"`task_type` must be 'CAUSAL_LM', since masks stand for next tokens; got {self.task_type!r}."
@@ -195,3 +206,13 @@ class GatedLoraConfig(LoraConfig):
         readme = Path(folder, README)
         if is_replaceable(readme):
             render_model_card(self, repo or Path(folder).resolve().name, tags or ()).save(readme)
+
+
+@contextmanager
+def in_full_precision(config: GatedLoraConfig) -> Iterator[None]:
+    """Within, weights are saved as they are, so that a training can go on from them."""
+    config.save_dtype, before = None, config.save_dtype
+    try:
+        yield
+    finally:
+        config.save_dtype = before

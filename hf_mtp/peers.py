@@ -33,6 +33,7 @@ def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: part.full_tensor().cpu() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
 
 
+@torch.compiler.disable  # goes through all weights
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
 
@@ -45,6 +46,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return is_part or any(hasattr(m, "unshard") or is_fsdp_managed_module(m) for m in model.modules())
 
 
+@torch.compiler.disable
 def hold_in_forward(module: torch.nn.Module, layer: torch.nn.Module) -> None:
     """Keeps the weights of a layer gathered from the start of a module's forward pass to its end, under ZeRO-3.
 

@@ -1,6 +1,17 @@
-"""Datasets that cannot be trained on, told by their columns before any row is tokenized. Knows nothing of models."""
+"""What cannot be trained on or with: datasets, told by their columns before any row is tokenized, and settings."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
+
+from .layout import IGNORE
+from .reading import Reading, reading_of
+from .support import refuse_attention_without_masks
+
+if TYPE_CHECKING:
+    from .training_config import MTPConfig
+    from .tuner import GatedLoraModel
 
 CHATS = ("messages", "conversations")
 
@@ -45,3 +56,66 @@ def first_gap(dataset: Dataset, column: str) -> int | None:
         return None
     rows = dataset.select_columns(column)
     return next((number for number, row in enumerate(rows) if row[column] is None), None)
+
+
+def refuse_datasets(
+    args: "MTPConfig", train_dataset, eval_dataset=None, processing_class=None, formatting_func=None, **kwargs
+) -> None:
+    """Raises for what TRL would stumble over, in words that say what is missing."""
+    if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        for name, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+            refuse_rows_of_no_format(dataset, name, args.dataset_text_field)
+    if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
+        raise ValueError(
+            "`assistant_only_loss=True` learns what the chat template marks by `{% generation %}`, but the "
+            f"{type(processing_class).__name__} has no chat template: set `processing_class.chat_template`, or set "
+            "`chat_template_path`."
+        )
+
+
+def refuse_settings(args: "MTPConfig", tuner: "GatedLoraModel") -> None:
+    """Raises if a base or an adapter cannot be trained so.
+
+    Args:
+        args ([`MTPConfig`]): The settings.
+        tuner ([`GatedLoraModel`]): The upgraded model.
+
+    Raises:
+        ValueError: Rows are too short for a block, or are packed though the base cannot compute their documents apart,
+            or its attention takes no masks at all.
+    """
+    k = tuner.active_mtp_config.k
+    if args.max_length is not None and args.max_length < k + 2:
+        raise ValueError(
+            f"`max_length={args.max_length}` leaves no room for a token, the one after it and the {k} that its masks "
+            f"predict: set it to at least k + 2 = {k + 2}."
+        )
+    refuse_attention_without_masks(tuner.model)
+    packed = next((name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)), None)
+    if packed is not None and reading_of(tuner) is not Reading.BRANCHES:
+        raise ValueError(
+            f"`{packed}=True` puts several texts in a row, but {type(tuner.model).__name__} reads one sequence per "
+            f"row and would mix them. Set `{packed}=False`."
+        )
+
+
+def refuse_nothing_to_learn(dataset, max_length: int | None) -> None:
+    """Raises unless some sequence has two tokens in a row inside the loss, the second of which a mask predicts.
+
+    Args:
+        dataset: Tokenized rows. Of a stream it is found out while training.
+        max_length (`int`, *optional*): What rows were truncated to, for the message.
+
+    Raises:
+        ValueError: None has.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    for row in dataset:
+        labels = row.get("labels", row["input_ids"])
+        if any(IGNORE not in pair for pair in pairwise(labels[1:])):
+            return
+    raise ValueError(
+        "No sequence of `train_dataset` has two tokens in a row inside the loss, so there is nothing for a mask to "
+        f"predict. Are they all prompt, or truncated to their prompt by `max_length={max_length}`?"
+    )

@@ -1,6 +1,5 @@
 """[`MTPTrainer`]: TRL's supervised fine-tuning with the multi-token objective."""
 
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,18 +18,18 @@ from .agreement import (
     what_changes,
 )
 from .checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
+from .config import in_full_precision
 from .deadline import TICKS, Deadline
 from .fingerprint import tokenizer_fingerprint
 from .interrupt import SaveOnInterrupt
-from .layout import IGNORE
 from .nonfinite import NonfiniteGuard
 from .objective import Objective
 from .optimizer import make_muon_adamw
 from .peers import whole_adapter
 from .reading import Reading, reading_of
-from .rows import refuse_rows_of_no_format
+from .rows import refuse_datasets, refuse_nothing_to_learn, refuse_settings
 from .simulation import Walk
-from .support import refuse_attention_without_masks, unpack_for_gradients
+from .support import unpack_for_gradients
 from .training_config import MTPConfig
 from .tuner import GatedLoraModel
 from .watching import watch
@@ -94,7 +93,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             raise ValueError("`train_dataset` is empty: multi-token prediction needs at least one text to learn from.")
         if args is None:
             args = MTPConfig(output_dir="mtp_output")
-        _refuse_datasets(args, train_dataset, **kwargs)
+        refuse_datasets(args, train_dataset, **kwargs)
         if kwargs.get("peft_config") is None:
             _gated(model)
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
@@ -105,15 +104,9 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         tuner = _gated(self.model)
         unpack_for_gradients(self.model)
-        k = tuner.active_mtp_config.k
-        if args.max_length is not None and args.max_length < k + 2:
-            raise ValueError(
-                f"`max_length={args.max_length}` leaves no room for a token, the one after it and the {k} that its "
-                f"masks predict: set it to at least k + 2 = {k + 2}."
-            )
-        _refuse_packing(args, tuner)
+        refuse_settings(args, tuner)
         self.recipe = args.resolved_recipe()
-        self._refuse_nothing_to_learn()
+        refuse_nothing_to_learn(self.train_dataset, args.max_length)
         self._describe_training(tuner)
         # The loss is divided by the weight of all masks of the accumulated batches, see `get_batch_samples`.
         self.model_accepts_loss_kwargs = True
@@ -126,19 +119,6 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         if self.deadline is not None:
             self.add_callback(self.deadline)
         watch(self, curves=args.training_curves)
-
-    def _refuse_nothing_to_learn(self) -> None:
-        """Raises unless some sequence has two tokens in a row inside the loss, the second of which a mask predicts."""
-        if not isinstance(self.train_dataset, Dataset):
-            return  # a stream: found out while training
-        for row in self.train_dataset:
-            labels = row.get("labels", row["input_ids"])
-            if any(IGNORE not in pair for pair in pairwise(labels[1:])):
-                return
-        raise ValueError(
-            "No sequence of `train_dataset` has two tokens in a row inside the loss, so there is nothing for a mask "
-            f"to predict. Are they all prompt, or truncated to their prompt by `max_length={self.args.max_length}`?"
-        )
 
     def _describe_training(self, tuner: GatedLoraModel) -> None:
         """Records in the adapter's config what its card and a later load need to know."""
@@ -249,6 +229,10 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
         return super().prediction_step(model, inputs, True, ignore_keys)
 
+    def _save_checkpoint(self, model, trial):
+        with in_full_precision(_gated(self.model).active_mtp_config):  # whatever an adapter is saved in at the end
+            super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.accelerator.is_fsdp2:
             return super().save_model(output_dir, _internal_call)
@@ -266,32 +250,6 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 def _objective_inputs(inputs: dict) -> dict[str, torch.Tensor | None]:
     """What of a batch the objective reads."""
     return {name: inputs.get(name) for name in ("input_ids", "labels", "attention_mask", "position_ids")}
-
-
-def _refuse_datasets(
-    args: MTPConfig, train_dataset, eval_dataset=None, processing_class=None, formatting_func=None, **kwargs
-) -> None:
-    """Raises for what TRL would stumble over, in words that say what is missing."""
-    if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        for name, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
-            refuse_rows_of_no_format(dataset, name, args.dataset_text_field)
-    if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
-        raise ValueError(
-            "`assistant_only_loss=True` learns what the chat template marks by `{% generation %}`, but the "
-            f"{type(processing_class).__name__} has no chat template: set `processing_class.chat_template`, or set "
-            "`chat_template_path`."
-        )
-
-
-def _refuse_packing(args: MTPConfig, tuner: GatedLoraModel) -> None:
-    """Raises if the base cannot compute the documents of a packed row apart, or takes no masks at all."""
-    refuse_attention_without_masks(tuner.model)
-    packed = next((name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)), None)
-    if packed is not None and reading_of(tuner) is not Reading.BRANCHES:
-        raise ValueError(
-            f"`{packed}=True` puts several texts in a row, but {type(tuner.model).__name__} reads one sequence per "
-            f"row and would mix them. Set `{packed}=False`."
-        )
 
 
 def _uses_muon(args: MTPConfig, kwargs: dict) -> bool:

@@ -223,6 +223,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
         """What is saved: weights of this adapter, not those of the user's own beneath it."""
         own = {key: tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key}
+        if config.save_dtype is not None:
+            own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
         return super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=own, **kwargs
         )

@@ -34,6 +34,11 @@ def test_sizes_must_be_positive_integers(name, value):
         GatedLoraConfig(**{name: value})
 
 
+def test_types_that_weights_can_be_saved_in():
+    with pytest.raises(ValueError, match="`save_dtype` must be one of 'float32', 'bfloat16'.* but got 'int8'"):
+        GatedLoraConfig(save_dtype="int8")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

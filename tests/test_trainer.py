@@ -233,10 +233,10 @@ def test_resumed_training_ends_as_uninterrupted_training(uninterrupted, tmp_path
 
 
 def test_resumed_training_with_dropout_and_accumulation(tmp_path):
-    options = {**SAVING, "gradient_accumulation_steps": 2}
-    whole = trainer(tmp_path / "whole", model=upgraded("llama", K, lora_dropout=0.1), **options)
+    options, config = {**SAVING, "gradient_accumulation_steps": 2}, {"lora_dropout": 0.1, "save_dtype": "bfloat16"}
+    whole = trainer(tmp_path / "whole", model=upgraded("llama", K, **config), **options)
     whole.train()
-    resumed = trainer(tmp_path / "resumed", model=upgraded("llama", K, lora_dropout=0.1), **options)
+    resumed = trainer(tmp_path / "resumed", model=upgraded("llama", K, **config), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert_same_end(resumed, whole, steps=2)
 

@@ -92,6 +92,19 @@ def test_round_trip_of_options(config, tmp_path):
     assert (loaded.base_model.sampler_head() is None) == (config == {"sampler": False})
 
 
+def test_saving_in_half_precision(tmp_path):
+    sizes = {}
+    for dtype in (None, "bfloat16"):
+        model = upgraded("llama", K, save_dtype=dtype)
+        model.save_pretrained(tmp_path / str(dtype))
+        sizes[dtype] = (tmp_path / str(dtype) / "adapter_model.safetensors").stat().st_size
+    assert sizes["bfloat16"] < 0.6 * sizes[None]
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "bfloat16")
+    for name, parameter in adapter_parameters(model).items():
+        assert torch.equal(loaded.get_parameter(name), parameter.bfloat16().float())
+    assert torch.equal(generate(loaded, prompt(), mtp=True), generate(model, prompt()))
+
+
 def test_config_round_trip(tmp_path):
     config = GatedLoraConfig(k=5, r=6, sampler_residual=False, tokens_per_step={"maths": 2.5}, train_datasets=["a/b"])
     config.save_pretrained(tmp_path)
