@@ -18,7 +18,12 @@ SECTIONS = {
         "hf_mtp.training_config": ["MTPConfig"],
         "hf_mtp.trainer": ["MTPTrainer"],
         "hf_mtp.recipe": ["Recipe"],
+        "hf_mtp.responses": ["regenerate_responses"],
+        "hf_mtp.decoding_callback": ["DecodingCallback"],
         "hf_mtp.objective": ["multi_token_objective", "Objective"],
+        "hf_mtp.training_pass": ["TrainingPass"],
+        "hf_mtp.partial_backward": ["PartialBackward"],
+        "hf_mtp.checkpoint": ["WholeCheckpoints"],
     },
     "Generation": {
         "hf_mtp.generation": ["MTPGenerationMixin.generate"],
@@ -33,7 +38,6 @@ SECTIONS = {
         "hf_mtp.tuner": [
             "GatedLoraModel",
             "GatedLoraModel.forward",
-            "GatedLoraModel.masked_states",
         ],
         "hf_mtp.step": ["MaskedStep", "StepOutput"],
         "hf_mtp.sequence": ["SequenceStep", "SequenceCache", "WholeTextStep", "WholeTextCache"],
@@ -41,14 +45,14 @@ SECTIONS = {
         "hf_mtp.sampler": ["SamplerHead"],
     },
     "Functions of tensors": {
-        "hf_mtp.layout": ["BlockLayout", "training_layout", "decoding_layout", "segments"],
+        "hf_mtp.layout": ["BlockLayout", "training_layout", "weight_of_all_masks", "decoding_layout", "segments"],
         "hf_mtp.masks": ["allowed_attention", "attention_masks", "attention_kinds", "CachedColumns"],
         "hf_mtp.losses": [
             "cross_entropy",
             "latent_consistency",
             "feature_consistency",
-            "simulated_tokens_per_step",
         ],
+        "hf_mtp.simulation": ["walk_through", "mean_tokens_per_step", "Walk"],
         "hf_mtp.slots": ["Slots", "choose_slots", "landing_probability", "slot_values"],
         "hf_mtp.pacing": ["Whole", "Pacer"],
         "hf_mtp.drafting": ["draft", "Drafts", "Draw"],

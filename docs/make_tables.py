@@ -14,9 +14,17 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "support.md")
+PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "training.md", DOCS / "support.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
+PAPER = {
+    "weights": "weights",
+    "keys_and_values": "keys and values",
+    "copies": "copies for one part",
+    "states": "states of one part",
+    "logits": "logits of a chunk",
+    "adapter": "adapter, gradients, AdamW",
+}
 NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
 
 
@@ -151,13 +159,111 @@ def tree() -> str:
 
 
 def ablation() -> str:
-    """Each part off, at the same number of steps."""
+    """One thing changed at a time, what it brings and what it costs."""
     report = load("ablation")
     rows = [
-        [run["name"], *(f"{run['tokens_per_step'][domain]:.3f}" for domain in NAMES), f"{run['masks_trained']:,}"]
+        [
+            f"{run['group']}: {run['name']}" if run["group"] != run["name"] else f"**{run['name']}**",
+            *(f"{run['tokens_per_step'][domain]:.2f}" for domain in NAMES),
+            f"{run['cpu_seconds']:.0f}",
+            f"{run['masks_trained'] / 1000:.0f}k",
+            f"{run['trainable_parameters'] / 1e6:.2f}M",
+            f"{run['training_memory_mib']}",
+        ]
         for run in report["runs"]
     ]
-    return table(["recipe", *NAMES.values(), "masks trained on"], rows) + f"\n{machine(report)}.\n"
+    head = ["run", *NAMES.values(), "CPU seconds", "masks", "parameters", "memory, MiB"]
+    return table(head, rows) + f"\n{report['steps']} steps each. {machine(report)}.\n"
+
+
+def gate() -> str:
+    """What training does to the base itself, with and without the gate."""
+    runs = {run["group"]: run for run in load("ablation")["runs"] if run["group"] in ("reference", "gate")}
+    rows = [
+        [
+            name,
+            *(f"{runs[group]['base_loss_before'][d]:.4f} → {runs[group]['base_loss_after'][d]:.4f}" for d in NAMES),
+        ]
+        for group, name in (("reference", "gated LoRA"), ("gate", "LoRA on all tokens"))
+    ]
+    return table(["nats per token of the base, before → after", *NAMES.values()], rows)
+
+
+def recipes() -> str:
+    """The settings before and after the ablation, trained side by side."""
+    reports = {name: load(name) for name in ("recipe_before", "recipe_now")}
+    rows = []
+    for name, report in reports.items():
+        steps = [report["domains"][domain]["simulated"]["tokens_per_step"] for domain in NAMES]
+        training = report["training"]
+        rows.append(
+            [
+                name.replace("recipe_", ""),
+                *(f"{value:.2f}" for value in steps),
+                f"{training['steps']:,}",
+                f"{training['masks_trained'] / 1e6:.2f}M",
+            ]
+        )
+    before, now = ([float(cell) for cell in row[1:4]] for row in rows)
+    rows.append(["gain", *(f"{100 * (b / a - 1):+.0f} %" for a, b in zip(before, now, strict=True)), "", ""])
+    return table(["settings", *NAMES.values(), "steps", "masks"], rows) + f"\n{machine(reports['recipe_now'])}.\n"
+
+
+def training_cost() -> str:
+    """Time and memory against TRL's SFTTrainer with a plain LoRA."""
+    report = load("training")
+    rows = [
+        [
+            row["way"],
+            f"{row['positions_per_step']:,.0f}",
+            f"{row['seconds_per_step']:.2f} s",
+            f"{1000 * row['seconds_per_1000_positions']:.0f} ms",
+            f"{row['memory_mib']:,} MiB",
+        ]
+        for row in report["ways"]
+    ]
+    head = ["way", "trained positions per step", "a step", "1,000 positions", "peak memory"]
+    return table(head, rows) + f"\n{machine(report)}.\n"
+
+
+def training_memory() -> str:
+    """Peak memory by length and by number of blocks."""
+    rows = [
+        [
+            f"{row['tokens']:,}",
+            f"{row['blocks']:,}",
+            "in parts" if row["in_parts"] else "at once",
+            f"{row['memory_mib']:,} MiB",
+        ]
+        for row in load("training")["memory"]
+    ]
+    return table(["tokens", "blocks of 8 masks", "backward", "peak memory"], rows)
+
+
+def on_paper() -> str:
+    """Memory of a long context, by its parts."""
+    rows = [
+        [
+            f"{row['base']}{' in 4 bits' if row['bits'] == 4 else ''}, {row['attention']}",
+            *(f"{row[name] / 2**30:.1f}" for name in PAPER),
+            f"**{sum(row[name] for name in PAPER) / 2**30:.1f}**",
+        ]
+        for row in load("training")["on_paper"]
+    ]
+    return table(["base", *PAPER.values(), "all, GiB"], rows)
+
+
+def adapter_sizes() -> str:
+    """Files of adapters of rank 16 beside their bases."""
+    rows = [
+        [
+            row["base"],
+            f"{row['adapter_parameters'] / 1e6:.0f}M",
+            *(f"{100 * size * row['adapter_parameters'] / row['base_bytes']:.1f} %" for size in (2, 4)),
+        ]
+        for row in load("training")["adapters"]
+    ]
+    return table(["base, in bfloat16", "parameters at r = 16", "file in bfloat16", "file in float32"], rows)
 
 
 def quickstart() -> str:

@@ -1,10 +1,12 @@
 """The pages of docs/ that scripts write are what the scripts would write now."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,6 +17,15 @@ def test_written_pages_are_up_to_date(script):
         [sys.executable, ROOT / "docs" / script, "--check"], capture_output=True, text=True, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("figure", ["mask", "ablation"])
+def test_figures_can_be_drawn_again(figure, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    runpy.run_path(str(ROOT / "docs" / "figures" / f"draw_{figure}.py"))["main"](tmp_path)
+    drawn, committed = (imread(folder / f"{figure}.png") for folder in (tmp_path, ROOT / "docs" / "figures"))
+    assert drawn.shape == committed.shape
+    assert abs(drawn - committed).mean() < 0.02  # fonts differ from machine to machine
 
 
 def test_links_between_pages_lead_somewhere():

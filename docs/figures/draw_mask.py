@@ -12,7 +12,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from hf_mtp.layout import BlockLayout, decoding_layout
-from hf_mtp.masks import allowed_attention
+from hf_mtp.masks import CachedColumns, allowed_attention
+from hf_mtp.slots import choose_slots
 
 # Blocked, regular to regular, mask to regular, mask to its own block; light to dark, safe for colour blindness.
 COLOURS = ["#f4f4f4", "#b9d3ee", "#5b8fc9", "#f2a444"]
@@ -25,8 +26,9 @@ LEGEND = {
 
 def kinds_of_attention(layout: BlockLayout, past: int = 0) -> torch.Tensor:
     """`(N, past + N)`: 0 blocked, else which of the three kinds of attention it is."""
-    allowed = allowed_attention(layout, past)[0]
-    is_mask = layout.block_N >= 0
+    zero, columns = torch.zeros(1, dtype=torch.long), layout.position_BN.shape[1]
+    cached = CachedColumns(zero, zero + past, past + columns) if past else None
+    allowed, is_mask = allowed_attention(layout, cached)[0], layout.block_BN[0] >= 0
     key_is_mask = torch.cat([torch.zeros(past, dtype=torch.bool), is_mask])
     kind = 1 + is_mask[:, None].long() + (is_mask[:, None] & key_is_mask)
     return torch.where(allowed, kind, 0)
@@ -37,7 +39,7 @@ def draw(axes: plt.Axes, layout: BlockLayout, regular_names: list[str], past_nam
     past = len(past_names)
     image = kinds_of_attention(layout, past)
     axes.pcolormesh(image.flip(0), cmap=ListedColormap(COLOURS), vmin=0, vmax=3, edgecolors="white", linewidth=1)
-    names = regular_names + [f"m{int(step)}" for step in layout.step_M]
+    names = regular_names + [f"m{int(step)}" for step in layout.step_BM[0]]
     positions = layout.position_BN[0].tolist()
     rows = len(names)
     axes.set_xticks([i + 0.5 for i in range(past + rows)], past_names + names, fontsize=8)
@@ -55,11 +57,11 @@ def draw(axes: plt.Axes, layout: BlockLayout, regular_names: list[str], past_nam
     axes.set_ylabel("query (position id)", fontsize=8)
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     tokens = 6
     column = torch.arange(tokens)[None]
-    training = BlockLayout(torch.tensor([[1, 2, 4]]), column, torch.zeros_like(column), k=2)
-    decoding = decoding_layout(regular=3, past=4, anchors=3, k=2, device=torch.device("cpu"))
+    training = BlockLayout.of_blocks(torch.tensor([[1, 2, 4]]), column, torch.zeros_like(column), k=2)
+    decoding = decoding_layout(torch.arange(4, 7)[None], choose_slots(torch.ones(1, 3, 2), budget=6))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.4))
     draw(left, training, [f"x{i}" for i in range(1, 7)], [], "Training: blocks of k = 2 masks on sampled tokens")
@@ -67,8 +69,8 @@ def main() -> None:
     patches = [Patch(color=colour, label=label) for label, colour in LEGEND.items()]
     figure.legend(handles=patches, loc="lower center", ncol=3, frameon=False, fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 0.95))
-    figure.savefig(Path(__file__).with_name("mask.png"), dpi=110)
+    figure.savefig(folder / "mask.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(__file__).parent)

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 from trl import SFTConfig, SFTTrainer
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
+from hf_mtp.losses import ROWS_PER_CHUNK
 from hf_mtp.measuring import describe_machine
 
 MIB = 2**20
@@ -133,7 +134,7 @@ def train(way: str, args: argparse.Namespace, tokenizer, dataset: Dataset, **set
     arguments = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [steps]}
     with tempfile.TemporaryDirectory() as folder:
         if way == "hf_mtp":
-            options = {"anchors_per_sequence": length // 4, **options}
+            options = {"anchors_per_sequence": length // 4, "training_curves": False, **options}
             model = get_peft_model(base, GatedLoraConfig(k=K, r=RANK, lora_alpha=2 * RANK))
             trainer = MTPTrainer(model=model, args=MTPConfig(output_dir=folder, **options), **arguments)
         else:
@@ -217,6 +218,46 @@ def adapter_sizes() -> list[dict]:
     return rows
 
 
+def on_paper(tokens: int = 32_768, masks: int = 512) -> list[dict]:
+    """Bytes that training one row takes, by what they are for: bfloat16, one part of the masks at a time."""
+    rows = []
+    for name, bits, attention in (
+        ("Llama 3.2 1B", 16, "sdpa"),
+        ("Qwen3 4B", 16, "flex_attention"),
+        ("Llama 3.1 8B", 4, "sdpa"),
+        ("Llama 3.1 8B", 4, "flex_attention"),
+        ("Llama 3.1 70B", 4, "flex_attention"),
+    ):
+        config = BASES[name]
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            parameters = sum(p.numel() for p in base.parameters())
+            table = base.get_output_embeddings().weight.numel()
+            model = get_peft_model(base, GatedLoraConfig(k=K, r=16, lora_alpha=32), low_cpu_mem_usage=True)
+        adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        queries, groups = config.num_attention_heads * head, config.num_key_value_heads * head
+        columns = tokens + masks
+        rows.append(
+            {
+                "base": name,
+                "bits": bits,
+                "attention": attention,
+                # Embeddings stay as they are; the rest has bits / 8 bytes, and scales.
+                "weights": 2 * parameters if bits == 16 else 2 * table + round(0.56 * (parameters - table)),
+                "keys_and_values": 2 * 2 * layers * groups * tokens,
+                # Of keys and values with the part's own; and once for each query's head, where sdpa gets a mask.
+                "copies": 2 * 2 * layers * (groups + (queries if attention == "sdpa" else 0)) * columns,
+                # What a layer keeps for its backward pass: two norms in float32, inputs and outputs of linear layers.
+                "states": layers * masks * (2 * (8 * width + 3 * queries + 2 * groups + 4 * inner) + 4 * 2 * width),
+                "logits": 3 * 4 * ROWS_PER_CHUNK * config.vocab_size,
+                "adapter": 4 * 4 * adapter,
+            }
+        )
+    return rows
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)  # threads that have started do not survive a fork
@@ -229,6 +270,7 @@ def main() -> None:
         "rank": RANK,
         "batch": BATCH,
         "adapters": in_a_process(adapter_sizes),
+        "on_paper": in_a_process(on_paper),
         "ways": compare(args, tokenizer, dataset),
         "memory": memory_of_long_texts(args, tokenizer),
     }
