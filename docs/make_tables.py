@@ -90,8 +90,8 @@ def simulated() -> str:
     for domain, result in report["domains"].items():
         values = result["simulated"]
         accuracy = " ".join(f"{values[f'accuracy_{step}']:.2f}" for step in range(1, 9))
-        rows.append([NAMES[domain], f"{values['tokens_per_step']:.2f}", accuracy])
-    return table(["domain", "tokens per step", "accuracy of masks 1 to 8"], rows)
+        rows.append([NAMES[domain], f"{values['tokens_per_block']:.2f}", accuracy])
+    return table(["domain", "tokens per block", "accuracy of masks 1 to 8"], rows)
 
 
 def training() -> str:
@@ -191,22 +191,24 @@ def gate() -> str:
 
 def recipes() -> str:
     """The settings before and after the ablation, trained side by side."""
-    reports = {name: load(name) for name in ("recipe_before", "recipe_now")}
+    reports = {name: load(f"recipe_{name}") for name in ("before", "now")}
     rows = []
     for name, report in reports.items():
-        steps = [report["domains"][domain]["simulated"]["tokens_per_step"] for domain in NAMES]
+        results = [report["domains"][domain]["simulated"] for domain in NAMES]
         training = report["training"]
         rows.append(
             [
-                name.replace("recipe_", ""),
-                *(f"{value:.2f}" for value in steps),
+                name,
+                *(f"{result['tokens_per_step']:.2f}" for result in results),
+                *(f"{result['tokens_per_block']:.2f}" for result in results),
                 f"{training['steps']:,}",
                 f"{training['masks_trained'] / 1e6:.2f}M",
             ]
         )
-    before, now = ([float(cell) for cell in row[1:4]] for row in rows)
+    before, now = ([float(cell) for cell in row[1:7]] for row in rows)
     rows.append(["gain", *(f"{100 * (b / a - 1):+.0f} %" for a, b in zip(before, now, strict=True)), "", ""])
-    return table(["settings", *NAMES.values(), "steps", "masks"], rows) + f"\n{machine(reports['recipe_now'])}.\n"
+    head = ["settings", *NAMES.values(), *(f"{name}, per block" for name in NAMES.values()), "steps", "masks"]
+    return table(head, rows) + f"\n{machine(reports['now'])}.\n"
 
 
 def training_cost() -> str:

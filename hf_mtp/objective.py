@@ -32,7 +32,8 @@ class Objective(ModelOutput):
     Args:
         loss (`torch.Tensor`): Weighted sum of the losses, a scalar with gradient. Zero if no mask had a target.
         metrics (`dict[str, torch.Tensor]`): Each loss by itself, accuracy per mask position (`accuracy_1` ...) and
-            `tokens_per_step`, detached scalars. Empty if no mask had a target.
+            `tokens_per_step`, detached scalars. That is what a step from a token taken at random returns; where
+            `walk` is given, it is the walk's, and `tokens_per_block` is the other. Empty if no mask had a target.
         rows (`int`): R, supervised masks.
         walk ([`Walk`], *optional*): What decoding this very text would take: without gradients, and if there was a
             block on every token.
@@ -118,6 +119,7 @@ def multi_token_objective(
     if torch.is_grad_enabled() or layout.weight_B is not None:
         return Objective(loss, metrics, rows)
     walk = walk_through(layout.anchor_BM, accepted_BM, supervised_BM, k)
+    metrics["tokens_per_block"] = metrics["tokens_per_step"]
     metrics["tokens_per_step"] = torch.tensor(walk.tokens_per_step, device=accepted_BM.device)
     return Objective(loss, metrics, rows, walk)
 

@@ -51,7 +51,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`; with the prefix `eval_` in evaluation, where
     `eval_tokens_per_step` is what quadratic decoding would give if it wrote the same text. In training it is what a
     step from a sampled token would give, which is more, since decoding comes by easy stretches in fewer steps than by
-    hard ones.
+    hard ones; evaluation has that as `eval_tokens_per_block`.
 
     Args:
         model ([`~peft.PeftModel`]):

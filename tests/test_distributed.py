@@ -53,6 +53,7 @@ def make_trainer(folder: Path, name: str, processes: int, tied: bool, checkpoint
             max_length=32,
             auxiliary_weight=0.5,
             anchors_per_sequence=None,
+            masks_per_part=8 * K,
             save_strategy="steps",
             save_steps=2,
             report_to="none",

@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def simulated(model: PeftModel, tokenizer, dataset, folder: Path) -> dict[str, float]:
-    """Tokens per step and accuracy per position on held-out text, a block on every token."""
+    """Tokens per step and per block, and accuracy per position, on held-out text, a block on every token."""
     trainer = MTPTrainer(
         model=model,
         args=MTPConfig(
@@ -63,9 +63,7 @@ def simulated(model: PeftModel, tokenizer, dataset, folder: Path) -> dict[str, f
     )
     metrics = trainer.evaluate(dataset)
     wanted = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    return {
-        name: round(value, 4) for name, value in wanted.items() if name.startswith(("tokens_per_step", "accuracy"))
-    }
+    return {name: round(value, 4) for name, value in wanted.items() if name.startswith(("tokens_per", "accuracy"))}
 
 
 def decoded(model: PeftModel, tokenizer, dataset, args: argparse.Namespace) -> dict[str, dict]:
