@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # The one place that holds the version: hf_mtp.__version__ reads it back through importlib.metadata.
 VERSION = "0.1.0"
@@ -35,7 +35,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=["hf_mtp"],
+    packages=find_packages(include=["hf_mtp", "hf_mtp.*"]),
     package_data={"hf_mtp": ["py.typed"]},
     # Floors only. The last releases of transformers and trl for Python 3.10 are 5.20 and 1.14.
     install_requires=[

@@ -178,13 +178,10 @@ def ablation() -> str:
 
 def gate() -> str:
     """What training does to the base itself, with and without the gate."""
-    runs = {run["group"]: run for run in load("ablation")["runs"] if run["group"] in ("reference", "gate")}
     rows = [
-        [
-            name,
-            *(f"{runs[group]['base_loss_before'][d]:.4f} → {runs[group]['base_loss_after'][d]:.4f}" for d in NAMES),
-        ]
-        for group, name in (("reference", "gated LoRA"), ("gate", "LoRA on all tokens"))
+        [run["name"], *(f"{run['base_loss_before'][d]:.4f} → {run['base_loss_after'][d]:.4f}" for d in NAMES)]
+        for run in load("ablation")["runs"]
+        if run["group"] == "gate"
     ]
     return table(["nats per token of the base, before → after", *NAMES.values()], rows)
 
@@ -209,6 +206,25 @@ def recipes() -> str:
     rows.append(["gain", *(f"{100 * (b / a - 1):+.0f} %" for a, b in zip(before, now, strict=True)), "", ""])
     head = ["settings", *NAMES.values(), *(f"{name}, per block" for name in NAMES.values()), "steps", "masks"]
     return table(head, rows) + f"\n{machine(reports['now'])}.\n"
+
+
+def foreseen() -> str:
+    """What an evaluation says of the base's own answers, and what decoding them took."""
+    report = load("recipe_now")
+    rows = []
+    for domain, name in NAMES.items():
+        row = report["domains"][domain]["quadratic"]
+        told, took = row["foreseen_tokens_per_step"], row["tokens_per_step"]
+        rows.append(
+            [
+                name,
+                f"{told:.3f}",
+                f"{took:.3f}",
+                f"{100 * (told / took - 1):+.1f} %",
+                f"{row['identical']}/{row['prompts']}",
+            ]
+        )
+    return table(["domain", "evaluation", "decoding", "difference", "identical"], rows) + f"\n{machine(report)}.\n"
 
 
 def training_cost() -> str:

@@ -7,9 +7,9 @@ when first used.
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 
-from .config import GatedLoraConfig
+from .adapter.config import GatedLoraConfig
+from .decoding.statistics import MTPGenerateOutput, MTPStatistics
 from .registration import register
-from .statistics import MTPGenerateOutput, MTPStatistics
 from .tuner import GatedLoraModel
 
 try:
@@ -18,12 +18,12 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = {
-    "DecodingCallback": ".decoding_callback",
-    "MTPConfig": ".training_config",
-    "MTPTrainer": ".trainer",
+    "DecodingCallback": ".training.decoding_callback",
+    "MTPConfig": ".training.config",
+    "MTPTrainer": ".training.trainer",
     "SupportReport": ".check",
     "check_support": ".check",
-    "regenerate_responses": ".responses",
+    "regenerate_responses": ".data.responses",
 }
 
 __all__ = [

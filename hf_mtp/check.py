@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .config import GatedLoraConfig
-from .drafting import Drafts, Draw
-from .reading import Reading, reading_of
-from .tiny import WINDOW, tiny_model
+from .adapter.config import GatedLoraConfig
+from .base.tiny import WINDOW, tiny_model
+from .decoding.drafting import Drafts, Draw
+from .decoding.reading import Reading, reading_of
 
 EXACT = "exact"
 PROMPTS = (WINDOW + 5, WINDOW - 3, WINDOW + 2)  # tokens; the first is longer than any sliding window

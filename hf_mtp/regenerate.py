@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from .responses import launched_processes, regenerate_responses
+from .data.responses import launched_processes, regenerate_responses
 
 SAMPLING = ("temperature", "top_p", "top_k")
 

@@ -7,9 +7,9 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .config import GatedLoraConfig
-from .hub import PeftModelForCausalLM
-from .peft_type import ExtensionPeftType, ExtensionTaskType
+from .adapter.config import GatedLoraConfig
+from .adapter.hub import PeftModelForCausalLM
+from .adapter.peft_type import ExtensionPeftType, ExtensionTaskType
 from .tuner import GatedLoraModel
 
 

@@ -14,22 +14,23 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .config import GatedLoraConfig
-from .drafting import Drafts, Draw, draft
-from .fingerprint import refuse_other_base
-from .gate import Gate, MaskColumns, gate_lora_layer
-from .generation import MTPGenerationMixin
-from .layout import IGNORE, segments, training_layout, weight_of_all_masks
-from .objective import Objective, multi_token_objective
-from .parameters import gate_parameter
-from .peers import hold_in_forward, is_sharded, past_sharding, whole_weight
-from .reading import Reading, reading_of
-from .recipe import Recipe
-from .sampler import SamplerHead
-from .stacked import UsersLayer, is_gated, refuse_name, refuse_parameter, restore, untouched, users_layers
-from .support import decoder_of, device_of, input_device, refuse_unsupported, weight_shape
-from .targets import exclude_layers_out_of_reach, linear_layers, shortened
-from .training_pass import is_checkpointing
+from .adapter.config import GatedLoraConfig
+from .adapter.fingerprint import refuse_other_base
+from .adapter.gate import Gate, MaskColumns, gate_lora_layer
+from .adapter.parameters import gate_parameter
+from .adapter.sampler import SamplerHead
+from .adapter.stacked import UsersLayer, is_gated, refuse_name, refuse_parameter, restore, untouched, users_layers
+from .adapter.weights import refuse_weights_unlike
+from .base.peers import hold_in_forward, is_sharded, past_sharding, whole_weight
+from .base.support import decoder_of, device_of, input_device, refuse_unsupported, weight_shape
+from .base.targets import exclude_layers_out_of_reach, linear_layers, shortened
+from .blocks.layout import IGNORE, segments, training_layout, weight_of_all_masks
+from .decoding.drafting import Drafts, Draw, draft
+from .decoding.generation import MTPGenerationMixin
+from .decoding.reading import Reading, reading_of
+from .objective.multi_token import Objective, multi_token_objective
+from .objective.recipe import Recipe
+from .objective.training_pass import is_checkpointing
 
 
 class GatedLoraModel(MTPGenerationMixin, LoraModel):
@@ -231,29 +232,12 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Refuses weights that are not a whole adapter; PEFT would leave what is missing at its random start."""
+        """Refuses weights that are not this adapter's; PEFT would leave what is missing at its random start."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
         remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
-        expected = {
-            key: tensor.shape
-            for key, tensor in model.state_dict().items()
-            if "lora_" in key and f".{adapter_name}." in key
-        }
-        missing, unknown = sorted(expected.keys() - remapped.keys()), sorted(remapped.keys() - expected.keys())
-        wrong = [key for key, shape in expected.items() if key in remapped and remapped[key].shape != shape]
-        broken = [key for key in expected if key in remapped and not torch.isfinite(remapped[key]).all()]
-        for problem, keys in (
-            ("lack", missing),
-            ("have the unknown", unknown),
-            ("have the wrong shape for", wrong),
-            ("have values that are not finite in", broken),
-        ):
-            if keys:
-                raise ValueError(
-                    f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is "
-                    "truncated, was changed, or belongs to another base or config. Download it again, or train again."
-                )
+        expected = {key: t for key, t in model.state_dict().items() if "lora_" in key and f".{adapter_name}." in key}
+        refuse_weights_unlike(remapped, expected)
         return remapped
 
     # ---------------------------------------------------------------- masks in the input
@@ -377,6 +361,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         with self.masks_in_columns(first, index_BN[:, first:]):
             return self.model(input_ids, *args, **kwargs)
 
+    @torch.compiler.disable(recursive=False)
     def _objective(
         self,
         input_ids: torch.LongTensor,
@@ -422,6 +407,7 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         return self.lora_mask_embeddings[self.active_adapters[0]](index_BM)
 
 
+@torch.compiler.disable
 def _places(
     input_ids_BT: torch.LongTensor, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.LongTensor | None
 ) -> tuple[torch.LongTensor, torch.LongTensor]:

@@ -2,10 +2,10 @@
 
 import torch
 
-from hf_mtp.layout import BlockLayout, decoding_layout
-from hf_mtp.masks import CachedColumns
-from hf_mtp.slots import choose_slots
-from hf_mtp.training_pass import training_pass
+from hf_mtp.blocks.layout import BlockLayout, decoding_layout
+from hf_mtp.blocks.masks import CachedColumns
+from hf_mtp.blocks.slots import choose_slots
+from hf_mtp.objective.training_pass import training_pass
 
 
 def masked_states(tuner, input_ids, layout: BlockLayout, all_layers: bool = False, masks: int = 1024):

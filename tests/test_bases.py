@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_mtp import GatedLoraConfig, check_support
 from hf_mtp.check import Rehearsal
-from hf_mtp.reading import Reading, reading_of
+from hf_mtp.decoding.reading import Reading, reading_of
 
 STRATEGIES = ("quadratic", "linear", "auto")
 TEXT_CONFIG = tiny_base("llama").config

@@ -17,10 +17,11 @@ from tiny_models import generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_mtp import MTPConfig, MTPTrainer, losses
-from hf_mtp.peers import is_sharded
-from hf_mtp.reading import Reading, reading_of
-from hf_mtp.recipe import Recipe
+from hf_mtp import MTPConfig, MTPTrainer
+from hf_mtp.base.peers import is_sharded
+from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.objective import losses
+from hf_mtp.objective.recipe import Recipe
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed"),
@@ -31,6 +32,7 @@ pytestmark = [
 K = 3
 SHARDED = {"fsdp2", "zero3"}
 TIED = {"zero3"}  # where the unembedding is the embedding, too
+MUON = {"ddp"}  # where optimizers see whole matrices
 
 
 def rows_of_all_lengths() -> list[list[int]]:
@@ -38,7 +40,9 @@ def rows_of_all_lengths() -> list[list[int]]:
     return [row[: 5 + 5 * index % 9] for index, row in enumerate(prompt(13, rows=16, seed=3).tolist())]
 
 
-def make_trainer(folder: Path, name: str, processes: int, tied: bool, checkpointing: bool) -> MTPTrainer:
+def make_trainer(
+    folder: Path, name: str, processes: int, tied: bool, checkpointing: bool = False, muon: bool = True
+) -> MTPTrainer:
     """A trainer of the tiny model in `folder`, whose process has its part of batches of four rows."""
     base = AutoModelForCausalLM.from_pretrained(folder / f"base-{tied}")
     return MTPTrainer(
@@ -49,8 +53,10 @@ def make_trainer(folder: Path, name: str, processes: int, tied: bool, checkpoint
             per_device_train_batch_size=4 // processes,
             per_device_eval_batch_size=4 // processes,
             learning_rate=1e-2,
+            muon=muon,
             logging_steps=1,
             max_length=32,
+            base_weight=1.0,
             auxiliary_weight=0.5,
             anchors_per_sequence=None,
             masks_per_part=8 * K,
@@ -97,6 +103,7 @@ def train_save_resume(rank: int, config: str, folder: Path) -> None:
         "losses": losses_of(whole),
         "eval_loss": whole.evaluate()["eval_loss"],
         "sharded": {is_sharded(whole.model), *seen_within},
+        "muon": whole.has_muon,
         "reads branches": reading_of(whole.model.base_model) is Reading.BRANCHES,
     }
     whole.model.eval()
@@ -129,12 +136,18 @@ def start(tmp_path_factory) -> Path:
         upgraded(AutoModelForCausalLM.from_pretrained(folder / f"base-{tied}"), K).save_pretrained(
             folder / f"start-{tied}"
         )
-        alone = make_trainer(folder, f"alone-{tied}", 1, tied, checkpointing=False)
+    for config in ("ddp", "zero2", "zero3"):
+        name = alone_as(config)
+        alone = make_trainer(folder, name, 1, config in TIED, muon=config in MUON)
         alone.train()
         alone.save_model()
-        result = {"losses": losses_of(alone), "eval_loss": alone.evaluate()["eval_loss"]}
-        torch.save(result, folder / f"alone-{tied}.pt")
+        torch.save({"losses": losses_of(alone), "eval_loss": alone.evaluate()["eval_loss"]}, folder / f"{name}.pt")
     return folder
+
+
+def alone_as(config: str) -> str:
+    """The name of what one process makes with the model and the optimizer of several."""
+    return f"alone-{config in TIED}-{config in MUON}"
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero2", "zero3"])
@@ -149,17 +162,16 @@ def test_processes_make_what_one_process_makes(config, start, tmp_path, monkeypa
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     ranks.run(train_save_resume, config, tmp_path)
 
-    tied = config in TIED
-    alone = torch.load(start / f"alone-{tied}.pt")
+    alone = torch.load(start / f"{alone_as(config)}.pt")
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks.WORLD)]
     for rank, result in enumerate(results):
         assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4)
         assert result["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4)
-        assert result["sharded"] == {config in SHARDED}
+        assert result["sharded"] == {config in SHARDED} and result["muon"] == (config in MUON)
         assert result["reads branches"] and result["identical"]
         assert (result["uneven"] > 0) == (rank == 1)
-    expected = load_file(start / f"alone-{tied}" / "adapter_model.safetensors")
-    untrained = load_file(start / f"start-{tied}" / "adapter_model.safetensors")
+    expected = load_file(start / alone_as(config) / "adapter_model.safetensors")
+    untrained = load_file(start / f"start-{config in TIED}" / "adapter_model.safetensors")
     for name in ("whole", "resumed", "whole/checkpoint-4"):
         found = load_file(tmp_path / name / "adapter_model.safetensors")
         assert found.keys() == expected.keys() == set(untrained)
@@ -194,7 +206,7 @@ def test_one_process_holds_all(monkeypatch):
 def test_models_without_branches_need_whole_weights(monkeypatch):
     model = upgraded("bloom", K).train()
     assert model(input_ids=prompt(), mtp_recipe=Recipe()).rows > 0
-    monkeypatch.setattr("hf_mtp.training_pass.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_mtp.objective.training_pass.is_sharded", lambda model: True)
     with pytest.raises(
         NotImplementedError, match="Train with whole weights in every process: DDP or DeepSpeed ZeRO-2"
     ):

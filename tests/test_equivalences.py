@@ -7,7 +7,7 @@ from tiny_models import adapter_parameters, prompt, upgraded
 from tiny_text import words
 from tiny_training import K, logged, texts, trainer
 
-from hf_mtp.recipe import Recipe
+from hf_mtp.objective.recipe import Recipe
 
 COMMON = {
     "optim": "sgd",

@@ -25,8 +25,8 @@ from transformers import Trainer
 from transformers.utils.logging import get_logger
 
 from hf_mtp import MTPConfig
-from hf_mtp.agreement import describe, describe_objective, describe_steps, refuse_disagreement, what_changes
-from hf_mtp.checkpoint import UNFINISHED, contents, flaw_of, newest_whole_checkpoint
+from hf_mtp.training.agreement import describe, describe_objective, describe_steps, refuse_disagreement, what_changes
+from hf_mtp.training.checkpoint import UNFINISHED, contents, flaw_of, newest_whole_checkpoint
 
 # ---------------------------------------------------------------- killed
 
@@ -141,7 +141,8 @@ def test_nothing_to_resume_from(tmp_path):
 def test_the_best_checkpoint_and_the_newest_stay(tmp_path):
     """The learning rate is so high that the first checkpoint is the best one."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2, "learning_rate": 3.0}
-    made = trainer(tmp_path, eval_dataset=texts(4), load_best_model_at_end=True, **{**SAVING, **options})
+    options |= {"muon": False, "load_best_model_at_end": True}
+    made = trainer(tmp_path, eval_dataset=texts(4), **{**SAVING, **options})
     made.train()
     best = tmp_path / f"checkpoint-{made.state.best_global_step}"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted({best.name, "checkpoint-6"})
@@ -341,7 +342,7 @@ def test_gradients_that_are_not_finite(policy, tmp_path, logs):
 
 
 def test_a_loss_that_overflows_with_finite_gradients(tmp_path):
-    made = trainer(tmp_path, nonfinite="skip", **NONFINITE_RUN)
+    made = trainer(tmp_path, nonfinite="skip", muon=False, **NONFINITE_RUN)
     made.model.register_forward_hook(
         lambda model, args, objective: replace(
             objective, loss=objective.loss + (torch.inf if made.state.global_step == 2 else 0)

@@ -10,11 +10,11 @@ from layouts import cached_columns, masked_states, step_layout
 from test_masks import packed_batch
 from tiny_models import generate, prompt, tiny_base, upgraded
 
+from hf_mtp.blocks.layout import training_layout
+from hf_mtp.blocks.masks import AttentionKind, allowed_attention, attention_masks, in_blocks
 from hf_mtp.check import Rehearsal
-from hf_mtp.layout import training_layout
-from hf_mtp.masks import AttentionKind, allowed_attention, attention_masks, in_blocks
-from hf_mtp.reading import Reading, reading_of
-from hf_mtp.recipe import Recipe
+from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.objective.recipe import Recipe
 
 flex_attention = pytest.importorskip("torch.nn.attention.flex_attention", reason="torch 2.5 brought flex attention")
 pytestmark = [

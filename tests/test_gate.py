@@ -22,8 +22,8 @@ from tiny_models import (
 from torch import nn
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.gate import Gate, GatedVariant, MaskColumns, gate_lora_layer
-from hf_mtp.recipe import Recipe
+from hf_mtp.adapter.gate import Gate, GatedVariant, MaskColumns, gate_lora_layer
+from hf_mtp.objective.recipe import Recipe
 
 K = 3
 RECIPE = Recipe(auxiliary=1.0)

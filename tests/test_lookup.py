@@ -5,12 +5,12 @@ import torch
 from test_batch import SMALL, alone, padded
 from tiny_models import generate, prompt, tiny_base, upgraded
 
-from hf_mtp import generation
-from hf_mtp.acceptance import Rates
-from hf_mtp.drafting import Drafts, found_drafts
-from hf_mtp.lookup import LONGEST_MATCH, Lookup, Match
-from hf_mtp.lookup_policy import LookupPolicy
-from hf_mtp.pacing import Pacer, Pass
+from hf_mtp.decoding import generation
+from hf_mtp.decoding.acceptance import Rates
+from hf_mtp.decoding.drafting import Drafts, found_drafts
+from hf_mtp.decoding.lookup import LONGEST_MATCH, Lookup, Match
+from hf_mtp.decoding.lookup_policy import LookupPolicy
+from hf_mtp.decoding.pacing import Pacer, Pass
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from layouts import masked_states
 from tiny_models import VOCAB, adapter_parameters, prompt, upgraded
 from torch import nn
 
-from hf_mtp import losses
-from hf_mtp.layout import IGNORE, segments, training_layout, weight_of_all_masks
-from hf_mtp.objective import multi_token_objective
-from hf_mtp.recipe import Recipe, get_recipe
-from hf_mtp.sampler import SamplerHead
-from hf_mtp.simulation import mean_tokens_per_step
+from hf_mtp.adapter.sampler import SamplerHead
+from hf_mtp.blocks.layout import IGNORE, segments, training_layout, weight_of_all_masks
+from hf_mtp.objective import losses
+from hf_mtp.objective.multi_token import multi_token_objective
+from hf_mtp.objective.recipe import Recipe, get_recipe
+from hf_mtp.objective.simulation import mean_tokens_per_step
 
 ROWS, SIZE = 23, 8
 
@@ -35,10 +35,10 @@ def test_cross_entropy(bias, rows_per_chunk):
     hidden = torch.randn(ROWS, SIZE, requires_grad=True)
     reference = hidden.detach().clone().requires_grad_()
     weight = torch.rand(ROWS)
-    loss, top = losses.cross_entropy(unembedding, hidden, target)
+    loss, top, target_top = losses.cross_entropy(unembedding, hidden, target)
     expected = F.cross_entropy(unembedding(reference), target, reduction="none")
     torch.testing.assert_close(loss, expected)
-    assert torch.equal(top, unembedding(hidden).argmax(dim=-1))
+    assert torch.equal(top, unembedding(hidden).argmax(dim=-1)) and torch.equal(target_top, target)
     (loss * weight).sum().backward()
     (expected * weight).sum().backward()
     torch.testing.assert_close(hidden.grad, reference.grad)
@@ -48,7 +48,8 @@ def test_cross_entropy_against_distributions(rows_per_chunk):
     unembedding, teacher = frozen_unembedding(bias=True), torch.randn(ROWS, SIZE)
     hidden = torch.randn(ROWS, SIZE, requires_grad=True)
     reference = hidden.detach().clone().requires_grad_()
-    loss, _ = losses.cross_entropy(unembedding, hidden, teacher)
+    loss, _, target_top = losses.cross_entropy(unembedding, hidden, teacher)
+    assert torch.equal(target_top, losses.likeliest_tokens(unembedding, teacher))
     wanted = unembedding(teacher).softmax(dim=-1)
     expected = -(wanted * unembedding(reference).log_softmax(dim=-1)).sum(dim=-1)
     torch.testing.assert_close(loss, expected)
@@ -71,7 +72,7 @@ def test_cross_entropy_in_half_precision(rows_per_chunk):
     unembedding = frozen_unembedding(bias=False).bfloat16()
     hidden = torch.randn(ROWS, SIZE, dtype=torch.bfloat16, requires_grad=True)
     target = torch.randint(VOCAB, (ROWS,))
-    loss, _ = losses.cross_entropy(unembedding, hidden, target)
+    loss, *_ = losses.cross_entropy(unembedding, hidden, target)
     torch.testing.assert_close(loss, F.cross_entropy(unembedding(hidden).float(), target, reduction="none"))
     loss.sum().backward()
     assert hidden.grad.dtype == torch.bfloat16
@@ -80,7 +81,7 @@ def test_cross_entropy_in_half_precision(rows_per_chunk):
 def test_cross_entropy_without_gradient(rows_per_chunk):
     unembedding, hidden, target = frozen_unembedding(False), torch.randn(ROWS, SIZE), torch.randint(VOCAB, (ROWS,))
     with torch.no_grad():
-        loss, _ = losses.cross_entropy(unembedding, hidden, target)
+        loss, *_ = losses.cross_entropy(unembedding, hidden, target)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, F.cross_entropy(unembedding(hidden), target, reduction="none"))
 
@@ -122,7 +123,7 @@ def test_feature_consistency():
 def test_total_variation(rows_per_chunk):
     unembedding, teacher = frozen_unembedding(bias=True), torch.randn(ROWS, SIZE)
     hidden = torch.randn(ROWS, SIZE, requires_grad=True)
-    loss, _ = losses.cross_entropy(unembedding, hidden, teacher, "tv")
+    loss, *_ = losses.cross_entropy(unembedding, hidden, teacher, "tv")
     wanted, drawn = unembedding(teacher).softmax(dim=-1), unembedding(hidden).softmax(dim=-1)
     acceptance = torch.minimum(wanted, drawn).sum(dim=-1)  # of a draft from `drawn`
     torch.testing.assert_close(loss, 1 - acceptance)
@@ -130,7 +131,7 @@ def test_total_variation(rows_per_chunk):
     loss.sum().backward()
     torch.testing.assert_close(hidden.grad, expected)
     token = torch.randint(VOCAB, (ROWS,))
-    of_tokens, _ = losses.cross_entropy(unembedding, hidden, token, "tv")
+    of_tokens, *_ = losses.cross_entropy(unembedding, hidden, token, "tv")
     torch.testing.assert_close(of_tokens, 1 - drawn[torch.arange(ROWS), token])
 
 
@@ -257,3 +258,16 @@ def test_recipes():
     assert (paper.base, paper.sampler, paper.lcm, paper.auxiliary, paper.targets) == (1.0, 1.0, 1.0, 0.0, "data")
     assert paper.with_overrides(lcm=0.0, sampler=None).lcm == 0.0
     assert paper.with_overrides(lcm=0.0, sampler=None).sampler == 1.0
+
+
+def test_without_a_sampler_the_base_s_loss_trains_the_drafts():
+    assert Recipe(base=0.0, sampler=0.7).without_sampler().base == 0.7
+    assert Recipe(base=0.2, sampler=0.7).without_sampler().base == 0.2
+    ids = prompt()
+    model = upgraded("llama", sampler=False)
+    losses = {
+        recipe: model(input_ids=ids, mtp_recipe=recipe).loss.item()
+        for recipe in (Recipe(base=0.0, lcm=0.0), Recipe(base=1.0, lcm=0.0), Recipe(base=0.5, lcm=0.0))
+    }
+    default, whole, half = losses.values()
+    assert default == whole == pytest.approx(2 * half)

@@ -9,9 +9,9 @@ from layouts import cached_columns, masked_states, step_layout
 from test_layout import batch
 from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, checkpoint_layers, tiny_base, upgraded
 
-from hf_mtp.cache import RollbackCache
-from hf_mtp.layout import decoding_layout, segments, training_layout
-from hf_mtp.masks import (
+from hf_mtp.base.cache import RollbackCache
+from hf_mtp.blocks.layout import decoding_layout, segments, training_layout
+from hf_mtp.blocks.masks import (
     AttentionKind,
     CachedColumns,
     additive,
@@ -19,8 +19,8 @@ from hf_mtp.masks import (
     attention_kinds,
     attention_masks,
 )
-from hf_mtp.slots import choose_slots
-from hf_mtp.step import MaskedStep
+from hf_mtp.blocks.slots import choose_slots
+from hf_mtp.decoding.step import MaskedStep
 
 KINDS = [
     AttentionKind(),

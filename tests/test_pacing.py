@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from hf_mtp.acceptance import MaskAcceptance
-from hf_mtp.drafting import Drafts, no_drafts
-from hf_mtp.pacing import Pacer, Pass, Whole
-from hf_mtp.slots import choose_slots, landing_probability, slot_values
+from hf_mtp.blocks.slots import choose_slots, landing_probability, slot_values
+from hf_mtp.decoding.acceptance import MaskAcceptance
+from hf_mtp.decoding.drafting import Drafts, no_drafts
+from hf_mtp.decoding.pacing import Pacer, Pass, Whole
 
 
 def test_landing_probability_of_every_outcome():

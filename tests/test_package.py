@@ -14,42 +14,65 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 import hf_mtp
-from hf_mtp.generation import MTPGenerationMixin
+from hf_mtp.decoding.generation import MTPGenerationMixin
 
 PACKAGE = Path(hf_mtp.__file__).parent
 
-# Both flows from top to bottom: a module imports from those before it only.
+# Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
-peft_type card config statistics slots layout masks losses simulation recipe sampler gate parameters stacked support
-fingerprint drafting lookup transcript verification acceptance costs lookup_policy pacing cache targets rope step
-sequence tiny reading prefill request peers decoding call generation training_pass partial_backward objective tuner
-hub registration check measuring nonfinite training_config agreement checkpoint interrupt deadline optimizer workers
-rows prompts randomness shard responses regenerate decoding_callback progress plotting curves watching trainer
-__init__
-""".split()
+blocks: slots layout masks
+base: support rope tiny peers cache targets
+adapter: peft_type card hub config gate parameters stacked sampler fingerprint weights
+decoding: statistics drafting lookup transcript verification acceptance costs lookup_policy pacing
+decoding: step sequence reading prefill request loop call generation
+objective: losses recipe simulation partial_backward training_pass multi_token
+: tuner registration check measuring
+data: prompts randomness shard survey answers responses
+: regenerate
+training: nonfinite config agreement checkpoint interrupt deadline optimizer workers rows decoding_callback progress
+training: plotting curves watching trainer
+"""
+MODULES = [
+    f"{room}.{name}".lstrip(".")
+    for room, _, names in (line.partition(": ") for line in ORDER.strip().splitlines())
+    for name in names.split()
+]
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
-PURE = set("slots layout masks losses simulation sampler drafting lookup transcript verification".split())
+PURE = {
+    *(f"blocks.{name}" for name in ("slots", "layout", "masks")),
+    *(f"objective.{name}" for name in ("losses", "simulation")),
+    "adapter.sampler",
+    *(f"decoding.{name}" for name in ("drafting", "lookup", "transcript", "verification")),
+}
+
+
+def path_of(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def imports_of(module: str) -> set[str]:
     """Modules of the package that a module imports when it runs, imports for type checkers left out."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
+    rooms = module.split(".")[:-1]
     return {
-        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        ".".join([*rooms[: len(rooms) + 1 - node.level], node.module])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level and node.module
     }
 
 
 def test_every_module_has_its_place():
-    assert sorted(ORDER) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+    paths = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+    assert sorted(MODULES) == sorted(".".join(path.parts) for path in paths)
 
 
-@pytest.mark.parametrize("module", ORDER)
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_run_downwards(module):
-    assert imports_of(module) <= set(ORDER[: ORDER.index(module)])
+    assert imports_of(module) <= set(MODULES[: MODULES.index(module)])
 
 
 @pytest.mark.parametrize("module", sorted(PURE))
@@ -57,9 +80,9 @@ def test_tensor_functions_know_no_models(module):
     assert imports_of(module) <= PURE
 
 
-@pytest.mark.parametrize("module", ORDER)
+@pytest.mark.parametrize("module", MODULES)
 def test_every_module_says_what_it_is(module):
-    assert ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+    assert ast.get_docstring(ast.parse(path_of(module).read_text(encoding="utf-8")))
 
 
 IMPORTS = """
@@ -170,7 +193,7 @@ def test_config_fields_have_help():
         assert inherited is None or issubclass(config, TrainingArguments)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_public_functions_are_documented(path):
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):

@@ -9,9 +9,10 @@ from peft.tuners.lora import layer as peft_layers
 from tiny_models import VOCAB, adapter_parameters, checkpoint_layers, generate, prompt, randomised, tiny_base, upgraded
 from transformers import CONFIG_MAPPING, CompileConfig
 
-from hf_mtp import GatedLoraConfig, tiny
+from hf_mtp import GatedLoraConfig
+from hf_mtp.base import tiny
 from hf_mtp.check import Rehearsal
-from hf_mtp.recipe import Recipe
+from hf_mtp.objective.recipe import Recipe
 
 K = 3
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.check import Rehearsal
-from hf_mtp.recipe import Recipe
+from hf_mtp.objective.recipe import Recipe
 
 STRATEGIES = ("quadratic", "linear", "auto")
 

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
+from hf_mtp.base.support import unpack_for_gradients
 from hf_mtp.check import Rehearsal
-from hf_mtp.reading import Reading, reading_of
-from hf_mtp.recipe import Recipe
-from hf_mtp.support import unpack_for_gradients
+from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.objective.recipe import Recipe
 
 
 def torchao_config():

@@ -10,12 +10,12 @@ from tiny_models import CACHE, adapter_parameters, upgraded
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import logging as host_logging
 
-from hf_mtp.cache import cache_name
+from hf_mtp.base.cache import cache_name
+from hf_mtp.base.tiny import VOCAB, tiny_model
+from hf_mtp.blocks.layout import segments, training_layout
 from hf_mtp.check import Rehearsal
-from hf_mtp.layout import segments, training_layout
-from hf_mtp.reading import Reading, reading_of
-from hf_mtp.recipe import Recipe
-from hf_mtp.tiny import VOCAB, tiny_model
+from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.objective.recipe import Recipe
 
 READINGS = {
     "llama": Reading.BRANCHES,
@@ -76,8 +76,8 @@ def test_auto_is_exact_and_says_why(name, caplog, monkeypatch):
     expected = generate(model, ids())
     monkeypatch.setattr(host_logging.get_logger("hf_mtp"), "propagate", True)
     host_logging.set_verbosity_info()
-    host_logging.get_logger("hf_mtp.generation").warning_once.cache_clear()
-    with caplog.at_level(logging.INFO, "hf_mtp.generation"):
+    host_logging.get_logger("hf_mtp.decoding.generation").warning_once.cache_clear()
+    with caplog.at_level(logging.INFO, "hf_mtp.decoding.generation"):
         assert torch.equal(generate(model, ids(), mtp=True), expected)
     host_logging.set_verbosity_warning()
     said = "plainly" if READINGS[name] is Reading.WHOLE_TEXTS else "linear"

@@ -12,9 +12,10 @@ from tiny_models import generate, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from transformers import AutoModelForCausalLM
 
-from hf_mtp import GatedLoraModel, MTPConfig, MTPTrainer, regenerate, regenerate_responses, responses
-from hf_mtp.prompts import decode_response, encode_prompt
-from hf_mtp.shard import Shard
+from hf_mtp import GatedLoraModel, MTPConfig, MTPTrainer, regenerate, regenerate_responses
+from hf_mtp.data import answers, responses, survey
+from hf_mtp.data.prompts import decode_response, encode_prompt
+from hf_mtp.data.shard import Shard
 
 K, ROWS, NEW_TOKENS = 3, 7, 6
 
@@ -140,13 +141,13 @@ def test_sampling_draws_from_the_seed_and_leaves_chance_outside_alone(tmp_path):
 
 
 def test_the_longest_prompts_come_first_and_rows_keep_their_order(tmp_path, monkeypatch):
-    widths, whole = [], responses._padded_left
+    widths, whole = [], answers._padded_left
 
     def spy(prompts, pad):
         widths.append([len(prompt) for prompt in prompts])
         return whole(prompts, pad)
 
-    monkeypatch.setattr(responses, "_padded_left", spy)
+    monkeypatch.setattr(answers, "_padded_left", spy)
     result = own_words(chats(), tmp_path / "out")
     lengths = [length for batch in widths for length in batch]
     assert lengths == sorted(lengths, reverse=True)
@@ -169,7 +170,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_an_interrupted_run_ends_with_the_same_file(do_sample, tmp_path, monkeypatch):
     whole = own_words(chats(), tmp_path / "whole", do_sample=do_sample)
-    answer, calls = responses._answer, []
+    answer, calls = responses.answer, []
 
     def dies(*args):
         calls.append(1)
@@ -177,7 +178,7 @@ def test_an_interrupted_run_ends_with_the_same_file(do_sample, tmp_path, monkeyp
             raise Killed
         return answer(*args)
 
-    monkeypatch.setattr(responses, "_answer", dies)
+    monkeypatch.setattr(responses, "answer", dies)
     out = tmp_path / "out"
     with pytest.raises(Killed):
         own_words(chats(), out, do_sample=do_sample)
@@ -244,7 +245,7 @@ def test_two_processes_draw_differently(tmp_path, monkeypatch):
 def test_rows_without_room_or_prompt_are_left_out(tmp_path, monkeypatch):
     asked = [words(4), "", words(125), words(3)]
     warnings = []
-    monkeypatch.setattr(responses.logger, "warning", warnings.append)
+    monkeypatch.setattr(survey.logger, "warning", warnings.append)
     result = own_words(Dataset.from_dict({"prompt": asked}), tmp_path / "out")
     assert [*result["prompt"]] == [asked[0], asked[3]]
     assert "2 of 4 rows are left out: 1 have an empty prompt, and in 1 the prompt" in warnings[0]

@@ -9,11 +9,11 @@ import torch
 from tiny_models import prompt, tiny_base, upgraded
 from transformers import LogitsProcessorList
 
-from hf_mtp import call, generation
-from hf_mtp.drafting import Draw
-from hf_mtp.pacing import Pacer
-from hf_mtp.recipe import get_recipe
-from hf_mtp.verification import accepted_drafts, next_token
+from hf_mtp.decoding import call, generation
+from hf_mtp.decoding.drafting import Draw
+from hf_mtp.decoding.pacing import Pacer
+from hf_mtp.decoding.verification import accepted_drafts, next_token
+from hf_mtp.objective.recipe import get_recipe
 
 VOCAB, NEW_TOKENS = 3, 3
 

@@ -7,7 +7,7 @@ from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_b
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.check import Rehearsal
-from hf_mtp.recipe import Recipe
+from hf_mtp.objective.recipe import Recipe
 
 
 def fine_tuned(seed: int = 3, **options) -> PeftModel:

@@ -16,8 +16,8 @@ from tiny_training import ROWS, SAVING, K, RaisesAt, assert_same_end, logged, te
 from transformers.utils.logging import get_logger
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
-from hf_mtp.fingerprint import tokenizer_fingerprint
-from hf_mtp.layout import segments, training_layout
+from hf_mtp.adapter.fingerprint import tokenizer_fingerprint
+from hf_mtp.blocks.layout import segments, training_layout
 
 MEASURES = {
     "loss_base",
@@ -62,6 +62,15 @@ def test_dataset_forms(form, packing, tmp_path):
     trained.train()
     assert all(math.isfinite(loss) and loss > 0 for loss in logged(trained))
     assert min(logged(trained, "mask_tokens")) > 0
+
+
+def test_batches_of_equal_length(tmp_path):
+    rows = Dataset.from_dict({"text": [words(4 + row % 16, row) for row in range(96)]})
+    by_length, by_chance = (
+        [batch["input_ids"].eq(tiny_tokenizer().pad_token_id).sum().item() for batch in made.get_train_dataloader()]
+        for made in (trainer(tmp_path, rows, train_sampling_strategy=name) for name in ("group_by_length", "random"))
+    )
+    assert sum(by_length) < sum(by_chance)
 
 
 def supervised_tokens(folder, dataset, **options) -> set[tuple[int, int]]:
@@ -160,7 +169,7 @@ def losses_of_training(folder, *args, **options) -> list[float]:
     return logged(trained)
 
 
-@pytest.mark.parametrize(("recipe", "targets"), [("paper", "data"), ("default", "model")])
+@pytest.mark.parametrize(("recipe", "targets"), [("paper", "data"), ("default", "soft")])
 def test_recipes_set_the_targets(recipe, targets, tmp_path):
     assert trainer(tmp_path, recipe=recipe).recipe.targets == targets
     assert trainer(tmp_path, recipe=recipe, lcm_weight=0.25).recipe.lcm == 0.25
@@ -182,7 +191,7 @@ def test_deadline_ends_training(tmp_path):
 def test_deadline_drives_the_learning_rate(tmp_path, monkeypatch):
     # Ten seconds pass with each look at the clock; a training of five minutes sees its learning rate fall to nothing.
     clock = iter(range(0, 100_000, 10))
-    monkeypatch.setattr("hf_mtp.deadline.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hf_mtp.training.deadline.time.monotonic", lambda: next(clock))
     trained = trainer(tmp_path, max_minutes=5, max_steps=50, lr_scheduler_type="linear")
     trained.train()
     rates = logged(trained, "learning_rate")
@@ -358,6 +367,7 @@ def test_own_loss_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"muon_learning_rate": -1.0}, "`muon_learning_rate` must not be negative, but got -1.0"),
         ({"recipe": "soup"}, "Unknown recipe 'soup'. Known: 'default', 'paper'"),
         ({"targets": "dreams"}, "'model', 'soft', 'data', but got 'dreams'"),
         ({"lcm_weight": -1.0}, "`lcm_weight` must not be negative, but got -1.0"),
@@ -389,8 +399,8 @@ def test_stream_of_prompts_alone_trains_nothing_and_says_so(tmp_path, caplog, mo
 
 
 def test_muon_trains_the_matrices_of_the_lora_and_adamw_the_rest(tmp_path):
-    trained = trainer(tmp_path, muon=True)
-    muon, adamw = trained.create_optimizer().parts
+    trained = trainer(tmp_path)
+    adamw, muon = trained.create_optimizer().parts
     names = {id(parameter): name for name, parameter in adapter_parameters(trained.model).items()}
     by_muon, by_adamw = (
         {names[id(parameter)] for group in part.param_groups for parameter in group["params"]}
@@ -404,27 +414,32 @@ def test_muon_trains_the_matrices_of_the_lora_and_adamw_the_rest(tmp_path):
 
 
 def test_the_schedule_reaches_both_optimizers(tmp_path):
-    trained = trainer(tmp_path, muon=True, lr_scheduler_type="linear", warmup_steps=0)
+    trained = trainer(
+        tmp_path, lr_scheduler_type="linear", warmup_steps=0, learning_rate=1e-3, muon_learning_rate=1e-2
+    )
+    assert [part.param_groups[0]["lr"] for part in trained.create_optimizer().parts] == [1e-3, 1e-2]
     trained.train()
+    assert trained.state.log_history[0]["learning_rate"] == 1e-3  # as asked for, not Muon's
     rates = [group["lr"] for part in trained.optimizer.optimizer.parts for group in part.param_groups]
     assert rates == [0.0] * len(rates)
 
 
-@pytest.mark.parametrize("options", [{}, {"muon": True, "optim": "adafactor"}])
+@pytest.mark.parametrize("options", [{"muon": False}, {"optim": "adafactor"}])
 def test_another_optimizer(options, tmp_path):
     assert not hasattr(trainer(tmp_path, **options).create_optimizer(), "parts")
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
-    trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
-    with pytest.raises(ValueError, match="not Muon with AdamW. Resume with the arguments it was trained with"):
-        trainer(tmp_path, muon=True).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+@pytest.mark.parametrize(("there", "message"), [(False, "trained without Muon"), (True, "trained by Muon")])
+def test_a_checkpoint_of_another_optimizer_is_refused(there, message, tmp_path):
+    trainer(tmp_path, muon=there, save_strategy="steps", save_steps=2, max_steps=2).train()
+    with pytest.raises(ValueError, match=rf"checkpoint-2 was {message}.* Resume with `muon={there}`"):
+        trainer(tmp_path, muon=not there).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_muon_resumes_to_the_same_losses(tmp_path):
-    whole = trainer(tmp_path / "whole", muon=True, save_strategy="steps", save_steps=2)
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=2)
     whole.train()
-    resumed = trainer(tmp_path / "resumed", muon=True)
+    resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert logged(resumed) == pytest.approx(logged(whole), rel=1e-6)
 

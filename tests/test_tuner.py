@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, VOCAB, adapter_parameters, generate, prompt, ra
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig, GatedLoraModel
-from hf_mtp.recipe import Recipe
+from hf_mtp.objective.recipe import Recipe
 
 K = 3
 

@@ -5,8 +5,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.cache import cache_name
-from hf_mtp.statistics import MTPGenerateOutput
+from hf_mtp.base.cache import cache_name
+from hf_mtp.decoding.statistics import MTPGenerateOutput
 
 CACHE = cache_name(MTPGenerateOutput.__dataclass_fields__)  # what this release of transformers calls it
 VOCAB = 97

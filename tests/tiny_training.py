@@ -32,6 +32,7 @@ def trainer(folder, train_dataset=None, model=None, **options) -> MTPTrainer:
             "learning_rate": 1e-2,
             "logging_steps": 1,
             "max_length": 32,
+            "base_weight": 1.0,
             "auxiliary_weight": 0.5,
             "report_to": "none",
             "use_cpu": True,

@@ -10,18 +10,18 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_mtp.plotting import COLOURS, GREY, save_png
+from hf_mtp.training.plotting import COLOURS, GREY, save_png
 
 HERE = Path(__file__).parent
 DOMAINS = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
-REFERENCE, SEEDS = "reference", "other seeds"
+REFERENCE, SEEDS, GATE = "reference", "other seeds", "gate"
 
 
 def in_rows(runs: list[dict]) -> list[tuple[str, dict | None]]:
     """Label and run of each line of the picture; groups begin with a line that has no run."""
     rows, group = [], None
     for run in runs:
-        if run["group"] == SEEDS:
+        if run["group"] in (SEEDS, GATE):  # a band of its own; another base, whose tokens per step are no measure
             continue
         if run["group"] != group and run["group"] != REFERENCE:
             rows.append((run["group"], None))

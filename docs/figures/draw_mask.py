@@ -11,9 +11,9 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from hf_mtp.layout import BlockLayout, decoding_layout
-from hf_mtp.masks import CachedColumns, allowed_attention
-from hf_mtp.slots import choose_slots
+from hf_mtp.blocks.layout import BlockLayout, decoding_layout
+from hf_mtp.blocks.masks import CachedColumns, allowed_attention
+from hf_mtp.blocks.slots import choose_slots
 
 # Blocked, regular to regular, mask to regular, mask to its own block; light to dark, safe for colour blindness.
 COLOURS = ["#f4f4f4", "#b9d3ee", "#5b8fc9", "#f2a444"]

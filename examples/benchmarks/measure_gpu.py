@@ -23,13 +23,13 @@ from report import finish
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.cache import RollbackCache, cache_name
-from hf_mtp.drafting import no_drafts
-from hf_mtp.layout import decoding_layout
+from hf_mtp.base.cache import RollbackCache, cache_name
+from hf_mtp.blocks.layout import decoding_layout
+from hf_mtp.decoding.drafting import no_drafts
+from hf_mtp.decoding.pacing import Whole
+from hf_mtp.decoding.step import MaskedStep
+from hf_mtp.decoding.verification import verify_together
 from hf_mtp.measuring import describe_machine
-from hf_mtp.pacing import Whole
-from hf_mtp.step import MaskedStep
-from hf_mtp.verification import verify_together
 
 SHAPES = {
     "8b": {

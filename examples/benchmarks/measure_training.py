@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 from trl import SFTConfig, SFTTrainer
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
-from hf_mtp.losses import ROWS_PER_CHUNK
 from hf_mtp.measuring import describe_machine
+from hf_mtp.objective.losses import ROWS_PER_CHUNK
 
 MIB = 2**20
 K, RANK, BATCH = 8, 32, 4

@@ -45,21 +45,8 @@ def named_values(pairs: list[str]) -> dict:
 
 # A rank that is small beside the model's width of 320: LoRA's cost in decoding grows with it.
 ADAPTER = {"k": 8, "r": 32, "lora_alpha": 64}
-SETTINGS = {
-    # Small steps, many of them: in half an hour on a CPU the number of steps is what is scarce.
-    "learning_rate": 5e-3,
-    "muon": True,
-    "targets": "soft",
-    # The sampler head makes the drafts; latent consistency sees to it that masks can be unembedded without it.
-    "base_weight": 0.0,
-    "lcm_weight": 3.0,
-    "position_decay": 0.8,
-    "per_device_train_batch_size": 4,
-    "anchors_per_sequence": 48,
-    "bf16": True,
-    "torch_compile": True,
-    "max_length": 384,
-}
+# Else the defaults.
+SETTINGS = {"per_device_train_batch_size": 4, "bf16": True, "max_length": 384}
 
 
 def train(

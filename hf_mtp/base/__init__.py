@@ -1,0 +1,1 @@
+"""What has to be known of a base model, found out from the model itself."""

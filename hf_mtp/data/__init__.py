@@ -1,0 +1,1 @@
+"""Responses of the model itself, in place of a dataset's."""

@@ -1,0 +1,93 @@
+"""A batch of prompts in, the model's responses out."""
+
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..base.support import input_device
+from .prompts import decode_response, encode_prompt, question_of
+
+STOP, LENGTH = "stop", "length"  # finish_reason, in the words of serving engines
+
+
+class Answer(NamedTuple):
+    """A row with the model's response, and the length of that."""
+
+    row: dict
+    tokens: int
+
+
+def answer(
+    rows: list[dict],
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_tokens: int | None,
+    mtp: bool,
+    options: dict,
+) -> list[Answer]:
+    """A batch of rows with the model's responses.
+
+    Args:
+        rows (`list[dict]`): The rows.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What answers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        prompt_tokens (`int`, *optional*): How many tokens of a plain text are the prompt.
+        mtp (`bool`): Whether to decode by multi-token prediction.
+        options (`dict`): What `generate` takes: `eos_token_id`, a list, `pad_token_id`, `max_new_tokens` and others.
+    """
+    questions = [question_of(row, tokenizer, prompt_tokens) for row in rows]
+    prompts = [encode_prompt(question.prompt, tokenizer, row) for question, row in zip(questions, rows, strict=True)]
+    input_ids_BT, mask_BT = _padded_left(prompts, options["pad_token_id"])
+    device = input_device(model)
+    output_BN = model.generate(
+        input_ids=input_ids_BT.to(device),
+        attention_mask=mask_BT.to(device),
+        **options,
+        **({"mtp": True} if mtp else {}),
+    )
+    answers = []
+    new_ids_B = output_BN[:, input_ids_BT.shape[1] :].tolist()
+    for question, prompt, new_ids in zip(questions, prompts, new_ids_B, strict=True):
+        response, finish_reason = _until_end(new_ids, options)
+        row = question.with_response(decode_response(prompt, response, tokenizer))
+        answers.append(Answer({**row, "finish_reason": finish_reason}, len(response)))
+    return answers
+
+
+def _padded_left(prompts: list[list[int]], pad: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """`(B, T)` ids that end together, and which of them are not padding."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _until_end(ids: list[int], options: dict) -> tuple[list[int], str]:
+    """A response without its end token and the padding behind it, and why it ended."""
+    for place, token in enumerate(ids):
+        if token in (options["eos_token_id"] or ()):
+            return ids[:place], STOP
+    end = len(ids)
+    while end and ids[end - 1] == options["pad_token_id"]:  # ended by a stopping criterion, such as a stop string
+        end -= 1
+    return ids[:end], LENGTH if end == options["max_new_tokens"] else STOP
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows that are shorter."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def end_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, asked_for: int | list[int] | None
+) -> list[int] | None:
+    """What ends a response: as asked for, else as the model's generation config says, else the tokenizer's own end."""
+    for ends in (asked_for, model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if ends is not None:
+            return [ends] if isinstance(ends, int) else [*ends]
+    return None

@@ -1,0 +1,220 @@
+"""Data from the model itself: [`regenerate_responses`] replaces a dataset's responses by the model's own."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..adapter.fingerprint import tokenizer_fingerprint
+from ..base.support import evaluation_mode
+from ..tuner import GatedLoraModel
+from .answers import answer, end_tokens, pad_token
+from .prompts import form_of
+from .randomness import own_randomness
+from .shard import Shard
+from .survey import room, survey
+
+logger = logging.get_logger(__name__)
+
+REFUSED = {
+    "attention_mask",
+    "generation_config",
+    "generator",
+    "input_ids",
+    "inputs",
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "streamer",
+}
+
+
+def regenerate_responses(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    output: str | Path,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 512,
+    prompt_tokens: int | None = None,
+    seed: int = 0,
+    mtp: bool = False,
+    do_sample: bool = False,
+    **generate_kwargs,
+) -> Dataset:
+    """Replaces the responses of a dataset by what the model itself says.
+
+    Drafts are accepted when they match the base, not the data, so what the base says is what they learn most from. The
+    result goes into [`MTPTrainer`] as it is.
+
+    Rows are answered in batches of about equal length, the longest first. Every batch is on disk as soon as it is
+    there: after an interruption, the same call goes on where it was and ends with the same file. Under
+    `accelerate launch`, each process answers its own part of the rows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The base, or an upgraded model, which says the same.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's tokenizer, with a chat template if the prompts are conversations.
+        dataset ([`~datasets.Dataset`]):
+            Rows with a prompt, in any of TRL's forms: `prompt`, a text or a conversation, whose `completion` is
+            replaced or added; `messages` (or `conversations`), whose last turn of the assistant is replaced or added;
+            or plain `text`, of which `prompt_tokens` are kept. All other columns stay, and `finish_reason` is added:
+            `"stop"` if the model came to an end, `"length"` if `max_new_tokens` did not suffice.
+        output (`str` or `Path`):
+            Folder for the result, JSON Lines that `load_dataset(output)` reads.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Rows answered at a time by each process.
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            Length of a response at most.
+        prompt_tokens (`int`, *optional*):
+            How many tokens of each plain `text` are the prompt. For no other form.
+        seed (`int`, *optional*, defaults to `0`):
+            Where sampling starts. Each batch draws by itself, so that an interruption changes nothing; another batch
+            size or number of processes does.
+        mtp (`bool`, *optional*, defaults to `False`):
+            Whether to decode by multi-token prediction: the same responses, sooner. For an upgraded model only.
+        do_sample (`bool`, *optional*, defaults to `False`):
+            Whether to sample, as the model's generation config or `temperature`, `top_p` and so on say.
+        generate_kwargs:
+            Everything else that `generate` takes.
+
+    Returns:
+        [`~datasets.Dataset`]: The rows of this process, in their order; with one process, all.
+
+    Raises:
+        ValueError: A dataset that is empty, has no prompts, is a stream or a dictionary of splits; conversations
+            without a chat template; `mtp=True` for a model that was not upgraded; an output folder that holds what
+            other arguments made.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from hf_mtp import regenerate_responses
+
+    >>> prompts = load_dataset("trl-lib/Capybara", split="train")
+    >>> dataset = regenerate_responses(base, tokenizer, prompts, "own-words", batch_size=64)
+    >>> trainer = MTPTrainer(model=model, args=MTPConfig(output_dir="out"), train_dataset=dataset)
+    ```
+    """
+    processes = launched_processes()
+    _refuse_dataset(dataset, tokenizer, prompt_tokens, processes.num_processes)
+    _refuse_arguments(model, batch_size, max_new_tokens, mtp, generate_kwargs)
+    rows = dataset.shard(processes.num_processes, processes.process_index, contiguous=True)
+    asked = survey(rows, tokenizer, prompt_tokens, room(model) - max_new_tokens, processes)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **generate_kwargs}
+    options["eos_token_id"] = end_tokens(model, tokenizer, generate_kwargs.get("eos_token_id"))
+    options.setdefault("pad_token_id", pad_token(tokenizer))
+
+    shard = Shard(Path(output), processes.process_index, processes.num_processes)
+    shard.claim(
+        {
+            "model": getattr(model, "name_or_path", ""),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "rows": asked.digest,
+            "batch_size": batch_size,
+            "prompt_tokens": prompt_tokens,
+            "seed": seed,
+            "mtp": mtp,
+            **{name: _as_json(value) for name, value in options.items()},
+        }
+    )
+    if not shard.is_whole:
+        seed += len(dataset) * processes.process_index  # no two batches of any process start from the same one
+        batches = [asked.order[start : start + batch_size] for start in range(0, len(asked.order), batch_size)]
+        done = shard.resume(batch_size)
+        with evaluation_mode(model), _Progress(len(asked.order), done * batch_size, processes) as progress:
+            for batch in batches[done:]:
+                with own_randomness(model, seed + batch[0]):
+                    answers = answer([rows[index] for index in batch], model, tokenizer, prompt_tokens, mtp, options)
+                shard.append([answer.row for answer in answers])
+                progress.add(len(batch), sum(answer.tokens for answer in answers))
+        shard.finish(asked.order)
+    return Dataset.from_json(str(shard.path))
+
+
+def launched_processes() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started, and its device."""
+    accelerator = torch.accelerator if hasattr(torch, "accelerator") else torch.cuda
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not accelerator.is_available())
+
+
+def _refuse_dataset(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None, processes: int
+) -> None:
+    """Raises for rows that nothing can be asked of."""
+    if not isinstance(dataset, Dataset):
+        kind = type(dataset).__name__
+        help = f"choose a split, {[*dataset]}" if isinstance(dataset, dict) else "`Dataset.from_generator` makes one"
+        raise ValueError(f"`dataset` must be a datasets.Dataset, but got {kind}: {help}.")
+    if len(dataset) < processes:
+        raise ValueError(f"`dataset` has {len(dataset)} rows for {processes} process(es), and each needs one or more.")
+    form = form_of(dataset.column_names)
+    if (form == "text") != (prompt_tokens is not None):
+        raise ValueError(
+            f"The prompts are in column {form!r}, and `prompt_tokens` is {prompt_tokens}. It says how many tokens of "
+            "a plain `text` are the prompt: pass it for those, and for nothing else."
+        )
+    if prompt_tokens is not None and prompt_tokens < 1:
+        raise ValueError(f"`prompt_tokens` must be at least 1, but got {prompt_tokens}.")
+    if tokenizer.chat_template is None and not isinstance(dataset[0][form], str):
+        raise ValueError(
+            f"Column {form!r} holds conversations, but {tokenizer.name_or_path or 'the tokenizer'} has no chat "
+            "template. Set `tokenizer.chat_template`, or pass prompts that are text."
+        )
+
+
+def _refuse_arguments(
+    model: PreTrainedModel | PeftModel, batch_size: int, max_new_tokens: int, mtp: bool, generate_kwargs: dict
+) -> None:
+    """Raises for what cannot be asked of the model."""
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but got {value}.")
+    refused = sorted(REFUSED & generate_kwargs.keys())
+    if refused:
+        raise ValueError(
+            f"{', '.join(map(repr, refused))} cannot be passed on to `generate`: every row gets one response, whose "
+            "batch, end and chance are decided here. Pass settings one by one, such as `temperature=0.7`."
+        )
+    if mtp and not isinstance(getattr(model, "base_model", None), GatedLoraModel):
+        raise ValueError(
+            f"`mtp=True` needs an upgraded model, but got {type(model).__name__}. Load its adapter, "
+            "`PeftModel.from_pretrained(base, adapter)`, or leave `mtp` out: the responses are the same."
+        )
+
+
+def _as_json(value):
+    """An argument as JSON gives it back; of what JSON has not, the type."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return type(value).__name__
+
+
+class _Progress:
+    """A bar of rows with the tokens per second."""
+
+    def __init__(self, rows: int, done: int, processes: PartialState):
+        quiet = not processes.is_local_main_process
+        self.bar = logging.tqdm(total=rows, initial=done, desc="Responses", unit="row", disable=quiet)
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, rows: int, tokens: int) -> None:
+        self.tokens += tokens
+        self.bar.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.start):.0f} tokens/s", refresh=False)
+        self.bar.update(rows)

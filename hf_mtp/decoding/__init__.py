@@ -1,0 +1,1 @@
+"""`generate(mtp=True)`: reading several tokens per pass, drafting, verification, pacing."""

@@ -1,0 +1,1 @@
+"""What is learned: the losses, over blocks of masks that hang on a text."""

@@ -1,0 +1,1 @@
+"""[`MTPTrainer`], its configuration, checkpoints, and what is seen of a training."""

@@ -1,0 +1,276 @@
+"""[`MTPTrainer`]: TRL's supervised fine-tuning with the multi-token objective."""
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from ..adapter.config import in_full_precision
+from ..adapter.fingerprint import tokenizer_fingerprint
+from ..base.peers import whole_adapter
+from ..base.support import unpack_for_gradients
+from ..decoding.reading import Reading, reading_of
+from ..objective.multi_token import Objective
+from ..objective.simulation import Walk
+from ..tuner import GatedLoraModel
+from .agreement import (
+    describe,
+    describe_objective,
+    describe_steps,
+    refuse_disagreement,
+    refuse_to_resume,
+    what_changes,
+)
+from .checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
+from .config import MTPConfig
+from .deadline import TICKS, Deadline
+from .interrupt import SaveOnInterrupt
+from .nonfinite import NonfiniteGuard
+from .optimizer import make_muon_adamw, refuse_another_optimizer
+from .rows import refuse_datasets, refuse_nothing_to_learn, refuse_settings
+from .watching import watch
+from .workers import died, explain_death
+
+logger = logging.get_logger(__name__)
+
+EVAL_SEED = 0  # evaluation draws the same anchors every time
+
+
+class MTPTrainer(WholeCheckpoints, SFTTrainer):
+    """
+    Trains the adapter of an upgraded model.
+
+    A [`~trl.SFTTrainer`] in all but its loss: every dataset format that TRL takes goes in unchanged, and saving,
+    resuming, evaluation and reporting are those of [`~transformers.Trainer`]. Checkpoints hold the adapter, not the
+    base; each is there whole or not at all, also if the process is killed while it saves. Logs each loss (`loss_base`,
+    `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position against the base's own choice
+    (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`; with the prefix `eval_` in evaluation, where
+    `eval_tokens_per_step` is what quadratic decoding would give if it wrote the same text. In training it is what a
+    step from a sampled token would give, which is more, since decoding comes by easy stretches in fewer steps than by
+    hard ones; evaluation has that as `eval_tokens_per_block`.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model to train, from `get_peft_model(base, GatedLoraConfig(...))`; or a base model (or its name),
+            together with `peft_config=GatedLoraConfig(...)`.
+        args ([`MTPConfig`], *optional*):
+            Configuration of the training.
+        kwargs:
+            Everything else that [`~trl.SFTTrainer`] takes, except `compute_loss_func`.
+
+    Raises:
+        ValueError: The model was not upgraded, the dataset is empty, mixes formats or has nothing to learn from,
+            `max_length` leaves no room for a block, the base cannot tell packed texts apart, or `compute_loss_func` is
+            given. From `train`: the checkpoint is of another adapter or base, or processes train different ones.
+        FloatingPointError: From `train`: a loss or a gradient is NaN or infinite, and `nonfinite="raise"`.
+
+    Example:
+
+    ```python
+    >>> from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
+
+    >>> model = get_peft_model(base, GatedLoraConfig(k=8))
+    >>> trainer = MTPTrainer(model=model, args=MTPConfig(output_dir="out"), train_dataset=dataset)
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "sft", "hf_mtp", "multi-token-prediction"]
+    _name = "MTP"
+    _paper = {
+        "title": "Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential",
+        "id": "2507.11851",
+    }
+
+    def __init__(self, model, args: MTPConfig | None = None, train_dataset=None, **kwargs):
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("`compute_loss_func` would replace the multi-token objective: leave it out.")
+        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+            raise ValueError("`train_dataset` is empty: multi-token prediction needs at least one text to learn from.")
+        if args is None:
+            args = MTPConfig(output_dir="mtp_output")
+        refuse_datasets(args, train_dataset, **kwargs)
+        if kwargs.get("peft_config") is None:
+            _gated(model)
+        self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.has_muon = self._takes_muon()
+        tuner = _gated(self.model)
+        unpack_for_gradients(self.model)
+        refuse_settings(args, tuner)
+        self.recipe = args.resolved_recipe()
+        refuse_nothing_to_learn(self.train_dataset, args.max_length)
+        self._describe_training(tuner)
+        # The loss is divided by the weight of all masks of the accumulated batches, see `get_batch_samples`.
+        self.model_accepts_loss_kwargs = True
+        self._walk = Walk()  # through the texts of an evaluation
+        # Taken before the model is sharded or wrapped.
+        self._adapter, self._objective = describe(tuner), describe_objective(self.recipe, args.anchors_per_sequence)
+        self.guard = NonfiniteGuard(self, args.nonfinite)
+        self.interrupt = SaveOnInterrupt()
+        self.add_callback(self.interrupt)
+        if self.deadline is not None:
+            self.add_callback(self.deadline)
+        watch(self, curves=args.training_curves)
+
+    def _describe_training(self, tuner: GatedLoraModel) -> None:
+        """Records in the adapter's config what its card and a later load need to know."""
+        config = tuner.active_mtp_config
+        config.tokenizer_fingerprint = tokenizer_fingerprint(self._tokenizer)
+        config.recipe = self.args.recipe
+        name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
+        if name and name not in config.train_datasets:
+            config.train_datasets = [*config.train_datasets, name]
+
+    def _takes_muon(self) -> bool:
+        """Whether no other optimizer was asked for, and matrices are whole."""
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        chosen = given or self.args.optim != MTPConfig.__dataclass_fields__["optim"].default
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.args.muon and not chosen and not is_sharded and hasattr(torch.optim, "Muon")
+
+    def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
+        if not self.has_muon:
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        settings = {"lr": args.learning_rate, "muon_lr": args.muon_learning_rate, "eps": args.adam_epsilon}
+        settings |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
+        return make_muon_adamw, settings
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.deadline is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(TICKS, optimizer)
+        self.deadline.drive(scheduler)
+        return scheduler
+
+    def train(self, *args, **kwargs):
+        refuse_disagreement(gather_object([{**self._adapter, **self._objective}]))
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not died(error):
+                raise
+            newest = newest_whole_checkpoint(Path(self.args.output_dir))
+            raise RuntimeError(explain_death(error, self.args.dataloader_num_workers, newest)) from error
+        finally:  # also when training failed, and no callback hears of its end
+            self.interrupt.restore_handler()
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The batches of one optimizer step, and the weight of all their masks, on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tuner = _gated(self.accelerator.unwrap_model(self.model))
+        weights = [tuner.objective_weight(recipe=self.recipe, **_objective_inputs(inputs)) for inputs in batches]
+        if not weights:
+            return batches, None
+        weight = torch.stack(weights).sum().to(device)
+        if self.accelerator.num_processes > 1:
+            weight = self.accelerator.gather(weight).sum()
+        return batches, weight.clamp(min=1e-6)  # batches without a target
+
+    def checkpoint_facts(self) -> dict:
+        """The adapter, how steps are spread and who takes them, for [`MTPTrainer.before_resuming`]."""
+        args = self.args
+        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = describe_steps(args.world_size, sequences)
+        return {"adapter": self._adapter, "steps": steps, "muon": self.has_muon}
+
+    def before_resuming(self, checkpoint: Path) -> None:
+        """Refuses a checkpoint of another adapter or optimizer, and says what another spread of steps changes."""
+        there, here = contents(checkpoint), self.checkpoint_facts()
+        refuse_to_resume(checkpoint.name, there.get("adapter", {}), here["adapter"])
+        refuse_another_optimizer(checkpoint.name, there.get("muon"), here["muon"])
+        if change := what_changes(there.get("steps", {}), here["steps"]):
+            logger.warning(change)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = self.guard.norm(model, super()._get_grad_norm(model, grad_norm))
+        if self.guard.policy == "skip":
+            self._metrics["train"]["skipped_steps"] = [self.guard.skipped_steps]
+        return grad_norm
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        is_training, anchors, generator, total = self.model.training, self.args.anchors_per_sequence, None, None
+        if is_training and num_items_in_batch is not None:
+            total = num_items_in_batch / self.accelerator.num_processes  # whose gradients are averaged
+        if not is_training:
+            generator = torch.Generator(inputs["input_ids"].device).manual_seed(EVAL_SEED)
+            if self.args.eval_anchors_per_sequence is not None or self._reads_branches():
+                anchors = self.args.eval_anchors_per_sequence
+        objective: Objective = model(
+            **_objective_inputs(inputs),
+            mtp_recipe=self.recipe,
+            mtp_anchors=anchors,
+            mtp_generator=generator,
+            mtp_total=total,
+            mtp_masks_per_part=self.args.masks_per_part,
+        )
+        if self.model.training:
+            objective = self.guard(objective, inputs["input_ids"])
+        self._record(objective, inputs)
+        # Releases of transformers differ in what they read from the outputs; with the loss alone all are content.
+        return (objective.loss, {"loss": objective.loss}) if return_outputs else objective.loss
+
+    def _reads_branches(self) -> bool:
+        return reading_of(_gated(self.accelerator.unwrap_model(self.model))) is Reading.BRANCHES
+
+    def _record(self, objective: Objective, inputs: dict) -> None:
+        """Averages over the steps between two logs are made by [`~trl.SFTTrainer`]'s `log`."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if objective.metrics:
+            for name, value in zip(
+                objective.metrics, torch.stack(list(objective.metrics.values())).tolist(), strict=True
+            ):
+                metrics[name].append(value)
+        if objective.walk is not None:
+            self._walk += objective.walk
+        if self.model.training:
+            self._total_train_tokens += inputs["input_ids"].numel()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["mask_tokens"].append(objective.rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._walk.passes and not self.model.training:  # texts of different lengths count by their tokens
+            self._metrics["eval"]["tokens_per_step"] = [self._walk.tokens_per_step]
+            self._walk = Walk()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def _save_checkpoint(self, model, trial):
+        with in_full_precision(_gated(self.model).active_mtp_config):  # whatever an adapter is saved in at the end
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.accelerator.is_fsdp2:
+            return super().save_model(output_dir, _internal_call)
+        # Whatever the type of state dict: the adapter whole, in one file, and none of the base gathered for it.
+        self._save(output_dir, state_dict=whole_adapter(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the adapter's own model card into `output_dir`."""
+        if self.is_world_process_zero():
+            _gated(self.model).active_mtp_config.write_model_card(self.args.output_dir, repo=self.hub_model_id)
+
+
+def _objective_inputs(inputs: dict) -> dict[str, torch.Tensor | None]:
+    """What of a batch the objective reads."""
+    return {name: inputs.get(name) for name in ("input_ids", "labels", "attention_mask", "position_ids")}
+
+
+def _gated(model) -> GatedLoraModel:
+    """The tuner inside an upgraded model."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, GatedLoraModel):
+        raise ValueError(
+            f"MTPTrainer trains upgraded models, but got {type(model).__name__}. Upgrade it first, "
+            "`model = get_peft_model(model, GatedLoraConfig(k=8))`, or pass `peft_config=GatedLoraConfig(k=8)`."
+        )
+    return tuner
