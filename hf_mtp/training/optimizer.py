@@ -77,9 +77,9 @@ def refuse_another_optimizer(checkpoint: str, there: bool | None, here: bool) ->
     """
     if there in (None, here):
         return
+    same = "`muon=True`, with neither FSDP nor DeepSpeed" if there else "`muon=False`"
     raise ValueError(
         f"{checkpoint} was trained {'by Muon' if there else 'without Muon'}, and this training is "
         f"{'by Muon' if here else 'without it'}: one cannot go on with the state of the other's optimizer. "
-        f"Nothing was changed. Resume with `muon={there}`, unsharded if that is `True`, or start from its "
-        "adapter instead of resuming."
+        f"Nothing was changed. Resume with {same}, or start from the checkpoint's adapter instead of resuming."
     )
