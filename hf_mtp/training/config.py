@@ -52,8 +52,8 @@ class MTPConfig(SFTConfig):
             How many mask tokens go forward and backward at a time. More take more memory, and fill a large GPU better.
             Where parameters are sharded, and under gradient checkpointing, all go at once.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Whether layers run again in the backward pass. Not needed to bound memory: `masks_per_part` does, at less
-            cost.
+            Whether layers run again in the backward pass. Not needed to bound memory: `masks_per_part` does,
+            without computing them twice.
 
         > Parameters that control the optimizer
 
