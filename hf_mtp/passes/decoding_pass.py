@@ -19,7 +19,6 @@ from ..cache.rollback import RollbackCache
 from ..layout.attention import attention_kinds, attention_masks
 from ..layout.blocks import NO_DOCUMENT, BlockLayout
 
-
 FEW_MASKS = 16  # whose logits are computed with those of the regular tokens
 
 
