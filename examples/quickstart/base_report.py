@@ -105,8 +105,8 @@ work, and it knows nothing about the world. Do not use its answers.
 
 The stored weights are bfloat16; the computation is in float32. Losses are in nats per answer token, on held-out text.
 The validation text chose the checkpoint; the test text is the 40 rows of `../data/*_test.jsonl`. Greedy answers to
-these 40 prompts have at most {new_tokens} tokens. A repeated 4-gram is one that occurred earlier in the same answer; "in references" is
-its share in the reference answers.
+these 40 prompts have at most {new_tokens} tokens. A repeated 4-gram is one that occurred earlier in the same answer;
+"in references" is its share in the reference answers.
 
 | domain | validation loss | test loss | repeated 4-grams | in references | ended with `<|end|>` | tokens per answer |
 |---|---|---|---|---|---|---|
