@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .adapter.config import GatedLoraConfig
-from .base.tiny import WINDOW, tiny_model
+from .base.sizes import WINDOW
+from .base.tiny import tiny_model
 from .decoding.drafting import Drafts, Draw
 from .decoding.reading import Reading, reading_of
 

@@ -17,8 +17,9 @@ from transformers.utils import logging
 from ..adapter.config import GatedLoraConfig
 from ..adapter.gate import GateError
 from ..base.cache import RollbackCache, cache_name
+from ..base.sizes import WINDOW
 from ..base.support import evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
-from ..base.tiny import WINDOW, tiny_model
+from ..base.tiny import tiny_model
 from ..blocks.layout import BlockLayout, decoding_layout
 from ..blocks.masks import attention_kinds, attention_masks, in_blocks
 from .drafting import found_drafts, no_drafts
