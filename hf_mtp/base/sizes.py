@@ -21,23 +21,24 @@ _KINDS = {
     "state heads": r"mamba_n_heads|mamba_num_heads|n_mamba_heads",
     "state head width": r"mamba_d_head|mamba_head_?dim",
     "head width": r"rotary_dim|kv_channels|.*head_dim|dim_head|d_kv|d_head|attention_head_size|query_pre_attn_scalar",
-    "heads": r".*heads?(_per_layer)?|num_query_groups",
+    "heads": r"(?!index_).*heads?(_per_layer)?|num_query_groups",
     "width": r"(.*hidden|.*embedding)_(size|dim).*|.*embed_(proj_)?dim|dim_model_base|d_model|n_embd|emb_dim|dim"
     r"|lru_width|d_inner|mamba_d_ssm|.*intermediate_size.*|.*ffn_dim|ffn_hidden_size|inner_dim|dim_ff|d_?ff|mlp_dim"
     r"|feed_forward_size|n_inner",
     "rank": r".*rank",
     "experts": r".*(experts|expert_num)|num_experts_per_tok(en)?|moe_topk|moe_k|.*top_k|.*topk_blocks",
     "groups": r"n_group|topk_group|num_expert_group|o_groups|.*n_groups|.*ngroups",
-    "window": r".*(chunk|block|window)_size|sliding_window|local_attention|index_topk",
+    # Shorter than any text, also where a window is as long as the positions: rotary embeddings go on behind them.
+    "window": r".*(chunk|block|window)_size|sliding_window|local_attention|index_topk|.*compressed.*_attention",
 }
 # Sizes that are compared with no other.
 _LIMITS = {
     r"max_position_embeddings|n_positions|max_seq_len|context_length|model_max_length|n_ctx": POSITIONS,
     r".*(d_state|state_size)": 8,
+    r"index_n_heads": 16,  # with fewer, many keys get the same score, and which are chosen depends on rounding
     r".*_(period|interval|pattern)": 2,
     r".*_offset|n_layers_per_.*": 1,
 }
-_POSITIONS = re.compile(next(iter(_LIMITS)))
 
 
 class SmallSizes:
@@ -62,37 +63,28 @@ class SmallSizes:
             value (`int`): Its size there.
             siblings (`dict`): All values of the config that it stands in.
         """
-        kind = _kind_of(name, value, siblings)
+        kind = _kind_of(name, siblings)
         if kind is not None:
             return min(value, self.of_kinds[kind].get(value, value))
-        if _kind_of(name, 1, siblings) == "window":  # one that no text leaves
-            return POSITIONS
         limit = next((limit for pattern, limit in _LIMITS.items() if re.fullmatch(pattern, name)), value)
         return min(value, limit)
 
 
-def _kind_of(name: str, value: int, siblings: dict) -> str | None:
+def _kind_of(name: str, siblings: dict) -> str | None:
     if "state_size" in siblings and name in ("num_heads", "head_dim"):
         return "state heads" if name == "num_heads" else "state head width"
-    kind = next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, name)), None)
-    if kind != "window":
-        return kind
-    ends = [end for other, end in siblings.items() if _POSITIONS.fullmatch(other) and isinstance(end, int)]
-    return None if any(value >= end for end in ends) else kind
+    return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, name)), None)
 
 
 def _by_kind(config: dict) -> dict[str, set[int]]:
     """All sizes of each kind in a config and those within it."""
     values = defaultdict(set)
     for name, value, siblings in _numbers(config):
-        if (kind := _kind_of(name, value, siblings)) is not None:
+        if (kind := _kind_of(name, siblings)) is not None:
             values[kind].add(value)
         if kind == "state heads":  # the width of all heads together
-            values["width"].update(
-                value * width
-                for other, width in siblings.items()
-                if _kind_of(other, 1, siblings) == "state head width"
-            )
+            widths = [width for other, width in siblings.items() if _kind_of(other, siblings) == "state head width"]
+            values["width"].update(value * width for width in widths)
     return values
 
 

@@ -120,6 +120,8 @@ def _shrunk(config: PreTrainedConfig, sizes: SmallSizes, fill: bool, of_each_kin
                 for place, layer in enumerate(kept)
                 if f"{layer:02}" in value
             }
+        elif isinstance(value, dict):
+            value = {key: _small(str(key), size, values, kept, sizes) for key, size in value.items()}
         elif _TOKENS.fullmatch(name) and value is not None:
             value = SPECIAL
         elif value is None and fill:
