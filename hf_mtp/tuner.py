@@ -76,15 +76,16 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         if "gate" not in self.__dict__:
             self.gate = Gate()
             self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
-            embedding = model.get_input_embeddings()
+            embedding, decoder = model.get_input_embeddings(), decoder_of(model)
             self._hooks = (
                 embedding.register_forward_pre_hook(self._embed_regular_ids),
                 embedding.register_forward_hook(self._append_mask_embeddings),
                 *(
                     part.register_forward_pre_hook(self._hide_mask_ids, with_kwargs=True)
-                    for part in (model, decoder_of(model))
+                    for part in model.modules()
+                    if part is not model and decoder in part.modules()
                 ),
-                decoder_of(model).register_forward_hook(self._keep_last_states),
+                decoder.register_forward_hook(self._keep_last_states),
                 self.register_forward_pre_hook(self._hold_unembedding),
             )
         theirs = users_layers(model)

@@ -21,7 +21,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 blocks: slots layout masks
-base: support rope tiny peers cache targets
+base: support head rope sizes tiny peers cache targets
 adapter: peft_type card hub config gate parameters stacked sampler fingerprint weights
 decoding: statistics drafting lookup transcript verification acceptance costs lookup_policy pacing
 decoding: step sequence reading prefill request loop call generation

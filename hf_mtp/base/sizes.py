@@ -24,7 +24,7 @@ _KINDS = {
     "heads": r"(?!index_).*heads?(_per_layer)?|num_query_groups",
     "width": r"(.*hidden|.*embedding)_(size|dim).*|.*embed_(proj_)?dim|dim_model_base|d_model|n_embd|emb_dim|dim"
     r"|lru_width|d_inner|mamba_d_ssm|.*intermediate_size.*|.*ffn_dim|ffn_hidden_size|inner_dim|dim_ff|d_?ff|mlp_dim"
-    r"|feed_forward_size|n_inner",
+    r"|feed_forward_size|n_inner|adapter_(in|out)_dim|adapter_input_size",
     "rank": r".*rank",
     "experts": r".*(experts|expert_num)|num_experts_per_tok(en)?|moe_topk|moe_k|.*top_k|.*topk_blocks",
     "groups": r"n_group|topk_group|num_expert_group|o_groups|.*n_groups|.*ngroups",
