@@ -8,10 +8,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.base.support import decoder_of
+from hf_mtp.base.inspection import decoder_of
 from hf_mtp.base.tiny import tiny_config, tiny_model
-from hf_mtp.check import Rehearsal
-from hf_mtp.objective.multi_token import _base_choices
+from hf_mtp.evaluation.support import Rehearsal
+from hf_mtp.objective.compute import _base_choices
 from hf_mtp.objective.recipe import Recipe
 
 HEADS = {  # the layers from hidden states to logits
@@ -38,9 +38,9 @@ def tiny_upgraded(model_type: str) -> PeftModel:
 @pytest.mark.parametrize(("model_type", "names"), HEADS.items())
 def test_hidden_states_become_the_logits_of_the_base(model_type, names):
     tuner = tiny_upgraded(model_type).base_model
-    with torch.no_grad(), tuner.gate.listen() as listener:
+    with torch.no_grad(), tuner.capture_hidden_states() as capture:
         logits = tuner.model(input_ids=IDS).logits
-    torch.testing.assert_close(tuner.unembedding()(listener.states), logits)
+    torch.testing.assert_close(tuner.unembedding()(capture.states), logits)
     assert tuner.head.names == names
 
 
@@ -74,10 +74,10 @@ def test_training_teaches_what_the_whole_head_says(model_type):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
     tuner = model.base_model
-    with torch.no_grad(), tuner.gate.listen() as listener:
+    with torch.no_grad(), tuner.capture_hidden_states() as capture:
         logits = tuner.model(input_ids=ids).logits
     column = torch.arange(1, ids.shape[1]).expand(2, -1)
-    choices = _base_choices(tuner.unembedding(), listener.states, column)
+    choices = _base_choices(tuner.unembedding(), capture.states, column)
     assert torch.equal(choices[:, :-1], logits.argmax(dim=-1)[:, :-1])
 
 

@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from hf_mtp.base.sizes import WINDOW
 from hf_mtp.base.tiny import tiny_config, tiny_model
-from hf_mtp.check import PROMPTS
-from hf_mtp.decoding.reading import PROMPT
+from hf_mtp.evaluation.support import PROMPTS
+from hf_mtp.passes.speculation_mode import PROMPT
 
 # Fields of a config, compared pair by pair.
 COMPARED = {

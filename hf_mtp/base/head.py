@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .support import decoder_of, evaluation_mode, input_device, weight_shape
+from .inspection import decoder_of, evaluation_mode, input_device, weight_shape
 
 logger = logging.get_logger(__name__)
 
