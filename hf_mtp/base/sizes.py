@@ -46,14 +46,10 @@ class SmallSizes:
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): Stays as it is. With the configs within it.
-        in_order (`bool`, *optional*, defaults to `True`): Whether sizes that differ stay different. If not, sizes of a
-            kind become equal, which suits code with conditions that the names in its config do not tell.
     """
 
-    def __init__(self, config: PreTrainedConfig, in_order: bool = True):
-        values = _by_kind(config.to_dict())
-        make = _ordered if in_order else _equal
-        self.of_kinds = make(values, config.get_text_config(decoder=True))
+    def __init__(self, config: PreTrainedConfig):
+        self.of_kinds = _small_by_kind(_by_kind(config.to_dict()), config.get_text_config(decoder=True))
 
     def __call__(self, name: str, value: int, siblings: dict) -> int:
         """The small size for one of a config.
@@ -103,37 +99,30 @@ def _size(text: PreTrainedConfig, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _equal(values: dict[str, set[int]], text: PreTrainedConfig) -> dict[str, dict[int, int]]:
-    small = {"vocabulary": VOCAB, "state heads": STATE_HEADS, "state head width": HEAD_WIDTH, "head width": HEAD_WIDTH}
-    small |= {"width": WIDTH, "rank": 8, "groups": 1, "window": WINDOW}
-    sizes = {kind: dict.fromkeys(values[kind], small[kind]) for kind in small}
-    sizes["heads"] = _grouped(values["heads"], _size(text, "num_attention_heads") or HEADS)
-    sizes["experts"] = {value: 4 if value > 8 else 2 for value in values["experts"]}
-    return sizes
-
-
-def _grouped(heads: set[int], of_queries: int) -> dict[int, int]:
-    return {value: HEADS if value >= of_queries else 2 for value in heads}
-
-
-def _ordered(values: dict[str, set[int]], text: PreTrainedConfig) -> dict[str, dict[int, int]]:
+def _small_by_kind(values: dict[str, set[int]], text: PreTrainedConfig) -> dict[str, dict[int, int]]:
     width, heads = _size(text, "hidden_size") or WIDTH, _size(text, "num_attention_heads") or HEADS
     head_width = _size(text, "head_dim") or max(1, width // heads)
     of_text = _by_kind(text.to_dict())["heads"]
-    small_heads = min(heads, max(HEADS, 2 << len([value for value in of_text if 1 < value < heads])))
+    small_heads = max(HEADS, 2 << len([value for value in of_text if 1 < value < heads]))
+    small_heads = 1 << (min(small_heads, heads).bit_length() - 1)
     small_head_width = WIDTH // small_heads
     if heads * head_width != width:
         small_head_width = 2 * small_head_width if heads * head_width > width else small_head_width // 2
+    vocabulary = _size(text, "vocab_size") or VOCAB
     vocabularies = {value: VOCAB for value in values["vocabulary"] if value > VOCAB}
     sizes = {
-        "vocabulary": _apart(vocabularies, 1, _size(text, "vocab_size") or VOCAB),
+        "vocabulary": _apart(vocabularies | {vocabulary: VOCAB}, 1, vocabulary),
         "width": _scaled(values["width"], width, WIDTH, step=16),
         "rank": _scaled(values["rank"], width, WIDTH, step=8),
         "head width": _scaled(values["head width"], head_width, small_head_width, step=4),
-        "heads": _grouped(values["heads"], heads) | _powers(of_text, heads, small_heads),
+        # Heads of other parts, such as a vision tower, have no order among those of the text.
+        "heads": {value: HEADS if value >= heads else 2 for value in values["heads"]}
+        | _powers(of_text, heads, small_heads),
         "experts": _scaled(values["experts"], max(values["experts"], default=1), EXPERTS, step=1, least=2),
         "groups": _powers(values["groups"], max(values["groups"], default=1), 1 << len(values["groups"] - {1})),
-        "window": {value: WINDOW >> place for place, value in enumerate(sorted(values["window"], reverse=True))},
+        "window": {
+            value: max(2, WINDOW >> place) for place, value in enumerate(sorted(values["window"], reverse=True))
+        },
     }
     sizes |= _states(values, sizes["width"])
     if width <= WIDTH:  # small enough, with all that goes with it
@@ -160,13 +149,13 @@ def _apart(sizes: dict[int, int], step: int, anchor: int) -> dict[int, int]:
     for value, larger in pairwise([anchor, *above]):
         sizes[larger] = max(sizes[larger], sizes[value] + step)
     for smaller, value in reversed(list(pairwise(below))):
-        sizes[smaller] = max(1, min(sizes[smaller], sizes[value] - step))
+        sizes[smaller] = max(step, min(sizes[smaller], sizes[value] - step))
     return sizes
 
 
 def _powers(values: set[int], anchor: int, small: int) -> dict[int, int]:
     """Powers of two, so that smaller ones divide larger ones. One stays one."""
-    sizes = {anchor: 1 << (min(small, anchor).bit_length() - 1)}
+    sizes = {anchor: small}
     for value, larger in reversed(list(pairwise(sorted({v for v in values if v < anchor} | {anchor})))):
         sizes[value] = 1 if value == 1 else max(1, sizes[larger] // 2)
     for value, larger in pairwise(sorted({v for v in values if v > anchor} | {anchor})):
