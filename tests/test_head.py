@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.base.head import PredictionHead, prediction_head
 from hf_mtp.base.inspection import decoder_of
 from hf_mtp.base.tiny import tiny_config, tiny_model
 from hf_mtp.evaluation.support import Rehearsal
@@ -92,9 +93,15 @@ def test_a_bridge_that_is_no_layer_is_refused_by_name():
 
     base.__class__ = Bridged
     base.lm_head = nn.Linear(24, base.config.vocab_size)
-    base.bridge, base.spare = nn.Parameter(torch.randn(32, 24)), nn.Linear(2, 2)
+    base.bridge = nn.Parameter(torch.randn(32, 24))
     with pytest.raises(ValueError, match="Bridged cannot be upgraded: its decoder gives hidden states of size 32"):
         get_peft_model(base, GatedLoraConfig(k=2, target_modules=["q_proj"]))
+
+
+def test_a_base_without_weights_is_not_run():
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(tiny_config(config_of("bert")))
+    assert prediction_head(base) == PredictionHead((), base.config.hidden_size)
 
 
 def test_the_decoder_never_sees_ids_of_masks():

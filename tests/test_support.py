@@ -62,6 +62,14 @@ def test_a_type_is_as_the_matrix_says(model_type):
         assert (report.mode, report.strategy, report.checks) == (row["mode"], row["strategy"], row["checks"])
 
 
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "rembert"])
+def test_encoders_as_decoders(model_type):
+    report = check_support(CONFIG_MAPPING[model_type](is_decoder=True))
+    assert report.strategy == "quadratic" and set(report.checks.values()) == {"exact"}, str(report)
+    if IS_SAME_RELEASE:
+        assert report.checks == ROWS[model_type, "is_decoder=True"]["checks"]
+
+
 def test_the_matrix_has_no_mismatch_and_enough_types():
     types = [row for row in MATRIX["rows"] if not row["variant"]]
     assert all(row["is_exact"] for row in MATRIX["rows"])

@@ -258,15 +258,15 @@ class GatedLoraTuner(LoraModel):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def unembedding(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The base's head, `(..., D)` to `(..., V)`; its result is where the rest of ours computes."""
-        layers = self.head.layers(self.model)
-        dtype = layers[0].weight.dtype if not self.head.names else self.model.dtype
-        is_cast = dtype.is_floating_point and dtype != self.model.dtype  # some models keep it in float32
-        if not self.head.names and not is_cast and device_of(layers[0]) == input_device(self.model):
-            return past_sharding(layers[0])
-        return lambda hidden: reduce(
-            lambda states, layer: layer(states), layers, hidden.to(dtype) if is_cast else hidden
-        ).to(hidden.device)
+        """The base's prediction head, `(..., D)` to `(..., V)`. Its result is where the rest of ours computes."""
+        layers, dtype = self.head.layers(self.model), None
+        if not self.head.names:
+            weight = layers[0].weight
+            if weight.is_floating_point() and weight.dtype.itemsize > self.model.dtype.itemsize:
+                dtype = weight.dtype  # some models keep their unembedding in float32
+            elif device_of(layers[0]) == input_device(self.model):
+                return past_sharding(layers[0])
+        return lambda hidden: reduce(lambda states, layer: layer(states), layers, hidden.to(dtype)).to(hidden.device)
 
     @contextmanager
     def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:

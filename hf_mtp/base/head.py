@@ -33,7 +33,7 @@ class PredictionHead:
 
 
 def prediction_head(model: PreTrainedModel) -> PredictionHead:
-    """The head of a model, found by a short forward pass if the model has any layer that could belong to it.
+    """The head of a model, found by a short forward pass if the model has any weight that could belong to it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base. If it cannot be run as it is, its output embeddings are
@@ -46,14 +46,14 @@ def prediction_head(model: PreTrainedModel) -> PredictionHead:
     unembedding, decoder = model.get_output_embeddings(), decoder_of(model)
     simple = PredictionHead((), weight_shape(unembedding)[1])
     others = [part for part in model.children() if part is not unembedding and decoder not in part.modules()]
-    if not others:
+    if not others and not list(model.parameters(recurse=False)):
         return simple
     try:
         hidden_BTD, calls = _trial(model, decoder)
+        names = _path(hidden_BTD, calls, unembedding)
     except Exception as error:  # whatever a model's code raises
         logger.debug("%s could not be run: %s", type(model).__name__, error)
         return simple
-    names = _path(hidden_BTD, calls, unembedding)
     if names is not None:
         return PredictionHead(names, hidden_BTD.shape[-1])
     if hidden_BTD.shape[-1] != simple.hidden_size:
