@@ -53,21 +53,24 @@ SLICE = [
 ]
 
 
+def without_reasons(checks: dict[str, str]) -> dict[str, str]:
+    return {name: result.partition(":")[0] for name, result in checks.items()}
+
+
 @pytest.mark.parametrize("model_type", [name for name in SLICE if name in CONFIG_MAPPING])
 def test_a_type_is_as_the_matrix_says(model_type):
     report = check_support(CONFIG_MAPPING[model_type]())
     assert report.is_exact, str(report)
     if IS_SAME_RELEASE:
         row = ROWS[model_type, ""]
-        assert (report.mode, report.strategy, report.checks) == (row["mode"], row["strategy"], row["checks"])
+        assert (report.mode, report.strategy) == (row["mode"], row["strategy"])
+        assert without_reasons(report.checks) == without_reasons(row["checks"])
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "rembert"])
 def test_encoders_as_decoders(model_type):
     report = check_support(CONFIG_MAPPING[model_type](is_decoder=True))
     assert report.strategy == "quadratic" and set(report.checks.values()) == {"exact"}, str(report)
-    if IS_SAME_RELEASE:
-        assert report.checks == ROWS[model_type, "is_decoder=True"]["checks"]
 
 
 def test_the_matrix_has_no_mismatch_and_enough_types():
