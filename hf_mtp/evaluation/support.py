@@ -65,11 +65,11 @@ class SupportReport:
 def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
     """Tries every way to decode on a tiny random model of the same kind, against plain decoding, in float64.
 
-    The ways are all strategies, a batch of prompts, a static cache, and eager attention beside the model's default. Flex
-    attention takes long to compile and flash attention needs a GPU, so both are left out.
+    The ways are all strategies, a batch of prompts, a static cache, and eager attention beside the model's default.
+    Flex attention takes long to compile and flash attention needs a GPU, so both are left out.
 
-    Nothing is downloaded but the config of a Hub id. Adapter weights are random. Drafts are right, wrong and missing in
-    turns, so that acceptance and roll-back are tried, too.
+    Nothing is downloaded but the config of a Hub id. Adapter weights are random. Drafts are right, wrong and missing
+    in turns, so that acceptance and roll-back are tried, too.
 
     Args:
         model_or_config_or_id ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`] or `str`):
@@ -121,10 +121,10 @@ class Rehearsal:
             self.next.update(pairwise(sequence[0].tolist()))
         self.calls = 0
 
-    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *_, **__) -> Drafts:
+    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *args, **kwargs) -> Drafts:
         self.calls += 1
         if self.own is not None:
-            self.own(pending_B, hidden_BKD, noise_of, warpers)
+            self.own(pending_B, hidden_BKD, *args, **kwargs)
         rows, wrong = [], self.calls % 4  # the place of the wrong draft; none in every fourth call
         for token in pending_B.tolist():
             row = []
