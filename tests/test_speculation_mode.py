@@ -1,4 +1,4 @@
-"""Models that read plain sequences only: how each is read is found out, and decoding and training go by it."""
+"""The speculation mode of a model is found out by a trial; decoding and training go by it."""
 
 import inspect
 import logging
@@ -15,9 +15,9 @@ from hf_mtp.base.tiny import VOCAB, tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.layout.blocks import segments, training_layout
 from hf_mtp.objective.recipe import Recipe
-from hf_mtp.passes.speculation_mode import SpeculationMode
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
-READINGS = {
+MODES = {
     "llama": SpeculationMode.TREE,
     "bloom": SpeculationMode.CHAIN,  # alibi: distance counts in columns, which a branch skips
     "mamba2": SpeculationMode.CHAIN_ON_COPY,
@@ -26,7 +26,7 @@ READINGS = {
     "mamba": SpeculationMode.RECOMPUTE,
     "jamba": SpeculationMode.RECOMPUTE,
 }
-SEQUENTIAL = [name for name, reading in READINGS.items() if reading is not SpeculationMode.TREE]
+SEQUENTIAL = [name for name, mode in MODES.items() if mode is not SpeculationMode.TREE]
 OF_EACH_KIND = ["bloom", "mamba2", "mamba"]
 
 
@@ -54,9 +54,9 @@ def rehearse(model, *sequences: torch.LongTensor) -> None:
     model.base_model.draft = Rehearsal(list(sequences))
 
 
-@pytest.mark.parametrize("name", READINGS)
-def test_reading(name):
-    assert reading_of(model_of(name).base_model) is READINGS[name]
+@pytest.mark.parametrize("name", MODES)
+def test_mode(name):
+    assert speculation_mode(model_of(name).get_base_model()) is MODES[name]
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
@@ -80,8 +80,10 @@ def test_auto_is_exact_and_says_why(name, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "hf_mtp.decoding.generate"):
         assert torch.equal(generate(model, ids(), mtp=True), expected)
     host_logging.set_verbosity_warning()
-    said = "plainly" if READINGS[name] is SpeculationMode.RECOMPUTE else "linear"
-    assert said in caplog.text and READINGS[name].value in caplog.text
+    if MODES[name] is SpeculationMode.RECOMPUTE:
+        assert "decodes plainly, which is faster" in caplog.text
+    else:
+        assert f"'linear': {type(model.get_base_model()).__name__} allows the mode {MODES[name].value!r}" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["linear", "auto"])
