@@ -68,7 +68,6 @@ def sampled_text(base, ids_1S: torch.LongTensor, seed: int, row: int, new_tokens
         options: Settings of `generate` that make processors.
     """
     config, _ = base._prepare_generation_config(None, do_sample=True, max_new_tokens=new_tokens, **options)
-    config._eos_token_tensor = None
     length = ids_1S.shape[1]
     processors = base._get_logits_processor(config, input_ids_seq_length=length, encoder_input_ids=ids_1S)
     noise = PositionNoise(draw_seed(torch.Generator().manual_seed(seed)), row, base.config.vocab_size, ids_1S.device)

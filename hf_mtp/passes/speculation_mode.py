@@ -67,10 +67,10 @@ class _Unadapted:
     So the answer depends on the model alone, not on what an adapter's weights make of masks.
     """
 
-    vocab_size = 3  # the "mask" i is token 3 + i
-
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        # The "mask" i is token 3 + i, past the ids that are often special.
+        self.vocab_size = min(3, weight_shape(model.get_input_embeddings())[0] - MASKS)
 
     @contextmanager
     def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
