@@ -71,9 +71,7 @@ def test_auto_is_exact_whatever_it_chooses(right, monkeypatch):
     model, expected = upgraded("llama", k=8), plain_output("llama", torch.float32, 60)
     for _ in range(5):  # it goes on learning from call to call
         Oracle(monkeypatch, expected, RIGHT[right])
-        assert torch.equal(
-            generate(model, prompt(PROMPT), 60, mtp=True, mtp_strategy="auto"), expected
-        )
+        assert torch.equal(generate(model, prompt(PROMPT), 60, mtp=True, mtp_strategy="auto"), expected)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "gpt_oss", "mistral", "starcoder2"])
@@ -82,9 +80,7 @@ def test_output_many_windows_long(architecture, monkeypatch):
     for right in RIGHT.values():
         model = upgraded(architecture, k=8)
         Oracle(monkeypatch, expected, right)
-        assert torch.equal(
-            generate(model, prompt(PROMPT), 40, mtp=True, mtp_strategy="quadratic"), expected
-        )
+        assert torch.equal(generate(model, prompt(PROMPT), 40, mtp=True, mtp_strategy="quadratic"), expected)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
@@ -330,9 +326,7 @@ def test_returned_cache_is_that_of_plain_decoding(strategy, right, monkeypatch):
     model = upgraded("llama", k=3, dtype=torch.float64)
     plain = generate(model, prompt(PROMPT), return_dict_in_generate=True)
     Oracle(monkeypatch, plain.sequences, RIGHT[right])
-    fast = generate(
-        model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, return_dict_in_generate=True
-    )
+    fast = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, return_dict_in_generate=True)
     assert fast[CACHE].get_seq_length() == plain[CACHE].get_seq_length() == PROMPT + 19
     for fast_layer, plain_layer in zip(fast[CACHE].layers, plain[CACHE].layers, strict=True):
         torch.testing.assert_close(fast_layer.keys, plain_layer.keys)

@@ -65,9 +65,7 @@ class Request:
         if self.seed is not None:
             seed = draw_seed(torch.Generator().manual_seed(self.seed))
             noise = PositionNoise(seed, 0, SMALL, torch.device("cpu"))
-        sequence = Sequence(
-            self.ids[0], 0, 0, self.new_tokens, GenerationConfig(), LogitsProcessorList(), noise
-        )
+        sequence = Sequence(self.ids[0], 0, 0, self.new_tokens, GenerationConfig(), LogitsProcessorList(), noise)
         return Batch([sequence], RollbackCache(torch.zeros(1, dtype=torch.long)), self.ids)
 
 

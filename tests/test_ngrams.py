@@ -114,7 +114,9 @@ def test_rows_come_and_go():
 
 def test_drafts_of_both_kinds_in_one_batch():
     by_masks = Drafts(torch.full((3, 2), 6), torch.full((3, 2), 0.3))
-    found = Drafts(torch.tensor([[1, 2, 3], [-1] * 3, [4, -1, -1]]), torch.tensor([[0.9, 0.8, 0.7], [0] * 3, [0.6, 0, 0]]))
+    found = Drafts(
+        torch.tensor([[1, 2, 3], [-1] * 3, [4, -1, -1]]), torch.tensor([[0.9, 0.8, 0.7], [0] * 3, [0.6, 0, 0]])
+    )
     both = by_masks.overridden_by(found)
     assert both.token_BK.tolist() == [[1, 2, 3], [6, 6, -1], [4, -1, -1]]
     torch.testing.assert_close(both.confidence_BK, torch.tensor([[0.9, 0.8, 0.7], [0.3, 0.3, 0], [0.6, 0, 0]]))

@@ -20,16 +20,16 @@ CPU = torch.device("cpu")
 
 def costs(fixed: float, column: float) -> PassCosts:
     """A plain pass costs 1 and each further column of it `column`; masks make a pass `fixed` times as dear."""
-    return PassCosts(
-        [(1, 1.0), (101, 1 + 100 * column)], [(1, fixed + column), (101, fixed + 101 * column)]
-    )
+    return PassCosts([(1, 1.0), (101, 1 + 100 * column)], [(1, fixed + column), (101, fixed + 101 * column)])
 
 
 def drafts_of(confidences: list[list[float]]) -> Drafts:
     longest = max(map(len, confidences))
     rows = [row + [0.0] * (longest - len(row)) for row in confidences]
     tokens = [[7] * len(row) + [NO_TOKEN] * (longest - len(row)) for row in confidences]
-    return Drafts(torch.tensor(tokens, dtype=torch.long).view(len(rows), longest), torch.tensor(rows).view(len(rows), -1))
+    return Drafts(
+        torch.tensor(tokens, dtype=torch.long).view(len(rows), longest), torch.tensor(rows).view(len(rows), -1)
+    )
 
 
 class Decoding:

@@ -83,7 +83,9 @@ def test_auto_is_exact_and_says_why(name, caplog, monkeypatch):
     if MODES[name] is SpeculationMode.RECOMPUTE:
         assert "decodes plainly, which is faster" in caplog.text
     else:
-        assert f"'linear': {type(model.get_base_model()).__name__} allows the mode {MODES[name].value!r}" in caplog.text
+        assert (
+            f"'linear': {type(model.get_base_model()).__name__} allows the mode {MODES[name].value!r}" in caplog.text
+        )
 
 
 @pytest.mark.parametrize("strategy", ["linear", "auto"])

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 STRATEGIES = ("quadratic", "linear", "auto")
 
+
 class Recorder(BaseStreamer):
     """Keeps what it gets."""
 

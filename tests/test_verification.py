@@ -192,5 +192,12 @@ def test_processors_may_write_into_what_they_get():
 
     logits = torch.randn(1, 1, V)
     given = logits.clone()
-    verify_in_order(rows(1), logits, no_drafts(1, CPU), LogitsProcessorList([Writes()]), StoppingCriteriaList([MaxLengthCriteria(9)]), None)
+    verify_in_order(
+        rows(1),
+        logits,
+        no_drafts(1, CPU),
+        LogitsProcessorList([Writes()]),
+        StoppingCriteriaList([MaxLengthCriteria(9)]),
+        None,
+    )
     assert torch.equal(logits, given)
