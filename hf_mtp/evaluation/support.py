@@ -119,10 +119,10 @@ class Rehearsal:
             self.next.update(pairwise(sequence[0].tolist()))
         self.calls = 0
 
-    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *_, **__) -> Drafts:
+    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *args, **options) -> Drafts:
         self.calls += 1
         if self.own is not None:
-            self.own(pending_B, hidden_BKD, noise_of, warpers)
+            self.own(pending_B, hidden_BKD, *args, **options)
         rows, wrong = [], self.calls % 4  # the place of the wrong draft; none in every fourth call
         for token in pending_B.tolist():
             row = []
