@@ -190,7 +190,7 @@ class GenerateCall:
         if prompt.read:
             cache.adopt(prompt.cache)
         if prompt.extra.layers:  # refused for all other kinds of caches
-            cache.share_layers(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
+            cache.see(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:
