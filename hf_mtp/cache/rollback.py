@@ -157,12 +157,12 @@ class RollbackCache(Cache):
             given ([`~transformers.Cache`]): What `generate` got. A layer with a sliding window holds the last tokens
                 only, and needs no others.
         """
-        length = given.get_seq_length()
+        length = int(given.get_seq_length())
         for index, layer in enumerate(given.layers):
             if not layer.is_initialized:
                 continue
             held = min(length, layer.keys.shape[2])
-            keys, values = layer.keys, layer.values
+            keys, values = layer.keys.to(layer.device), layer.values.to(layer.device)  # it may be offloaded
             if layer.get_max_length() == -1 or held < length:  # a growing layer, or a full window
                 keys, values = keys[:, :, -held:], values[:, :, -held:]
             padding = (0, 0, length - held, 0)
@@ -170,23 +170,25 @@ class RollbackCache(Cache):
             self.update(pad(keys[:, :, :held], padding), pad(values[:, :, :held], padding), index)
         self.keep([length] * len(self.lengths))
 
-    def give_back(self, given: Cache) -> None:
-        """Appends to the cache that `generate` got the tokens that it lacks. Rows shorter than the longest end in
-        zeros.
+    def give_back(self, given: Cache) -> Cache:
+        """Appends to the cache that `generate` got the tokens that it lacks. Padding, and the end of rows shorter than
+        the longest, are zeros.
 
         Args:
             given ([`~transformers.Cache`]): What `generate` got.
         """
-        known, length = given.get_seq_length(), self.rows.longest
+        known, length = int(given.get_seq_length()), self.rows.longest
         if length == known:
-            return
-        ends_B = self.rows.length_B[:, None, None, None]
-        in_row = torch.arange(known, length, device=ends_B.device)[None, None, :, None] < ends_B
+            return given
+        start_B1, end_B1 = self.rows.start_B[:, None], self.rows.length_B[:, None]
+        column = torch.arange(known, length, device=end_B1.device)
+        in_row = ((column >= start_B1) & (column < end_B1))[:, None, :, None]
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, RollbackLayer) or not layer.is_initialized:
                 continue
             inside = in_row.to(layer.keys.device)
             given.update(layer.keys[:, :, known:length] * inside, layer.values[:, :, known:length] * inside, index)
+        return given
 
     def append_rows(self, other: "RollbackCache") -> None:
         """Adds the rows of another cache of the same model behind these.

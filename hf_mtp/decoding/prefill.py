@@ -7,7 +7,8 @@ the decode loop is one token of text behind a cache, and what the model reads be
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..base.caches import CACHE_NAMES, cache_name, copied, tokens_by_layer
 from ..passes.speculation_mode import are_close
@@ -64,6 +65,26 @@ def read_by_base(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwar
     )
     model(**inputs, return_dict=True)
     return _inputs_of_next_token(model, input_ids, model_kwargs)
+
+
+@torch.no_grad()
+def read_texts(model: PreTrainedModel, ids_BS: torch.LongTensor, prompt: int, model_kwargs: dict) -> Cache:
+    """A cache of whole texts, as plain decoding would have filled it.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+        ids_BS (`torch.LongTensor` of shape `(B, S)`): The texts.
+        prompt (`int`): Tokens of the prompt among these.
+        model_kwargs (`dict`): What `generate` prepared for the prompt, with an empty cache or none.
+    """
+    new_BN, inputs = ids_BS[:, prompt:], dict(model_kwargs)
+    if new_BN.shape[1]:
+        inputs = model._update_model_kwargs_for_generation(ModelOutput(), inputs, num_new_tokens=new_BN.shape[1])
+    if inputs.get("inputs_embeds") is not None:
+        new_embeds = model.get_input_embeddings()(new_BN)
+        inputs["inputs_embeds"] = torch.cat([inputs["inputs_embeds"], new_embeds], dim=1)
+    outputs = model(**model.prepare_inputs_for_generation(ids_BS, is_first_iteration=True, **inputs), return_dict=True)
+    return outputs[cache_name(outputs)]
 
 
 def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict) -> ExtraInputs:

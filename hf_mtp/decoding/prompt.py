@@ -63,7 +63,7 @@ class Prompt:
             NotImplementedError: A prompt that the decode loop cannot go on from.
         """
         cache = model_kwargs.get(cache_name(model_kwargs))
-        read = _tokens_read(cache) if getattr(cache, "_is_user_defined", False) else 0
+        read = 0 if cache is None else _tokens_read(cache)
         embeds = model_kwargs.get("inputs_embeds")
         if embeds is not None and read:
             raise NotImplementedError("`inputs_embeds` together with a cache: pass one of them.")
@@ -127,9 +127,10 @@ def _is_more_than_text(model_kwargs: dict) -> bool:
 
 def _tokens_read(cache: Cache) -> int:
     """Columns that a cache holds."""
-    if not cache.layers or not all(cache.is_linear):
+    is_known = isinstance(cache, Cache)
+    if is_known and not (cache.layers and all(cache.is_linear)):
         return int(cache.get_seq_length())
-    if cache.has_previous_state():
+    if not is_known or cache.has_previous_state():
         raise NotImplementedError(
             "The cache that was passed holds a state, which does not say how many tokens went into it. Leave it out, "
             "or decode with mtp=False."
