@@ -1,4 +1,4 @@
-"""Caches that users pass to `generate`, and the ones that it returns: what plain decoding leaves in them, or nothing."""
+"""Caches that users pass to `generate`, and those that it returns: what plain decoding leaves in them, or nothing."""
 
 import pytest
 import torch

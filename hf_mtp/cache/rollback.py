@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..layout.attention import CachedColumns
+from ..layout.attention import CachedColumns, padded_behind
 from .rows import Rows
 
 SPARE_COLUMNS = 64  # storage grows by half and by no less than this
@@ -118,12 +118,14 @@ class RollbackCache(Cache):
 
     def seen_by(self, new: int) -> CachedColumns:
         """What the attention of a pass of `new` columns sees."""
-        return CachedColumns(self.rows.start_B, self.rows.length_B, self.rows.columns or self.rows.longest + new)
+        rows = self.rows
+        return CachedColumns(rows.start_B, rows.length_B, rows.columns or rows.longest + new, rows.hidden_BP)
 
     @property
     def is_causal(self) -> bool:
-        """Whether a model's own causal mask is right for a plain pass: no padding, and all rows equally long."""
-        return not any(self.rows.starts) and self.rows.are_equal and self.rows.columns is None
+        """Whether a model's own causal mask is right for a plain pass: nothing hidden, and all rows equally long."""
+        rows = self.rows
+        return not any(rows.starts) and not rows.hidden_BP.shape[1] and rows.are_equal and rows.columns is None
 
     def keep(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
         """Counts in the first columns of the last pass; all others are rolled back.
@@ -140,7 +142,7 @@ class RollbackCache(Cache):
         self.rows.starts = [self.rows.starts[row] for row in rows]
         self.rows.set_lengths([self.rows.lengths[row] for row in rows])
         self.rows.start_B, self.rows.length_B = self.rows.start_B[index], self.rows.length_B[index]
-        self.rows.offset_B = self.rows.offset_B[..., index]
+        self.rows.offset_B, self.rows.hidden_BP = self.rows.offset_B[..., index], self.rows.hidden_BP[index]
         self.extra_inputs = {name: value[index.to(value.device)] for name, value in self.extra_inputs.items()}
         for layer in self.layers:
             if not layer.is_initialized:  # of an image, and there is none
@@ -171,8 +173,7 @@ class RollbackCache(Cache):
         self.keep([length] * len(self.lengths))
 
     def give_back(self, given: Cache) -> Cache:
-        """Appends to the cache that `generate` got the tokens that it lacks. Padding, and the end of rows shorter than
-        the longest, are zeros.
+        """Appends to the cache that `generate` got the tokens that it lacks. Padding at the left is zeros.
 
         Args:
             given ([`~transformers.Cache`]): What `generate` got.
@@ -180,9 +181,8 @@ class RollbackCache(Cache):
         known, length = int(given.get_seq_length()), self.rows.longest
         if length == known:
             return given
-        start_B1, end_B1 = self.rows.start_B[:, None], self.rows.length_B[:, None]
-        column = torch.arange(known, length, device=end_B1.device)
-        in_row = ((column >= start_B1) & (column < end_B1))[:, None, :, None]
+        start_B = self.rows.start_B
+        in_row = (torch.arange(known, length, device=start_B.device) >= start_B[:, None])[:, None, :, None]
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, RollbackLayer) or not layer.is_initialized:
                 continue
@@ -202,6 +202,8 @@ class RollbackCache(Cache):
         rows.start_B = torch.cat([rows.start_B, more.start_B])
         rows.length_B = torch.cat([rows.length_B, more.length_B])
         rows.set_position_offset(torch.cat([rows.offset_B, more.offset_B], dim=-1))
+        columns = max(rows.hidden_BP.shape[1], more.hidden_BP.shape[1])
+        rows.hidden_BP = torch.cat([padded_behind(each.hidden_BP, columns) for each in (rows, more)])
         for layer, new in zip(self.layers, other.layers, strict=True):
             columns = max(layer.keys.shape[2], new.keys.shape[2])
             layer.keys = torch.cat([_padded(layer.keys, columns), _padded(new.keys, columns)])

@@ -94,7 +94,7 @@ class GenerateCall:
             self._decode(batch, verifier, stream, statistics, generation_config, keeps_cache)
         ids = padded_ids(sequences, pad_token)
         if keeps_cache and part is prompt:
-            self._forward(generation_config).catch_up(cache)
+            self._forward(generation_config).catch_up(cache, ids)
             held = cache.give_back(prompt.cache)
         elif keeps_cache:  # rows were decoded one after the other
             held = read_texts(self.tuner.model, ids[:, :-1], input_ids.shape[1], model_kwargs)
@@ -197,9 +197,10 @@ class GenerateCall:
                 offloading=config.cache_implementation == "offloaded" and torch.cuda.is_available(),
             )
         cache.rows.set_position_offset(prompt.offset_B)
+        cache.rows.hidden_BP = prompt.hidden_BP
         if prompt.read:
             cache.adopt(prompt.cache)
-        if prompt.extra.layers:  # refused for all other kinds of caches
+        if prompt.extra.layers or prompt.extra.inputs:  # refused for all other kinds of caches
             cache.see(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
