@@ -21,15 +21,14 @@ from .adapter.parameters import gate_parameter
 from .adapter.sampler import SamplerHead
 from .adapter.stacked import UsersLayer, is_gated, refuse_name, refuse_parameter, restore, untouched, users_layers
 from .adapter.weights import refuse_weights_unlike
-from .base.peers import hold_in_forward, is_sharded, past_sharding, whole_weight
+from .base.autocast import concatenate
+from .base.peers import hold_in_forward, past_sharding, whole_weight
 from .base.support import decoder_of, device_of, input_device, refuse_unsupported, weight_shape
 from .base.targets import exclude_layers_out_of_reach, linear_layers, shortened
-from .blocks.layout import IGNORE, segments, training_layout, weight_of_all_masks
 from .decoding.drafting import Drafts, Draw, draft
 from .decoding.generation import MTPGenerationMixin
-from .decoding.reading import Reading, reading_of
-from .objective.multi_token import Objective, multi_token_objective
-from .objective.recipe import Recipe
+from .objective.multi_token import batch_objective
+from .objective.request import ObjectiveRequest
 from .objective.training_pass import is_checkpointing
 
 
@@ -304,8 +303,8 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         columns = self.gate.columns
         if columns is None:
             return None
-        masks = self.lora_mask_embeddings[columns.adapter](columns.index)
-        return torch.cat([regular, masks.to(regular.dtype)], dim=1)
+        masks = self.lora_mask_embeddings[columns.adapter](columns.index).to(regular.dtype)
+        return concatenate([regular, masks], dim=1)
 
     def _keep_last_states(self, decoder: nn.Module, args: tuple, outputs) -> None:
         """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""
@@ -323,27 +322,25 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         self,
         input_ids: torch.LongTensor | None = None,
         *args,
-        mtp_recipe: Recipe | None = None,
+        mtp_objective: ObjectiveRequest | None = None,
         **kwargs,
     ):
-        """The base's forward pass, in which ids V..V+k-1 are mask tokens; or, with a recipe, the training objective.
+        """The base's forward pass, in which ids V..V+k-1 are mask tokens; or, if asked for, the training objective.
 
         Masks stand after all regular tokens, in the same columns of every row. The caller gives the attention mask and
         position ids that a layout needs; without, the input is a plain causal sequence.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`): Token ids.
-            mtp_recipe ([`Recipe`], *optional*): If given, the result is an [`Objective`], and `kwargs` may have
-                `labels`, `attention_mask` (2-D, of right-padded rows) and `position_ids`; `mtp_anchors` and
-                `mtp_generator`, see [`training_layout`]; `mtp_total` and `mtp_masks_per_part`, see
-                [`multi_token_objective`].
+            mtp_objective ([`ObjectiveRequest`], *optional*): If given, the result is an [`Objective`], and `kwargs`
+                are those of [`~hf_mtp.objective.multi_token.batch_objective`].
             args, kwargs: What the base's `forward` takes.
 
         Raises:
             ValueError: Ids above V+k-1, a regular token after a mask, or a column with masks in some rows only.
         """
-        if mtp_recipe is not None:
-            return self._objective(input_ids, mtp_recipe, **kwargs)
+        if mtp_objective is not None:
+            return batch_objective(self, input_ids, mtp_objective, **kwargs)
         if input_ids is None or not (is_mask_BN := input_ids >= self.vocab_size).any():
             return self.model(input_ids, *args, **kwargs)
         index_BN = input_ids - self.vocab_size
@@ -361,57 +358,6 @@ class GatedLoraModel(MTPGenerationMixin, LoraModel):
         with self.masks_in_columns(first, index_BN[:, first:]):
             return self.model(input_ids, *args, **kwargs)
 
-    @torch.compiler.disable(recursive=False)
-    def _objective(
-        self,
-        input_ids: torch.LongTensor,
-        recipe: Recipe,
-        labels: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        mtp_anchors: int | None = None,
-        mtp_generator: torch.Generator | None = None,
-        mtp_total: torch.Tensor | None = None,
-        mtp_masks_per_part: int = 1024,
-        **_,  # PEFT adds arguments of its own that are None
-    ) -> Objective:
-        labels = input_ids if labels is None else labels
-        places = _places(input_ids, attention_mask, position_ids)
-        in_all_rows = reading_of(self) is not Reading.BRANCHES
-        k = self.active_mtp_config.k
-        layout = training_layout(labels, *places, k, mtp_anchors, mtp_generator, same_in_all_rows=in_all_rows)
-        if is_sharded(self) and not (layout.target_columns(labels) != IGNORE).any():
-            # Nothing to learn from here, but other processes wait in every layer for this one.
-            spare = self._objective(input_ids.new_zeros(1, 3), recipe)
-            return Objective(spare.loss * 0.0, {}, 0)
-        weight = weight_of_all_masks(labels, *places, k, recipe.position_decay)
-        return multi_token_objective(
-            self, input_ids, labels, layout, recipe, weight, mtp_total, masks_per_part=mtp_masks_per_part
-        )
-
-    def objective_weight(
-        self,
-        input_ids: torch.LongTensor,
-        recipe: Recipe,
-        labels: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-    ) -> torch.Tensor:
-        """A scalar: what the loss of a batch is divided by. Sum it over batches whose gradients are added up."""
-        labels = input_ids if labels is None else labels
-        places = _places(input_ids, attention_mask, position_ids)
-        return weight_of_all_masks(labels, *places, self.active_mtp_config.k, recipe.position_decay)
-
     def mask_embeddings(self, index_BM: torch.LongTensor) -> torch.Tensor:
         """`(B, M, E)`: what the active adapter embeds masks `index_BM` as."""
         return self.lora_mask_embeddings[self.active_adapters[0]](index_BM)
-
-
-@torch.compiler.disable
-def _places(
-    input_ids_BT: torch.LongTensor, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.LongTensor | None
-) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Position and document, `(B, T)` each, of every token."""
-    if position_ids_BT is None:
-        position_ids_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
-    return position_ids_BT, segments(attention_mask_BT, position_ids_BT)

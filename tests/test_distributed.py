@@ -21,7 +21,7 @@ from hf_mtp import MTPConfig, MTPTrainer
 from hf_mtp.base.peers import is_sharded
 from hf_mtp.decoding.reading import Reading, reading_of
 from hf_mtp.objective import losses
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed"),
@@ -205,9 +205,9 @@ def test_one_process_holds_all(monkeypatch):
 
 def test_models_without_branches_need_whole_weights(monkeypatch):
     model = upgraded("bloom", K).train()
-    assert model(input_ids=prompt(), mtp_recipe=Recipe()).rows > 0
+    assert model(input_ids=prompt(), mtp_objective=ObjectiveRequest()).rows > 0
     monkeypatch.setattr("hf_mtp.objective.training_pass.is_sharded", lambda model: True)
     with pytest.raises(
         NotImplementedError, match="Train with whole weights in every process: DDP or DeepSpeed ZeRO-2"
     ):
-        model(input_ids=prompt(), mtp_recipe=Recipe())
+        model(input_ids=prompt(), mtp_objective=ObjectiveRequest())

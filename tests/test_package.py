@@ -21,16 +21,16 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 blocks: slots layout masks
-base: support rope tiny peers cache targets
+base: files autocast support rope tiny peers cache targets
 adapter: peft_type card hub config gate parameters stacked sampler fingerprint weights
 decoding: statistics drafting lookup transcript verification acceptance costs lookup_policy pacing
 decoding: step sequence reading prefill request loop call generation
-objective: losses recipe simulation partial_backward training_pass multi_token
+objective: losses recipe request simulation partial_backward training_pass multi_token
 : tuner registration check measuring
 data: prompts randomness shard survey answers responses
 : regenerate
-training: nonfinite config agreement checkpoint interrupt deadline optimizer workers rows decoding_callback progress
-training: plotting curves watching trainer
+training: evaluation nonfinite config agreement checkpoint interrupt deadline optimizer workers rows
+training: decoding_callback progress plotting curves watching trainer
 """
 MODULES = [
     f"{room}.{name}".lstrip(".")
@@ -43,6 +43,7 @@ PURE = {
     *(f"blocks.{name}" for name in ("slots", "layout", "masks")),
     *(f"objective.{name}" for name in ("losses", "simulation")),
     "adapter.sampler",
+    "base.autocast",
     *(f"decoding.{name}" for name in ("drafting", "lookup", "transcript", "verification")),
 }
 

@@ -15,7 +15,7 @@ from hf_mtp.base.tiny import VOCAB, tiny_model
 from hf_mtp.blocks.layout import segments, training_layout
 from hf_mtp.check import Rehearsal
 from hf_mtp.decoding.reading import Reading, reading_of
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 READINGS = {
     "llama": Reading.BRANCHES,
@@ -181,7 +181,7 @@ def test_training_reaches_every_adapter_parameter_and_learns(name):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(12):
-        objective = model(input_ids=input_ids, mtp_recipe=Recipe())
+        objective = model(input_ids=input_ids, mtp_objective=ObjectiveRequest())
         optimizer.zero_grad()
         objective.loss.backward()
         optimizer.step()
@@ -196,7 +196,7 @@ def test_packed_texts_are_refused():
     model = model_of("mamba2")
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
     with pytest.raises(ValueError, match="one sequence per row.*packing=False"):
-        model(input_ids=ids(10), position_ids=positions, mtp_recipe=Recipe())
+        model(input_ids=ids(10), position_ids=positions, mtp_objective=ObjectiveRequest())
 
 
 @pytest.mark.parametrize("by", ["config", "generation_config"])

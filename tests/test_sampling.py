@@ -13,7 +13,7 @@ from hf_mtp.decoding import call, generation
 from hf_mtp.decoding.drafting import Draw
 from hf_mtp.decoding.pacing import Pacer
 from hf_mtp.decoding.verification import accepted_drafts, next_token
-from hf_mtp.objective.recipe import get_recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 VOCAB, NEW_TOKENS = 3, 3
 
@@ -163,7 +163,7 @@ def trained():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for _ in range(60):
-        model(input_ids=text, labels=text, mtp_recipe=get_recipe("default"), mtp_anchors=16).loss.backward()
+        model(input_ids=text, labels=text, mtp_objective=ObjectiveRequest(anchors=16)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), before, acceptance(model)
