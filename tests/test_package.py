@@ -29,7 +29,7 @@ objective: losses recipe request simulation partial_backward training_pass multi
 : tuner registration check measuring
 data: prompts randomness shard survey answers responses
 : regenerate
-training: evaluation nonfinite config agreement checkpoint interrupt deadline optimizer workers rows
+training: batches evaluation nonfinite config agreement checkpoint interrupt deadline optimizer workers rows
 training: decoding_callback progress plotting curves watching trainer
 """
 MODULES = [

@@ -114,13 +114,12 @@ def batch_weight(inputs: dict, k: int, decay: float) -> torch.Tensor:
     """A scalar: what the loss of a batch is divided by. Sum it over batches whose gradients are added up.
 
     Args:
-        inputs (`dict`): `input_ids` and, as [`batch_objective`] takes them, labels, attention mask and position ids.
+        inputs (`dict`): `input_ids`, `labels` and, as [`batch_objective`] takes them, attention mask and position ids.
         k (`int`): Masks per block.
         decay (`float`): Weight of each mask of a block relative to the one before it.
     """
     _, segment_BT = _places(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
-    labels = inputs.get("labels")
-    return weight_of_all_masks(inputs["input_ids"] if labels is None else labels, segment_BT, k, decay)
+    return weight_of_all_masks(inputs["labels"], segment_BT, k, decay)
 
 
 @torch.compiler.disable

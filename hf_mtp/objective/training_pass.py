@@ -162,9 +162,10 @@ class MultimodalPass(TrainingPass):
             hook.remove()
 
     def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
-        """Positions count on from the anchor's, which models with images give in several dimensions."""
-        anchor = layout.anchor_BM[:, -queries:].expand(*self.positions.shape[:-2], -1, -1)
-        return self.positions.expand(*anchor.shape[:-1], -1).gather(-1, anchor) + layout.step_BM[:, -queries:]
+        """They count on from the token behind the anchor: behind an image, that is not one more than the anchor's."""
+        first = (layout.anchor_BM[:, -queries:] + 1).clamp(max=self.positions.shape[-1] - 1)
+        first = first.expand(*self.positions.shape[:-2], -1, -1)
+        return self.positions.expand(*first.shape[:-1], -1).gather(-1, first) + layout.index_BM[:, -queries:]
 
     def masks(self, part: BlockLayout) -> list[torch.Tensor]:
         with without_checkpointing(self.tuner.model):  # whose layers take no cache; parts bound memory, too

@@ -13,7 +13,6 @@ from ..adapter.config import in_full_precision
 from ..adapter.fingerprint import record_tokenizer
 from ..base.peers import whole_adapter
 from ..base.support import unpack_for_gradients
-from ..blocks.layout import IGNORE
 from ..decoding.reading import Reading, reading_of
 from ..objective.multi_token import Objective, batch_weight
 from ..objective.request import ObjectiveRequest
@@ -26,6 +25,7 @@ from .agreement import (
     refuse_to_resume,
     what_changes,
 )
+from .batches import objective_inputs
 from .checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
 from .config import MTPConfig
 from .deadline import TICKS, Deadline
@@ -47,8 +47,6 @@ from .workers import died, explain_death
 logger = logging.get_logger(__name__)
 
 EVAL_SEED = 0  # evaluation draws the same anchors every time
-# What collators add for attention kernels that see several texts in a row. Masks have an attention of their own.
-OF_KERNELS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths"}
 
 
 class MTPTrainer(WholeCheckpoints, SFTTrainer):
@@ -179,7 +177,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """The batches of one optimizer step, and the weight of all their masks, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         k = gated(self.accelerator.unwrap_model(self.model)).active_mtp_config.k
-        weights = [batch_weight(self._objective_inputs(batch), k, self.recipe.position_decay) for batch in batches]
+        inputs = [objective_inputs(batch, self.model.config) for batch in batches]
+        weights = [batch_weight(batch, k, self.recipe.position_decay) for batch in inputs]
         if not weights:
             return batches, None
         weight = torch.stack(weights).sum().to(device)
@@ -214,8 +213,15 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        batch = self._objective_inputs(inputs)
-        objective: Objective = model(**batch, mtp_objective=self._request(batch, num_items_in_batch))
+        batch = objective_inputs(inputs, self.model.config)
+        try:
+            objective: Objective = model(**batch, mtp_objective=self._request(batch, num_items_in_batch))
+        except ValueError as error:
+            if self.args.max_length is None or "image tokens do not match" not in str(error):
+                raise
+            raise ValueError(
+                f"`max_length={self.args.max_length}` cuts off places of an image: {error}. Make it longer, or None."
+            ) from error
         if self.model.training:
             objective = self.guard(objective, batch["input_ids"])
         self._record(objective, batch)
@@ -223,17 +229,6 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             return objective.loss
         with torch.no_grad():  # as TRL does where somebody wants the logits
             return objective.loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
-
-    def _objective_inputs(self, inputs: dict) -> dict:
-        """What of a batch the objective reads. No mask is asked to predict the place of an image."""
-        batch = {name: value for name, value in inputs.items() if name not in OF_KERNELS}
-        names = (f"{kind}_token_id" for kind in ("image", "video", "audio"))
-        media = [token for name in names if (token := getattr(self.model.config, name, None)) is not None]
-        if media:
-            ids = batch["input_ids"]
-            labels = ids if batch.get("labels") is None else batch["labels"]
-            batch["labels"] = labels.masked_fill(torch.isin(ids, ids.new_tensor(media)), IGNORE)
-        return batch
 
     def _request(self, batch: dict, num_items_in_batch: torch.Tensor | None) -> ObjectiveRequest:
         args, anchors, generator, total = self.args, self.args.anchors_per_sequence, None, None

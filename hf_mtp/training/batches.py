@@ -1,0 +1,25 @@
+"""What of a collator's batch the training reads."""
+
+from transformers import PreTrainedConfig
+
+from ..blocks.layout import IGNORE
+
+# What collators add for attention kernels that see several texts in a row. Masks have an attention of their own.
+OF_KERNELS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths"}
+
+
+def objective_inputs(inputs: dict, config: PreTrainedConfig) -> dict:
+    """A batch as [`~hf_mtp.objective.multi_token.batch_objective`] takes it.
+
+    Args:
+        inputs (`dict`): What the collator made: `input_ids`, labels and all that the base is given beside.
+        config ([`~transformers.PreTrainedConfig`]): The base's. It may name ids that stand for images, which no mask
+            is asked to predict.
+    """
+    batch = {name: value for name, value in inputs.items() if name not in OF_KERNELS}
+    if batch.get("labels") is None:
+        batch["labels"] = batch["input_ids"]
+    for kind in ("image", "video", "audio"):
+        if (place := getattr(config, f"{kind}_token_id", None)) is not None:
+            batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == place, IGNORE)
+    return batch
