@@ -5,10 +5,10 @@ import torch
 from test_prompts import IMAGE, image_model
 from tiny_models import adapter_parameters, upgraded
 
-from hf_mtp.blocks.layout import segments, training_layout
+from hf_mtp.layout.blocks import segments, training_layout
 from hf_mtp.objective.recipe import Recipe
 from hf_mtp.objective.request import ObjectiveRequest
-from hf_mtp.objective.training_pass import training_pass
+from hf_mtp.passes.training_pass import training_pass
 
 K = 3
 READABLE = ["llava", "gemma3", "qwen2_5_vl", "smolvlm"]

@@ -15,7 +15,7 @@ from transformers.utils.logging import get_logger
 from trl import DPOConfig, SFTConfig
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
-from hf_mtp.training.interrupt import SaveOnInterrupt
+from hf_mtp.training.callbacks.interrupt import SaveOnInterrupt
 
 QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
 

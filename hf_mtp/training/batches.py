@@ -2,14 +2,14 @@
 
 from transformers import PreTrainedConfig
 
-from ..blocks.layout import IGNORE
+from ..layout.blocks import IGNORE
 
 # What collators add for attention kernels that see several texts in a row. Masks have an attention of their own.
 OF_KERNELS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths"}
 
 
 def objective_inputs(inputs: dict, config: PreTrainedConfig) -> dict:
-    """A batch as [`~hf_mtp.objective.multi_token.batch_objective`] takes it.
+    """A batch as [`~hf_mtp.objective.compute.batch_objective`] takes it.
 
     Args:
         inputs (`dict`): What the collator made: `input_ids`, labels and all that the base is given beside.

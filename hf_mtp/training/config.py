@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from ..objective.losses import DIVERGENCES
 from ..objective.recipe import TARGETS, Recipe, get_recipe
-from .nonfinite import NONFINITE
+from .recovery.nonfinite import NONFINITE
 
 logger = logging.get_logger(__name__)
 

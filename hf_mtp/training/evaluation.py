@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from accelerate.utils import gather_object
 
-from ..objective.multi_token import Objective
+from ..objective.compute import Objective
 from ..objective.simulation import Walk
 
 

@@ -9,31 +9,20 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..adapter.base_match import record_tokenizer
 from ..adapter.config import in_full_precision
-from ..adapter.fingerprint import record_tokenizer
-from ..base.peers import whole_adapter
-from ..base.support import unpack_for_gradients
-from ..decoding.reading import Reading, reading_of
-from ..objective.multi_token import Objective, batch_weight
+from ..base.distributed import whole_adapter
+from ..base.inspection import unpack_for_gradients
+from ..model import GatedLoraModel
+from ..objective.compute import Objective, batch_weight
 from ..objective.request import ObjectiveRequest
-from ..tuner import GatedLoraModel
-from .agreement import (
-    describe,
-    describe_objective,
-    describe_steps,
-    refuse_disagreement,
-    refuse_to_resume,
-    what_changes,
-)
+from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .batches import objective_inputs
-from .checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
+from .callbacks.attach import watch
+from .callbacks.deadline import TICKS, Deadline
+from .callbacks.interrupt import SaveOnInterrupt
 from .config import MTPConfig
-from .deadline import TICKS, Deadline
-from .evaluation import EvaluationMeasures, measures_of
-from .interrupt import SaveOnInterrupt
-from .nonfinite import NonfiniteGuard
-from .optimizer import make_muon_adamw, refuse_another_optimizer
-from .rows import (
+from .data_checks import (
     gated,
     refuse_datasets,
     refuse_model,
@@ -41,8 +30,19 @@ from .rows import (
     refuse_parameters,
     refuse_settings,
 )
-from .watching import watch
-from .workers import died, explain_death
+from .evaluation import EvaluationMeasures, measures_of
+from .optimizer import make_muon_adamw, refuse_another_optimizer
+from .recovery.checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
+from .recovery.compatibility import (
+    describe,
+    describe_objective,
+    describe_steps,
+    refuse_disagreement,
+    refuse_to_resume,
+    what_changes,
+)
+from .recovery.nonfinite import NonfiniteGuard
+from .recovery.workers import died, explain_death
 
 logger = logging.get_logger(__name__)
 
@@ -235,7 +235,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         if not self.model.training:
             generator = torch.Generator(batch["input_ids"].device).manual_seed(EVAL_SEED)
             tuner = gated(self.accelerator.unwrap_model(self.model))
-            if args.eval_anchors_per_sequence is not None or reading_of(tuner) is Reading.BRANCHES:
+            if args.eval_anchors_per_sequence is not None or speculation_mode(tuner.model) is SpeculationMode.TREE:
                 anchors = args.eval_anchors_per_sequence
         elif num_items_in_batch is not None:  # of processes whose gradients are averaged
             total = num_items_in_batch / (self.accelerator.num_processes if self._counts_everywhere else 1)

@@ -1,0 +1,279 @@
+"""What training reads: a batch's regular tokens once, and blocks of masks behind them, some at a time.
+
+Regular tokens depend on frozen weights only. They are read first, without a graph, and every part of the masks then
+reads their keys and values from one cache: a part can go backward before the next one is read, so that memory does not
+grow with the number of blocks. How a model reads decides how that is done.
+
+Shapes: B batch, T regular tokens, M masks per row (of a part), N = T + M, Q query columns, D features.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.utils import ModelOutput
+
+from ..adapter.tuner import GatedLoraTuner
+from ..base.autocast import concatenate
+from ..base.caches import cache_name, copied
+from ..base.distributed import is_sharded
+from ..base.inspection import (
+    decoder_of,
+    evaluation_mode,
+    input_device,
+    is_checkpointing,
+    mask_form,
+    refuse_attention_without_masks,
+)
+from ..layout.attention import attention_kinds, attention_masks
+from ..layout.blocks import NO_DOCUMENT, BlockLayout
+from .speculation_mode import SpeculationMode, speculation_mode
+
+
+class TrainingPass:
+    """A batch, read by a model that takes branches.
+
+    Args:
+        tuner ([`GatedLoraTuner`]): The upgraded model.
+        input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
+        layout ([`BlockLayout`]): Their positions, and the blocks that hang on them.
+        all_layers (`bool`): Whether states between layers are wanted too.
+        masks (`int`): Mask tokens per part at most, all rows together; a part has one block per row at least.
+        base_inputs (`dict`): What else the base's forward pass is given, if it is more than text.
+
+    Attributes:
+        regular (`list[torch.Tensor]` of shape `(B, T, D)`): States of the regular tokens, without gradient, in the
+            order of the layers; the last is what the base's unembedding reads. Without `all_layers` it is the only
+            one.
+        parts (`list[BlockLayout]`): The blocks that [`TrainingPass.masks`] takes, one after the other.
+    """
+
+    def __init__(
+        self,
+        tuner: GatedLoraTuner,
+        input_ids_BT: torch.LongTensor,
+        layout: BlockLayout,
+        all_layers: bool,
+        masks: int,
+        base_inputs: dict,
+    ):
+        self.tuner, self.decoder, self.all_layers = tuner, decoder_of(tuner.model), all_layers
+        self.base_inputs = base_inputs
+        k = tuner.active_mtp_config.k
+        self.parts = layout.parts(max(1, masks // (len(input_ids_BT) * k)) * k)
+        self.read(input_ids_BT, layout)
+
+    def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
+        """Reads the regular tokens. Of rows that hold one text each, none sees the padding behind it."""
+        self.cache = DynamicCache()
+        with torch.no_grad():
+            regular = layout.without_masks()
+            self.regular = self.states(input_ids_BT, regular, self.cache, is_causal=each_row_is_one_text(layout))
+
+    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+        """`(B, M, D)`, as many as `regular` has: states of one part's masks."""
+        with self.tuner.masks_in_columns(0, part.index_BM):
+            return self.states(part.index_BM + self.tuner.vocab_size, part, copied(self.cache))
+
+    def states(
+        self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, is_causal: bool = False
+    ) -> list[torch.Tensor]:
+        """States, `(B, Q, D)` each, of the last Q columns of a layout; the cache has the columns before.
+
+        Where the model's own causal mask is right, `is_causal`, none is made: that of a long text is large.
+        """
+        queries, model = input_ids_BQ.shape[1], self.tuner.model
+        form = mask_form(model, self.dtype)
+        kinds = attention_kinds(model.config.get_text_config(decoder=True))
+        return self.call(
+            input_ids_BQ,
+            attention_mask=None if is_causal else attention_masks(layout, kinds, form, queries=queries),
+            position_ids=self.position_ids(layout, queries),
+            use_cache=cache is not None,
+            **{cache_name(inspect.signature(self.decoder.forward).parameters): cache},
+        )
+
+    def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
+        """Those of the last columns of a layout."""
+        return layout.position_BN[:, -queries:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in."""
+        model = self.tuner.model
+        autocast = torch.is_autocast_enabled(model.device.type)
+        return torch.get_autocast_dtype(model.device.type) if autocast else model.dtype
+
+    def call(self, input_ids: torch.LongTensor, **inputs) -> list[torch.Tensor]:
+        """The decoder's states."""
+        return self.states_of(self.decoder(input_ids=input_ids, output_hidden_states=self.all_layers, **inputs))
+
+    def states_of(self, outputs: ModelOutput) -> list[torch.Tensor]:
+        """The states in the decoder's outputs, first layer to last, all on the device of the token ids."""
+        states = [*(outputs.hidden_states[:-1] if self.all_layers else ()), outputs.last_hidden_state]
+        return [state.to(input_device(self.tuner.model)) for state in states]
+
+
+class CheckpointedPass(TrainingPass):
+    """The same where layers run again in the backward pass: these take no cache, so that all is one pass."""
+
+    def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
+        self.parts, length = [layout], input_ids_BT.shape[1]
+        columns = torch.cat([input_ids_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
+        with self.tuner.masks_in_columns(length, layout.index_BM):
+            states = self.states(columns, layout, None)
+        self.regular = [state[:, :length].detach() for state in states]
+        self._masks = [state[:, length:] for state in states]
+
+    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+        return self._masks
+
+
+class MultimodalPass(TrainingPass):
+    """The same for batches with more than text: the base itself reads the regular tokens, images and all.
+
+    Masks stand behind text. They read the base's cache, at the positions that the base gave to its decoder.
+
+    Raises:
+        NotImplementedError: The base's decoder needs more than its cache and positions to go on.
+    """
+
+    def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
+        self.cache, calls = DynamicCache(), []
+        names = inspect.signature(self.tuner.model.forward).parameters
+        inputs = {cache_name(names): self.cache, "use_cache": True, "output_hidden_states": self.all_layers}
+        if "logits_to_keep" in names:
+            inputs["logits_to_keep"] = 1
+        hook = self.decoder.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+        try:
+            with torch.no_grad(), evaluation_mode(self.tuner.model):
+                self.tuner.model(input_ids=input_ids_BT, **self.base_inputs, **inputs)
+                *_, given, outputs = calls[-1]
+                positions = given.get("position_ids")
+                self.positions = layout.position_BT if positions is None else positions
+                self.regular = self.states_of(outputs)
+                self._refuse_other_states(input_ids_BT, layout)
+        finally:
+            hook.remove()
+
+    def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
+        """They count on from the token behind the anchor: behind an image, that is not one more than the anchor's."""
+        first = (layout.anchor_BM[:, -queries:] + 1).clamp(max=self.positions.shape[-1] - 1)
+        first = first.expand(*self.positions.shape[:-2], -1, -1)
+        return self.positions.expand(*first.shape[:-1], -1).gather(-1, first) + layout.index_BM[:, -queries:]
+
+    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+        with without_checkpointing(self.tuner.model):  # whose layers take no cache; parts bound memory, too
+            return super().masks(part)
+
+    def _refuse_other_states(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
+        """Reads a token of each row as its masks will be read, and compares its state with the base's own."""
+        anchor_B1 = layout.anchor_BM[:, -1:].clamp(max=input_ids_BT.shape[1] - 2)
+        probe = BlockLayout.of_blocks(anchor_B1, layout.position_BT, layout.segment_BT, k=1)
+        found_BD = self.states(input_ids_BT.gather(1, anchor_B1 + 1), probe, copied(self.cache))[-1][:, 0]
+        rows = torch.arange(len(input_ids_BT), device=input_ids_BT.device)
+        true_BD = self.regular[-1][rows, anchor_B1[:, 0] + 1]
+        is_text_B = layout.segment_BT.gather(1, anchor_B1 + 1)[:, 0] > NO_DOCUMENT
+        error_B = (found_BD - true_BD).float().norm(dim=1) / true_BD.float().norm(dim=1)
+        if (error_B[is_text_B] > max(16 * torch.finfo(self.dtype).eps, 1e-3)).any():
+            raise NotImplementedError(
+                f"{type(self.tuner.model).__name__} reads text otherwise if it is given "
+                f"{', '.join(sorted(self.base_inputs))}, so that masks would learn behind other states than decoding "
+                "has. Leave these out of the batches, or train on text alone."
+            )
+
+
+class SequencePass(TrainingPass):
+    """The same for a model that takes no branches: each block is read as a sequence, behind the text to its anchor.
+
+    Blocks hang on the same columns in all rows.
+
+    Raises:
+        ValueError: A row holds several texts.
+        NotImplementedError: Each process has a part of the weights.
+    """
+
+    def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
+        if not each_row_is_one_text(layout):
+            raise ValueError(
+                f"{type(self.tuner.model).__name__} reads one sequence per row, but rows of the batch hold several "
+                "texts or are padded at their start. Set packing=False, and pad at the end."
+            )
+        if is_sharded(self.tuner):
+            raise NotImplementedError(
+                f"{type(self.tuner.model).__name__} reads each block of masks in a pass of its own. Processes "
+                "that hold parts of its weights would wait for each other for ever, differing in how many blocks they "
+                "have. Train with whole weights in every process: DDP or DeepSpeed ZeRO-2."
+            )
+        self.input_ids_BT = input_ids_BT
+        with torch.no_grad():
+            self.regular = self.call(input_ids_BT, use_cache=False)
+
+    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+        k, blocks = self.tuner.active_mtp_config.k, []
+        for anchor in part.anchor_BM[0, ::k].tolist():
+            index_Bk = part.index_BM[:, :k]
+            sequence = torch.cat([self.input_ids_BT[:, : anchor + 1], index_Bk + self.tuner.vocab_size], dim=1)
+            with self.tuner.masks_in_columns(anchor + 1, index_Bk):
+                blocks.append([layer[:, anchor + 1 :] for layer in self.call(sequence, use_cache=False)])
+        return [concatenate(layer, dim=1) for layer in zip(*blocks, strict=True)]
+
+
+def training_pass(
+    tuner: GatedLoraTuner,
+    input_ids_BT: torch.LongTensor,
+    layout: BlockLayout,
+    all_layers: bool,
+    masks: int,
+    base_inputs: dict | None = None,
+) -> TrainingPass:
+    """Reads a batch as the model can. Arguments are those of [`TrainingPass`].
+
+    Raises:
+        ValueError: The base's attention implementation takes no 4-D mask.
+        NotImplementedError: There is more than text in the batch, and no way to read it.
+    """
+    refuse_attention_without_masks(tuner.model)
+    if is_sharded(tuner):  # all processes must run the same number of passes
+        masks = layout.anchor_BM.numel()
+    takes_branches = speculation_mode(tuner.model) is SpeculationMode.TREE
+    checkpoints = tuner.model.training and is_checkpointing(tuner.model)
+    if base_inputs:
+        _refuse_multimodal(tuner, base_inputs, takes_branches)
+        kind = MultimodalPass
+    elif not takes_branches:
+        kind = SequencePass
+    else:
+        kind = CheckpointedPass if checkpoints else TrainingPass
+    return kind(tuner, input_ids_BT, layout, all_layers, masks, base_inputs or {})
+
+
+def _refuse_multimodal(tuner: GatedLoraTuner, base_inputs: dict, takes_branches: bool) -> None:
+    name = type(tuner.model).__name__
+    if not takes_branches:
+        reason = f"{name} reads each block of masks behind a text of its own. Train it on text alone."
+    elif is_sharded(tuner):
+        reason = "each process holds a part of the weights. Train with whole weights in every process."
+    else:
+        return
+    raise NotImplementedError(f"The batch has {', '.join(sorted(base_inputs))} beside its text, but {reason}")
+
+
+def each_row_is_one_text(layout: BlockLayout) -> bool:
+    """Whether no row is packed, or padded at its start."""
+    return not bool((layout.segment_BT > 0).any() or (layout.segment_BT[:, 0] < 0).any())
+
+
+@contextmanager
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """Within, no layer is marked to run again in the backward pass; afterwards each is as it was."""
+    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in marked:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in marked:
+            module.gradient_checkpointing = True
