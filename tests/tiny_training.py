@@ -23,10 +23,8 @@ def tokens(rows: int = ROWS) -> Dataset:
 
 def trainer(folder, train_dataset=None, model=None, **options) -> MTPTrainer:
     """A trainer of a tiny model. Options are those of the config, or of the trainer where it has one of that name."""
-    of_trainer = {
-        name: options.pop(name, None) for name in ("eval_dataset", "callbacks", "peft_config", "processing_class")
-    }
-    of_trainer = {name: value for name, value in of_trainer.items() if value is not None}
+    names = {"eval_dataset", "callbacks", "peft_config", "processing_class"} & options.keys()
+    of_trainer = {name: options.pop(name) for name in names}
     config = MTPConfig(
         output_dir=str(folder),
         **{
