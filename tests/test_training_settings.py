@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from tiny_models import adapter_parameters, tiny_base, upgraded
+from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from tiny_training import K, logged, texts, trainer
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -125,13 +125,22 @@ def test_the_best_model_by_a_loss_of_ours_is_loaded(tmp_path):
     assert trained.state.best_global_step == min(found, key=found.get)
 
 
-def test_the_bases_router_is_left_alone(tmp_path):
-    base = tiny_base("mixtral")
-    before = base.config.output_router_logits
-    trained = trainer(tmp_path, model=upgraded(base, K), max_steps=1)
-    trained.train()
-    assert base.config.output_router_logits is before is False
-    assert not trained.aux_loss_enabled
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_the_bases_router_is_left_alone(switched_on, tmp_path):
+    base = tiny_base("mixtral", output_router_logits=switched_on, router_aux_loss_coef=0.02)
+    model = upgraded(base, K)
+    trainer(tmp_path, model=model, max_steps=1).train()
+    assert (base.config.output_router_logits, base.config.router_aux_loss_coef) == (switched_on, 0.02)
+    model.eval()
+    assert torch.equal(generate(model, prompt(rows=2), mtp=True), generate(model, prompt(rows=2)))
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_losses_does_not_follow_the_clock(name, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"`max_minutes` makes .* but `lr_scheduler_type='{name}'` follows the losses"
+    ):
+        MTPConfig(**options(tmp_path, max_minutes=5, lr_scheduler_type=name))
 
 
 # ---------------------------------------------------------------- metrics of the user's own

@@ -177,6 +177,11 @@ class MTPConfig(SFTConfig):
             raise ValueError(f"`masks_per_part` must be at least 1, but got {self.masks_per_part}.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes}.")
+        if self.max_minutes is not None and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`max_minutes` makes the learning rate follow the clock, but `lr_scheduler_type="
+                f"{str(self.lr_scheduler_type)!r}` follows the losses. Choose another, such as 'linear'."
+            )
         if self.nonfinite not in NONFINITE:
             raise ValueError(
                 f"`nonfinite` must be one of {', '.join(map(repr, NONFINITE))}, but got {self.nonfinite!r}."

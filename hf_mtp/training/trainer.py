@@ -1,5 +1,7 @@
 """[`MTPTrainer`]: TRL's supervised fine-tuning with the multi-token objective."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ from .data_checks import (
     refuse_settings,
 )
 from .evaluation import EvaluationMeasures, measures_of
-from .optimizer import make_muon_adamw, refuse_another_optimizer
+from .optimizer import make_muon_adamw, refuse_another_optimizer, takes_muon
 from .recovery.checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
 from .recovery.compatibility import (
     describe,
@@ -108,8 +110,9 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         refuse_datasets(args, train_dataset, **kwargs)
         refuse_model(args, model, kwargs.get("peft_config"))
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self.has_muon = self._takes_muon()
+        with _router_untouched(model):
+            super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.has_muon = takes_muon(self)
         tuner = gated(self.model)
         unpack_for_gradients(self.model)
         refuse_parameters(tuner)  # as TRL left them
@@ -139,13 +142,6 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
         if name and name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, name]
-
-    def _takes_muon(self) -> bool:
-        """Whether no other optimizer was asked for, and matrices are whole."""
-        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        chosen = given or self.args.optim != MTPConfig.__dataclass_fields__["optim"].default
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return self.args.muon and not chosen and not is_sharded and hasattr(torch.optim, "Muon")
 
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
         if not self.has_muon:
@@ -290,3 +286,14 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             config.train_datasets = [*config.train_datasets, dataset_name]
         tags = [tags] if isinstance(tags, str) else tags
         config.write_model_card(self.args.output_dir, repo=self.hub_model_id or model_name, tags=tags)
+
+
+@contextmanager
+def _router_untouched(model) -> Iterator[None]:
+    """Within, TRL switches the losses of experts off in the base's own config; afterwards it is the user's again."""
+    config = None if isinstance(model, str) else model.config.get_text_config()
+    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
+    before = [getattr(config, name) for name in names]
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(config, name, value)
