@@ -137,10 +137,9 @@ def test_the_bases_router_is_left_alone(switched_on, tmp_path):
 
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_that_follows_losses_does_not_follow_the_clock(name, tmp_path):
-    with pytest.raises(
-        ValueError, match=f"`max_minutes` makes .* but `lr_scheduler_type='{name}'` follows the losses"
-    ):
-        MTPConfig(**options(tmp_path, max_minutes=5, lr_scheduler_type=name))
+    follows_losses = {"lr_scheduler_type": name, "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match=f"follow the clock, but `lr_scheduler_type='{name}'` follows the losses"):
+        MTPConfig(**options(tmp_path, max_minutes=5, **follows_losses))
 
 
 # ---------------------------------------------------------------- metrics of the user's own

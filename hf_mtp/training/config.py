@@ -180,7 +180,7 @@ class MTPConfig(SFTConfig):
         if self.max_minutes is not None and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
                 f"`max_minutes` makes the learning rate follow the clock, but `lr_scheduler_type="
-                f"{str(self.lr_scheduler_type)!r}` follows the losses. Choose another, such as 'linear'."
+                f"{str(self.lr_scheduler_type.value)!r}` follows the losses. Choose another, such as 'linear'."
             )
         if self.nonfinite not in NONFINITE:
             raise ValueError(
