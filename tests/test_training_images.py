@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from test_prompts import IMAGE, image_model
 from tiny_models import adapter_parameters, upgraded
+from tiny_text import tiny_tokenizer
+from tiny_training import logged, trainer
+from transformers import BatchFeature, ProcessorMixin
 
 from hf_mtp.layout.blocks import segments, training_layout
 from hf_mtp.objective.recipe import Recipe
@@ -107,3 +111,70 @@ def test_a_recurrent_model_with_images_is_refused():
     ids = torch.arange(5, 20)[None]
     with pytest.raises(NotImplementedError, match="The batch has .*pixel_values.* beside its text, but Bloom"):
         model(input_ids=ids, pixel_values=torch.ones(1, 3, 8, 8), mtp_objective=ObjectiveRequest())
+
+
+# ---------------------------------------------------------------- in the trainer
+
+
+class Processor(ProcessorMixin):
+    """Reads numbers as images of one colour, and texts in which each image has its four places already."""
+
+    attributes = ["tokenizer"]
+    tokenizer_class = "PreTrainedTokenizerFast"
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+
+    def __call__(self, images=None, text=None, **options):
+        inputs = self.tokenizer(text, return_tensors="pt", padding=True)
+        if images is not None:
+            pixels = torch.tensor([colour for colours in images for colour in colours])
+            inputs["pixel_values"] = pixels[:, None, None, None].expand(-1, 3, 8, 8)
+        return BatchFeature(dict(inputs))
+
+
+def processor() -> Processor:
+    tokenizer = tiny_tokenizer(IMAGE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE
+    return Processor(tokenizer)
+
+
+def described(colour: float, rows: int = 8) -> Dataset:
+    texts = [" ".join(f"w{6 + (row + step) % 30}" for step in range(8)) for row in range(rows)]
+    return Dataset.from_dict(
+        {"prompt": ["w7" + " <image>" * 4] * rows, "completion": texts, "images": [[colour]] * rows}
+    )
+
+
+def losses_of(folder, dataset, **options) -> list[float]:
+    model = upgraded(image_model("llava")[0].float(), K)
+    trained = trainer(folder, dataset, model, processing_class=processor(), max_steps=2, **options)
+    trained.train()
+    return logged(trained)
+
+
+def test_vision_datasets(tmp_path):
+    seen = {colour: losses_of(tmp_path, described(colour)) for colour in (1.0, -1.0)}
+    assert seen[1.0][0] != pytest.approx(seen[-1.0][0], rel=1e-3)
+    assert losses_of(tmp_path, described(1.0), gradient_checkpointing=True) == pytest.approx(seen[1.0])
+    streamed = losses_of(tmp_path, described(1.0).to_iterable_dataset(), eval_dataset=described(1.0, 2))
+    assert len(streamed) == 2 and all(loss > 0 for loss in streamed)
+
+
+def test_no_mask_predicts_the_place_of_an_image(tmp_path):
+    model, options = upgraded(image_model("llava")[0].float(), K), {"completion_only_loss": False}
+    made = trainer(
+        tmp_path, described(1.0), model, processing_class=processor(), per_device_train_batch_size=1, **options
+    )
+    made.train()
+    # Blocks hang on the last place of the image and on six of the eight words behind it, and on nothing before.
+    assert logged(made, "mask_tokens")[0] == 7 * K - sum(range(1, K))
+
+
+def test_max_length_that_cuts_an_image_is_named(tmp_path):
+    model, rows = upgraded(image_model("llava")[0].float(), K), described(1.0)
+    rows = rows.map(lambda row: {"prompt": "w8 w9 " + row["prompt"]})
+    made = trainer(tmp_path, rows, model, processing_class=processor(), completion_only_loss=False, max_length=5)
+    with pytest.raises(ValueError, match="`max_length=5` cuts off places of an image: .*do not match"):
+        made.train()
