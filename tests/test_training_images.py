@@ -9,7 +9,7 @@ from tiny_text import tiny_tokenizer
 from tiny_training import logged, trainer
 from transformers import BatchFeature, ProcessorMixin
 
-from hf_mtp.layout.blocks import segments, training_layout
+from hf_mtp.layout.blocks import BlockLayout, segments, training_layout
 from hf_mtp.objective.recipe import Recipe
 from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.passes.training_pass import training_pass
@@ -81,6 +81,18 @@ def test_the_image_counts(name):
         losses.append(objective.loss.item())
     assert abs(losses[0] - losses[1]) > 1e-3
     assert all(torch.isfinite(parameter.grad).all() for parameter in adapter_parameters(model).values())
+
+
+def test_a_block_that_fills_up_a_row_may_hang_within_an_image():
+    """Gemma's images look ahead, which no mask can, but such a block has nothing to learn."""
+    model, batch = image_batch("gemma3")
+    ids, places = batch["input_ids"], (batch["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    anchors = torch.stack([places[-1:] + 1, places[:1]])
+    layout = BlockLayout.of_blocks(anchors, positions, torch.zeros_like(ids), K)
+    others = {key: value for key, value in batch.items() if key not in ("input_ids", "labels")}
+    found = training_pass(model.base_model, ids, layout, False, 1024, others).masks(layout)[-1]
+    torch.testing.assert_close(found[0], states_of_a_text(model, 0, batch, int(anchors[0])))
 
 
 def test_an_image_that_is_read_otherwise_is_refused():

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedConfig
 
+from ..base.inspection import is_media
 from ..layout.blocks import IGNORE
 
 # What collators add for attention kernels that see several texts in a row. Masks have an attention of their own.
@@ -17,9 +18,5 @@ def objective_inputs(inputs: dict, config: PreTrainedConfig) -> dict:
             is asked to predict.
     """
     batch = {name: value for name, value in inputs.items() if name not in OF_KERNELS}
-    if batch.get("labels") is None:
-        batch["labels"] = batch["input_ids"]
-    for kind in ("image", "video", "audio"):
-        if (place := getattr(config, f"{kind}_token_id", None)) is not None:
-            batch["labels"] = batch["labels"].masked_fill(batch["input_ids"] == place, IGNORE)
-    return batch
+    labels = batch["input_ids"] if batch.get("labels") is None else batch["labels"]
+    return {**batch, "labels": labels.masked_fill(is_media(config, batch["input_ids"]), IGNORE)}
