@@ -113,9 +113,17 @@ def test_token_types_that_the_masks_cannot_have_are_refused():
 def test_inputs_that_change_nothing_change_nothing():
     model, ids = upgraded("llama", K), torch.arange(5, 20)[None]
     plain = model(input_ids=ids, mtp_objective=ObjectiveRequest())
-    more = model(input_ids=ids, token_type_ids=torch.zeros_like(ids), mtp_objective=ObjectiveRequest())
+    more = model(input_ids=ids, pixel_values=torch.ones(1, 3), mtp_objective=ObjectiveRequest())
     torch.testing.assert_close(more.loss, plain.loss)
     assert more.rows == plain.rows == (K * (15 - K - 1) + sum(range(1, K)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_token_types_of_a_tokenizer_that_gives_them_to_every_model(architecture):
+    model, ids = upgraded(architecture, K), torch.arange(5, 20)[None]
+    plain = model(input_ids=ids, mtp_objective=ObjectiveRequest())
+    more = model(input_ids=ids, token_type_ids=torch.zeros_like(ids), mtp_objective=ObjectiveRequest())
+    assert torch.equal(more.loss, plain.loss)
 
 
 def test_a_recurrent_model_with_images_is_refused():

@@ -8,6 +8,7 @@ bias. So it does not depend on how the batch is cut up: into rows, micro-batches
 Shapes: B batch, T regular tokens, M masks per row, k masks per block, C blocks, R supervised masks, D, E features.
 """
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -102,6 +103,8 @@ def batch_objective(
         spare = batch_objective(model, input_ids_BT.new_zeros(1, 3), ObjectiveRequest(request.recipe))
         return Objective(spare.loss * 0.0, {}, 0)
     weight = weight_of_all_masks(labels, segment_BT, k, request.recipe.position_decay)
+    if "token_type_ids" not in inspect.signature(model.model.forward).parameters:
+        others.pop("token_type_ids", None)  # of a tokenizer that gives them to every model
     if others := {name: value for name, value in others.items() if value is not None}:
         others |= {"attention_mask": attention_mask, "position_ids": position_ids}
     return multi_token_objective(model, input_ids_BT, labels, layout, request, weight, others)
