@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import logging as host_logging
 
 from hf_mtp.base.caches import cache_name
-from hf_mtp.base.tiny import VOCAB, tiny_model
+from hf_mtp.base.sizes import VOCAB
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.layout.blocks import segments, training_layout
 from hf_mtp.objective.request import ObjectiveRequest

@@ -46,19 +46,20 @@ def record_tokenizer(config: "GatedLoraConfig", tokenizer: PreTrainedTokenizerBa
     config.tokenizer_size = max(own.get_vocab().values(), default=-1) + 1
 
 
-def refuse_other_base(config: "GatedLoraConfig", model: PreTrainedModel) -> None:
+def refuse_other_base(config: "GatedLoraConfig", model: PreTrainedModel, hidden_size: int) -> None:
     """Records what the base looks like in a new adapter's config; raises if a trained adapter's base looked different.
 
     Args:
         config ([`GatedLoraConfig`]): Its `base_hidden_size` and `base_vocab_size` are filled in if empty.
         model ([`~transformers.PreTrainedModel`]): The base.
+        hidden_size (`int`): Of the base.
 
     Raises:
         ValueError: The base has another hidden size, vocabulary or tokenizer than the adapter was trained for.
     """
     tokenizer = _tokenizer_of(model) if config.tokenizer_fingerprint is not None else None
     found = None if tokenizer is None else tokenizer_fingerprint(tokenizer, config.tokenizer_size)
-    vocab_size, hidden_size = weight_shape(model.get_output_embeddings())
+    vocab_size = weight_shape(model.get_output_embeddings())[0]
     for name, meaning, actual in (
         ("base_hidden_size", "hidden size", hidden_size),
         ("base_vocab_size", "vocabulary size", vocab_size),
@@ -84,7 +85,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The base's tokenizer if it is at hand: in a local folder or in the local cache of the Hub."""
     try:
         return AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None  # the base was made in memory or comes without a tokenizer
 
 
