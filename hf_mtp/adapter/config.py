@@ -92,8 +92,8 @@ class GatedLoraConfig(LoraConfig):
             is not. As they are trained if `None`, in float32; checkpoints of a training always are.
         base_hidden_size, base_vocab_size (`int`, *optional*):
             Filled in from the base model. An adapter refuses a base that differs.
-        tokenizer_fingerprint (`str`, *optional*):
-            Filled in by [`MTPTrainer`]. An adapter refuses a base whose tokenizer differs.
+        tokenizer_fingerprint (`str`, *optional*), tokenizer_size (`int`, *optional*):
+            Filled in by [`MTPTrainer`]. An adapter refuses a base whose tokenizer differs in ids below this size.
         recipe (`str`, *optional*), train_datasets (`list[str]`, *optional*):
             Filled in by [`MTPTrainer`], for the model card.
         tokens_per_step (`dict[str, float]`, *optional*):
@@ -131,6 +131,7 @@ class GatedLoraConfig(LoraConfig):
     base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     base_vocab_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     tokenizer_fingerprint: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
+    tokenizer_size: int | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
     recipe: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
     train_datasets: list[str] = field(default_factory=list, metadata={"help": "Filled in by MTPTrainer."})
     tokens_per_step: dict[str, float] = field(

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..base.autocast import concatenate
 from ..base.distributed import hold_in_forward, past_sharding, whole_weight
 from ..base.head import prediction_head
 from ..base.inspection import decoder_of, device_of, input_device, is_checkpointing, refuse_unsupported, weight_shape
@@ -299,8 +300,8 @@ class GatedLoraTuner(LoraModel):
         columns = self.gate.columns
         if columns is None:
             return None
-        masks = self.lora_mask_embeddings[columns.adapter](columns.index)
-        return torch.cat([regular, masks.to(regular.dtype)], dim=1)
+        masks = self.lora_mask_embeddings[columns.adapter](columns.index).to(regular.dtype)
+        return concatenate([regular, masks], dim=1)
 
     def _keep_last_states(self, decoder: nn.Module, args: tuple, outputs) -> None:
         """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""
