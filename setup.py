@@ -50,7 +50,7 @@ setup(
         "huggingface_hub>=1.31",
         "safetensors>=0.8",
     ],
-    entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.regenerate:main"]},
+    entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.cli.regenerate:main"]},
     extras_require={
         "test": TEST,
         "test-peft": TEST_PEFT,
