@@ -290,11 +290,30 @@ def test_base_in_half_precision(dtype):
     assert all(parameter.grad is not None for parameter in adapter_parameters(model).values())
 
 
-def test_adapter_in_the_dtype_of_the_base():
+def dtypes_of(model, adapter: str = "default") -> set[torch.dtype]:
+    return {p.dtype for name, p in adapter_parameters(model).items() if f".{adapter}." in name}
+
+
+def test_adapters_in_the_dtype_of_the_base(tmp_path):
     base = tiny_base("llama", torch.bfloat16)
     model = get_peft_model(base, GatedLoraConfig(k=K, r=4), autocast_adapter_dtype=False).eval()
-    model.to(torch.bfloat16)
-    assert generate(model, prompt(), mtp=True).shape == (1, 31)
+    model.add_adapter("added", GatedLoraConfig(k=K, r=4, sampler_recurrent=True), autocast_adapter_dtype=False)
+    assert dtypes_of(model) == dtypes_of(model, "added") == {torch.bfloat16}
+    for adapter in ("default", "added"):
+        model.set_adapter(adapter)
+        assert generate(model, prompt(), mtp=True).shape == (1, 31)
+    model.train()(input_ids=prompt(), mtp_recipe=Recipe()).loss.backward()
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_loaded_adapters_have_the_dtype_that_was_asked_for(autocast, dtype, low_cpu_mem_usage, tmp_path):
+    upgraded("llama", K, save_dtype="bfloat16").save_pretrained(tmp_path)
+    options = {"autocast_adapter_dtype": autocast, "low_cpu_mem_usage": low_cpu_mem_usage}
+    model = PeftModel.from_pretrained(tiny_base("llama", torch.bfloat16), tmp_path, **options)
+    model.load_adapter(tmp_path, "other", **options)
+    assert dtypes_of(model) == dtypes_of(model, "other") == {dtype}
 
 
 def test_target_modules_are_loras_own():
