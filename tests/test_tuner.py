@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny_models import CONFIGS, VOCAB, adapter_parameters, generate, prompt, randomised, tiny_base, upgraded
@@ -120,6 +121,23 @@ def test_card_says_how_to_use_the_adapter(saved):
     assert "library_name: peft" in card
     assert "model.generate(**inputs, mtp=True" in card
     assert "| mask tokens (k) | 3 |" in card
+
+
+def test_card_has_the_tags_of_peft_and_of_the_base_beside_its_own(tmp_path):
+    base = tiny_base("llama")
+    base.name_or_path = base.config._name_or_path = "me/base"
+    base.add_model_tags(["tiny"])
+    model = upgraded(base, K)
+    for _ in range(2):  # the second time over a card of ours
+        model.save_pretrained(tmp_path)
+        tags = ModelCard.load(tmp_path / "README.md").data.tags
+        assert {"hf_mtp", "lora", "transformers", "base_model:adapter:me/base", "tiny"} <= set(tags)
+        assert len(tags) == len(set(tags))
+
+
+def test_card_names_no_local_folder(saved):
+    base, adapter, _ = saved
+    assert f"base_model:adapter:{base}" not in (adapter / "README.md").read_text(encoding="utf-8")
 
 
 def test_card_written_by_hand_is_kept(tmp_path):

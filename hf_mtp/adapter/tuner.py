@@ -131,7 +131,7 @@ class GatedLoraTuner(LoraModel):
     # ---------------------------------------------------------------- what PEFT asks of a tuner
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As PEFT does it for LoRA weights: a half-precision adapter is cast to float32, or follows the base's dtype."""
+        """As PEFT casts LoRA weights: to float32 if they are in half precision, or else to the base's own dtype."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
             if adapter_name in heads:

@@ -64,7 +64,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _masks_to_learn_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of training get masks, since a gated LoRA learns from nothing else, and no sampler head, which logits lack."""
+    """Gives masks to tests of training, because a gated LoRA learns from nothing else.
+
+    They train on logits, in which the sampler head has no part, so there is none.
+    """
     if not re.search("training_decoders|inference_safetensors", request.node.name):
         return
     inputs = request.instance.prepare_inputs_for_testing()

@@ -27,13 +27,19 @@ def peft_source(folder: Path) -> Path:
 
 
 def main(folder: str, *arguments: str) -> int:
-    """Exit status of pytest, which gets `arguments` beside the files. `folder` keeps PEFT's source for the next time."""
+    """Returns pytest's exit status.
+
+    Args:
+        folder (`str`): Where PEFT's source is kept for the next time.
+        arguments (`str`): Passed on to pytest.
+    """
     source = peft_source(Path(folder))
     with TemporaryDirectory() as hub:
         environment = {
             **os.environ,
             "HF_HOME": hub,
             "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
         }
         subprocess.run([sys.executable, HERE / "tiny_hub.py", Path(hub, "hub")], env=environment, check=True)

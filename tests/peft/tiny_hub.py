@@ -3,13 +3,14 @@
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tiny_models import CONFIGS
 from tiny_text import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 1024  # PEFT's tests use token ids up to 1000
 REVISION = "0" * 40
+
+_COMMON = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 
 # Name on the Hub: architecture, and what PEFT's tests expect of its config.
 MODELS = {
@@ -54,7 +55,7 @@ def make(cache: Path) -> None:
     for name, (architecture, options) in MODELS.items():
         folder = cache / f"models--{name.replace('/', '--')}"
         snapshot = folder / "snapshots" / REVISION
-        config = AutoConfig.for_model(architecture, vocab_size=VOCAB, **{**CONFIGS.get(architecture, {}), **options})
+        config = AutoConfig.for_model(architecture, **{**_COMMON, **CONFIGS.get(architecture, {}), **options})
         AutoModelForCausalLM.from_config(config).save_pretrained(snapshot)
         tiny_tokenizer(VOCAB).save_pretrained(snapshot)
         (folder / "refs").mkdir()
