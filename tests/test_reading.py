@@ -11,11 +11,12 @@ from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import logging as host_logging
 
 from hf_mtp.base.caches import cache_name
-from hf_mtp.base.tiny import VOCAB, tiny_model
+from hf_mtp.base.sizes import VOCAB
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.layout.blocks import segments, training_layout
 from hf_mtp.objective.recipe import Recipe
-from hf_mtp.passes.speculation_mode import SpeculationMode
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 READINGS = {
     "llama": SpeculationMode.TREE,
@@ -56,7 +57,7 @@ def rehearse(model, *sequences: torch.LongTensor) -> None:
 
 @pytest.mark.parametrize("name", READINGS)
 def test_reading(name):
-    assert reading_of(model_of(name).base_model) is READINGS[name]
+    assert speculation_mode(model_of(name).base_model.model) is READINGS[name]
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)

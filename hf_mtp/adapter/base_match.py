@@ -19,17 +19,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
-def refuse_other_base(config: "GatedLoraConfig", model: PreTrainedModel) -> None:
+def refuse_other_base(config: "GatedLoraConfig", model: PreTrainedModel, hidden_size: int) -> None:
     """Records what the base looks like in a new adapter's config; raises if a trained adapter's base looked different.
 
     Args:
         config ([`GatedLoraConfig`]): Its `base_hidden_size` and `base_vocab_size` are filled in if empty.
         model ([`~transformers.PreTrainedModel`]): The base.
+        hidden_size (`int`): Of the base.
 
     Raises:
         ValueError: The base has another hidden size, vocabulary or tokenizer than the adapter was trained for.
     """
-    vocab_size, hidden_size = weight_shape(model.get_output_embeddings())
+    vocab_size = weight_shape(model.get_output_embeddings())[0]
     for name, meaning, actual in (
         ("base_hidden_size", "hidden size", hidden_size),
         ("base_vocab_size", "vocabulary size", vocab_size),

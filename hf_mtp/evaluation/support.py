@@ -1,5 +1,6 @@
 """Does multi-token prediction work with this model? A rehearsal on a tiny random one of the same kind."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -9,7 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import GatedLoraConfig
 from ..base.randomness import own_randomness
-from ..base.tiny import WINDOW, tiny_model
+from ..base.sizes import WINDOW
+from ..base.tiny import tiny_model
 from ..decoding.drafters.base import Drafts
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 
@@ -90,7 +92,7 @@ def _rehearse(config: PreTrainedConfig) -> SupportReport:
         report.reason = _first_line(error)
         return report
     tuner = model.base_model
-    tuner.draft = Rehearsal(truths)  # an attribute of this one model
+    tuner.draft = Rehearsal(truths, tuner.draft)  # an attribute of this one model
     report.mode = speculation_mode(tuner.model).value
     for strategy in ("quadratic", "linear", "auto"):
         report.checks[strategy] = _result(model, prompts[:1], truths[:1], mtp_strategy=strategy)
@@ -107,9 +109,11 @@ class Rehearsal:
 
     Args:
         sequences (`list[torch.LongTensor]`): The outputs, `(1, S)` each.
+        own (`Callable`, *optional*): The adapter's own drafting. It is called too, so that its errors show.
     """
 
-    def __init__(self, sequences: list[torch.LongTensor]):
+    def __init__(self, sequences: list[torch.LongTensor], own: Callable | None = None):
+        self.own = own
         self.next: dict[int, int] = {}
         for sequence in sequences:
             self.next.update(pairwise(sequence[0].tolist()))
@@ -117,6 +121,8 @@ class Rehearsal:
 
     def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *_, **__) -> Drafts:
         self.calls += 1
+        if self.own is not None:
+            self.own(pending_B, hidden_BKD, noise_of, warpers)
         rows, wrong = [], self.calls % 4  # the place of the wrong draft; none in every fourth call
         for token in pending_B.tolist():
             row = []

@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..adapter.gate import HiddenStateCapture
 from ..base.caches import cache_name
 from ..base.inspection import evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
-from ..base.tiny import WINDOW, tiny_model
+from ..base.sizes import WINDOW
+from ..base.tiny import tiny_model
 from ..cache.rollback import RollbackCache
 from ..cache.sequence import SequenceCache, TextCache
 from ..layout.attention import attention_kinds, attention_masks, in_blocks
