@@ -41,7 +41,7 @@ def test_a_walk_by_hand():
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_walk_through_the_bases_own_text_is_quadratic_decoding(k, config, trained, monkeypatch):
     monkeypatch.setattr(masks, "SHORTLIST", VOCAB)  # else decoding looks for drafts among the likeliest tokens only
-    model, new_tokens = trained(k, config), 40
+    model, new_tokens, accepted = trained(k, config), 40, 0
     for seed in range(4):
         ids = prompt(6, seed=seed)
         text = generate(model, ids, new_tokens, mtp=True, mtp_strategy="quadratic")
