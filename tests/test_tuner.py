@@ -320,7 +320,7 @@ def test_adapters_in_the_dtype_of_the_base(tmp_path):
     for adapter in ("default", "added"):
         model.set_adapter(adapter)
         assert generate(model, prompt(), mtp=True).shape == (1, 31)
-    model.train()(input_ids=prompt(), mtp_recipe=Recipe()).loss.backward()
+    model.train()(input_ids=prompt(), mtp_objective=ObjectiveRequest()).loss.backward()
     model.save_pretrained(tmp_path)
 
 
