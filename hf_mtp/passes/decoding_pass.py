@@ -141,6 +141,7 @@ class DecodingPass:
             "logits_to_keep": wanted,
             cache_name(self.known_arguments): cache,
             "use_cache": True,
+            "output_router_logits": False,  # of experts: their loss takes no 4-D mask
         }
         if regular_BT.dim() == 3:
             masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
