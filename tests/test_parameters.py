@@ -10,9 +10,11 @@ from tiny_models import VOCAB, adapter_parameters, checkpoint_layers, generate, 
 from transformers import CONFIG_MAPPING, CompileConfig
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.base import tiny
+from hf_mtp.base.sizes import VOCAB as TINY_VOCAB
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 K = 3
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -85,7 +87,7 @@ def test_training_reaches_every_parameter(checkpointing):
     model, ids = model_of("qwen3_moe").train(), prompt(14, 2)
     if checkpointing:
         checkpoint_layers(model)
-    model(input_ids=ids, labels=ids, mtp_recipe=Recipe(auxiliary=1.0)).loss.backward()
+    model(input_ids=ids, labels=ids, mtp_objective=ObjectiveRequest(Recipe(auxiliary=1.0))).loss.backward()
     gradients = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
     assert any("experts" in name for name in gradients)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
@@ -134,10 +136,10 @@ def test_one_compiled_graph():
 
 
 def test_experts_that_read_a_selection_are_refused():
-    base = tiny.tiny_model(CONFIG_MAPPING["llama4_text"]())
+    base = tiny_model(CONFIG_MAPPING["llama4_text"]())
     model = upgraded(base, K, target_parameters=["experts.gate_up_proj"]).double()
     with pytest.raises(ValueError, match="`target_parameters` got an input of shape.*Leave `target_parameters` out"):
-        ids = torch.tensor([[1, 2, 3, 4, tiny.VOCAB, tiny.VOCAB + 1]])
+        ids = torch.tensor([[1, 2, 3, 4, TINY_VOCAB, TINY_VOCAB + 1]])
         model(ids)
 
 
@@ -172,3 +174,10 @@ def test_merging_is_refused():
         model.merge_adapter()
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         experts_of(model).merge()
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_an_adapter_for_each_row_is_refused_as_peft_refuses_it(method):
+    model = upgraded(tiny_base("mixtral"), K, target_parameters=EXPERTS)
+    with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
+        getattr(model, method)(input_ids=prompt(rows=2), adapter_names=["__base__", "default"])

@@ -7,6 +7,7 @@ heads. It knows nothing of generation or of losses.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 
 import torch
 from peft import PeftModel
@@ -15,7 +16,9 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..base.autocast import concatenate
 from ..base.distributed import hold_in_forward, past_sharding, whole_weight
+from ..base.head import prediction_head
 from ..base.inspection import decoder_of, device_of, input_device, is_checkpointing, refuse_unsupported, weight_shape
 from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, shortened
 from .base_match import refuse_other_base
@@ -57,20 +60,22 @@ class GatedLoraTuner(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, low_cpu_mem_usage: bool = False, **kwargs):
         config: GatedLoraConfig = self.peft_config[adapter_name]
         refuse_unsupported(model)
-        refuse_other_base(config, model)
+        if "gate" not in self.__dict__:
+            self.head = prediction_head(model)
+        refuse_other_base(config, model, self.head.hidden_size)
         if "gate" not in self.__dict__:
             self.gate = Gate()
             self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
-            embedding = model.get_input_embeddings()
+            embedding, decoder = model.get_input_embeddings(), decoder_of(model)
             self._hooks = (
                 embedding.register_forward_pre_hook(self._embed_regular_ids),
                 embedding.register_forward_hook(self._append_mask_embeddings),
                 *(
-                    other.register_forward_pre_hook(self._drop_mask_ids)
-                    for other in model.modules()
-                    if isinstance(other, nn.Embedding) and other is not embedding
+                    part.register_forward_pre_hook(self._hide_mask_ids, with_kwargs=True)
+                    for part in model.modules()
+                    if part is not model and decoder in part.modules()
                 ),
-                decoder_of(model).register_forward_hook(self._keep_last_states),
+                decoder.register_forward_hook(self._keep_last_states),
                 self.register_forward_pre_hook(self._hold_unembedding),
             )
         theirs = users_layers(model)
@@ -129,6 +134,15 @@ class GatedLoraTuner(LoraModel):
                     head.to(device)
 
     # ---------------------------------------------------------------- what PEFT asks of a tuner
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT casts LoRA weights: to float32 if they are in half precision, or else to the base's own dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
+            if adapter_name in heads:
+                is_half = next(heads[adapter_name].parameters()).dtype in (torch.float16, torch.bfloat16)
+                if is_half or not autocast_adapter_dtype:
+                    heads[adapter_name].to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         with untouched(self.model):
@@ -254,11 +268,15 @@ class GatedLoraTuner(LoraModel):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def unembedding(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The base's output layer, `(..., D)` to `(..., V)`; its result is where the rest of ours computes."""
-        layer = self.model.get_output_embeddings()
-        if device_of(layer) == input_device(self.model):
-            return past_sharding(layer)
-        return lambda hidden: layer(hidden).to(hidden.device)
+        """The base's prediction head, `(..., D)` to `(..., V)`. Its result is where the rest of ours computes."""
+        layers, dtype = self.head.layers(self.model), None
+        if not self.head.names:
+            weight = layers[0].weight
+            if weight.is_floating_point() and weight.dtype.itemsize > self.model.dtype.itemsize:
+                dtype = weight.dtype  # some models keep their unembedding in float32
+            elif device_of(layers[0]) == input_device(self.model):
+                return past_sharding(layers[0])
+        return lambda hidden: reduce(lambda states, layer: layer(states), layers, hidden.to(dtype)).to(hidden.device)
 
     @contextmanager
     def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
@@ -275,19 +293,24 @@ class GatedLoraTuner(LoraModel):
         columns = self.gate.columns
         return None if columns is None else (args[0][:, : columns.first], *args[1:])
 
-    def _drop_mask_ids(self, table: nn.Embedding, args: tuple) -> tuple | None:
-        """Forward pre-hook of other tables that a model may have for the same ids: masks are read as id 0 there."""
-        if self.gate.columns is None or not isinstance(args[0], torch.Tensor):
+    def _hide_mask_ids(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Forward pre-hook: the base's code, which may have other tables of ids, gets an ordinary id for each mask."""
+        if self.gate.columns is None:
             return None
-        return (args[0].where(args[0] < table.num_embeddings, 0), *args[1:])
+        is_padding = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None) == 0
+        ids_BN = args[0] if args else kwargs.get("input_ids")
+        if ids_BN is None:
+            return None
+        ids_BN = ids_BN.where(ids_BN < self.vocab_size, int(is_padding))
+        return ((ids_BN, *args[1:]), kwargs) if args else ((), {**kwargs, "input_ids": ids_BN})
 
     def _append_mask_embeddings(self, embedding: nn.Module, args: tuple, regular: torch.Tensor) -> torch.Tensor | None:
         """Forward hook: the masks' own embeddings follow."""
         columns = self.gate.columns
         if columns is None:
             return None
-        masks = self.lora_mask_embeddings[columns.adapter](columns.index)
-        return torch.cat([regular, masks.to(regular.dtype)], dim=1)
+        masks = self.lora_mask_embeddings[columns.adapter](columns.index).to(regular.dtype)
+        return concatenate([regular, masks], dim=1)
 
     def _keep_last_states(self, decoder: nn.Module, args: tuple, outputs) -> None:
         """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""
@@ -297,7 +320,8 @@ class GatedLoraTuner(LoraModel):
 
     def _hold_unembedding(self, *_) -> None:
         """Forward pre-hook: training unembeds more often than the base does."""
-        hold_in_forward(self, self.model.get_output_embeddings())
+        for layer in self.head.layers(self.model):
+            hold_in_forward(self, layer)
 
     def mask_embeddings(self, index_BM: torch.LongTensor) -> torch.Tensor:
         """`(B, M, E)`: what the active adapter embeds masks `index_BM` as."""

@@ -1,8 +1,8 @@
-"""Which linear layers a gate can serve: those that see one row for each column of a forward pass.
+"""Which linear layers can have a gated LoRA: those whose input has one row for each column of the forward pass.
 
-Others see a selection of tokens (the experts of a mixture), the whole cache (latents that are expanded to keys and
-values), the last column only (a head), or are never called, because the model reads their weight itself. A LoRA there
-could not tell masks from regular tokens, or would do nothing.
+Other layers get a selection of tokens (experts of a mixture), the whole cache (latents that are expanded to keys and
+values) or the last column only (a head), or the model reads their weight without calling them. A LoRA in such a layer
+could not tell masks from regular tokens, or would have no effect.
 """
 
 import inspect
@@ -22,14 +22,14 @@ from .inspection import evaluation_mode, input_device, weight_shape
 
 logger = logging.get_logger(__name__)
 
-# Two rows of two passes, the second behind the first: numbers that no selection of tokens has by chance in both.
+# Two rows, in two passes, the second behind the first: no selection of tokens has these sizes by chance in both.
 ROWS, PASSES = 2, (7, 5)
 
 
 def exclude_layers_out_of_reach(
     exclude_modules: list[str] | str | None, model: PreTrainedModel
 ) -> list[str] | str | None:
-    """Adds to the layers that get no LoRA those that a gate cannot serve.
+    """Adds the layers that cannot have a gated LoRA to those that the user excludes.
 
     Args:
         exclude_modules (`list[str]` or `str`, *optional*): Names, or a regular expression, as in
@@ -40,18 +40,18 @@ def exclude_layers_out_of_reach(
         The same, and more.
 
     Raises:
-        ValueError: It can serve none.
+        ValueError: No layer can have one.
     """
     unserved = layers_out_of_reach(model)
     if unserved and len(unserved) == len(linear_layers(model)):
         raise ValueError(
-            f"No linear layer of {type(model).__name__} sees one row per column of its input, so that none can treat "
-            "masks apart from regular tokens."
+            f"No linear layer of {type(model).__name__} gets one row per column of the model's input, so none can "
+            "tell masks from regular tokens."
         )
     names = shortened(unserved, model)
     if not names:
         return exclude_modules
-    logger.info("No gated LoRA for %s: they do not see one row per column", ", ".join(names))
+    logger.info("No gated LoRA for %s: their inputs do not have one row per column", ", ".join(names))
     if isinstance(exclude_modules, str):
         return "|".join([f"(?:{exclude_modules})", *(rf"(?:.*\.)?{re.escape(name)}" for name in names)])
     return sorted({*(exclude_modules or ()), *names})
@@ -59,17 +59,17 @@ def exclude_layers_out_of_reach(
 
 @torch.no_grad()
 def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers that a gate cannot serve, found by two short forward passes.
+    """Names of the linear layers that cannot have a gated LoRA, found by two short forward passes.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Any. Of one without data, or that cannot be run as it is, nothing
-            is found: then the gate raises when it meets such a layer.
+        model ([`~transformers.PreTrainedModel`]): Any. If it has no weights or cannot run as it is, nothing is found,
+            and the gate raises at the first such layer.
     """
     is_offloaded = bool(getattr(model, "hf_device_map", None))  # then weights come when they are needed
     if not is_offloaded and any(parameter.device.type == "meta" for parameter in model.parameters()):
         return set()
     layers = linear_layers(model)
-    served = defaultdict(list)  # whether it was, call by call
+    served = defaultdict(list)  # call by call, whether its input has one row per column
     columns = 0
 
     def record(name: str, layer: nn.Module, args: tuple, output) -> None:
@@ -101,7 +101,7 @@ def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
 
 
 def shortened(names: set[str], model: nn.Module) -> list[str]:
-    """The same layers, by the last part of their names where that means no other layer, else by their whole names."""
+    """The same layers, by the last part of their names where no other layer shares it, else by their whole names."""
     by_end = defaultdict(set)
     for name in linear_layers(model):
         by_end[name.rpartition(".")[2]].add(name)
@@ -110,7 +110,7 @@ def shortened(names: set[str], model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """By name, all but the unembedding and what belongs to an adapter."""
+    """By name, all linear layers but the unembedding and those of adapters."""
     layers, inside = {}, ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):

@@ -1,19 +1,21 @@
-"""One process's part of a dataset on disk: a JSON Lines file that grows in batches and appears when it is whole."""
+"""One process's part of a dataset on disk: a JSON Lines file that grows in batches and becomes visible when
+complete."""
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+from ..base.files import write_whole
 
 
 class Shard:
     """
-    Rows that are computed in an order of their own and kept in the dataset's.
+    Rows are computed in any order and stored in the dataset's order.
 
-    Batches go to a hidden file, so that nobody reads half a dataset. Once the last is there it becomes
-    `train-00000-of-00001.jsonl`, the name by which `load_dataset` knows a split's shards. Whatever interrupts this,
-    what was computed stays.
+    Batches go to a hidden file, so that nobody reads half a dataset. After the last batch the file becomes
+    `train-00000-of-00001.jsonl`, the name by which `load_dataset` finds the shards of a split. An interruption loses
+    nothing that was computed.
 
     Args:
         folder (`Path`): Where all shards are.
@@ -33,18 +35,19 @@ class Shard:
         return self.path.is_file()
 
     def claim(self, arguments: dict) -> None:
-        """Makes sure that what is in the folder, and what will be, comes from the same arguments.
+        """Makes sure that all rows in the folder come from the same arguments.
 
         Args:
-            arguments (`dict`): All that rows depend on, as JSON has it.
+            arguments (`dict`): Everything that the rows depend on, in types that JSON has.
 
         Raises:
-            ValueError: The folder holds rows of other arguments, of another number of processes, or of unknown origin.
+            ValueError: The folder holds rows made with other arguments, by another number of processes, or of unknown
+            origin.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers()
         if not self._arguments.is_file():
-            _write_whole(self._arguments, [json.dumps(arguments, indent=1).encode()])
+            write_whole(self._arguments, [json.dumps(arguments, indent=1).encode()])
             return
         made_with = json.loads(self._arguments.read_text(encoding="utf-8"))
         other = [name for name in arguments if made_with.get(name) != arguments[name]]
@@ -73,7 +76,7 @@ class Shard:
             raise ValueError(f"{self.path} is of unknown origin. Use another output folder.")
 
     def resume(self, batch_size: int) -> int:
-        """Drops what an interrupted write left.
+        """Drops what an interrupted write left unfinished.
 
         Args:
             batch_size (`int`): Rows that [`append`] gets at a time; the last batch may be smaller.
@@ -93,14 +96,14 @@ class Shard:
         return batches
 
     def append(self, rows: list[dict]) -> None:
-        """Adds a batch, which has reached the disk when this returns."""
+        """Adds a batch and waits until it is on the disk."""
         with self._part.open("ab") as file:
             file.write(b"".join(to_json(row) + b"\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, order: list[int]) -> None:
-        """Makes the visible file, in the dataset's order.
+        """Writes the visible file, in the dataset's order.
 
         Args:
             order (`list[int]`): For each row that was appended, its place in the dataset.
@@ -110,7 +113,7 @@ class Shard:
             for line in file:
                 starts.append(starts[-1] + len(line))
             in_dataset_order = sorted(range(len(order)), key=order.__getitem__)
-            _write_whole(self.path, (_line_at(file, starts[number]) for number in in_dataset_order))
+            write_whole(self.path, (_line_at(file, starts[number]) for number in in_dataset_order))
         self._part.unlink()
 
 
@@ -118,7 +121,7 @@ def to_json(row: dict) -> bytes:
     """A row as JSON, on one line.
 
     Raises:
-        ValueError: A column holds what JSON cannot, such as an image.
+        ValueError: A column holds a value that JSON has no type for, such as an image.
     """
     try:
         return json.dumps(row, ensure_ascii=False).encode()
@@ -141,13 +144,3 @@ def _is_json(value) -> bool:
 def _line_at(file: BinaryIO, start: int) -> bytes:
     file.seek(start)
     return file.readline()
-
-
-def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """A file that is there whole or not at all."""
-    draft = path.with_name(f".{path.name.lstrip('.')}.tmp")
-    with draft.open("wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

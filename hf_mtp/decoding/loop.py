@@ -148,12 +148,14 @@ class DecodingLoop:
         rows, pending_B = len(batch.sequences), batch.unread_BT[:, 0]
         least = -(-(columns - 1 - self.k) // (self.k + 1))  # so that the masks find room in as many blocks
         drafted = max(least, min(self.k, (columns - 1) // 3)) if with_masks else columns - 1
-        regular_BT = pending_B[:, None].expand(-1, 1 + drafted)
+        regular_BT = pending_B[:, None].repeat(1, 1 + drafted)
         value_BRk = torch.ones(rows, 1 + drafted, self.k, device=pending_B.device)
         plan = choose_masks(value_BRk, columns - 1 - drafted)
         places_BT = batch.cache.rows.next_columns(1 + drafted) - batch.cache.rows.start_B[:, None]
         output = self.forward(regular_BT, decoding_layout(places_BT, plan), batch.cache, logits_rows=1 + drafted)
         last = output.logits_BRV.argmax(dim=-1)
         if with_masks:
-            last = self.forward.tuner.draft(pending_B, output.mask_BMD[:, : self.k]).token_BK
+            column_BK = plan.column_BRk[:, 0, : min(self.k, plan.masks)]
+            states, logits = output.block(column_BK), output.block_logits(column_BK)
+            last = self.forward.tuner.draft(pending_B, states, logits_BKV=logits).token_BK
         last.tolist()  # waits for the device

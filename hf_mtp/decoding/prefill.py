@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..base.caches import CACHE_NAMES, cache_name, copied, tokens_by_layer
+from ..base.inspection import is_media, media_tokens
 from ..passes.speculation_mode import are_close
 
 # Arguments of a model's forward pass that the decode loop makes itself.
@@ -119,7 +120,7 @@ def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, m
     }
     for passed in [per_token] if layers else [{}, per_token]:
         fewer = {key: value for key, value in inputs.items() if key not in more or key in passed}
-        if more.keys() == passed.keys() or are_close(read(**fewer).logits[:, -1], outputs.logits[:, -1]):
+        if more.keys() == passed.keys() or are_close(read(**fewer).logits[:, -1], outputs.logits[:, -1], model.dtype):
             return ExtraInputs(layers, passed)
     raise NotImplementedError(
         f"{type(model).__name__} is given {', '.join(sorted(more.keys() - per_token.keys()))} with every token, "
@@ -137,12 +138,10 @@ def _without_the_last_token(name: str, value, columns: int):
 
 
 def _refuse_end_within_media(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict) -> None:
-    config = model.config
-    media = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")} - {None}
     kinds = [model_kwargs[name][:, -1] for name in ("token_type_ids", "mm_token_type_ids") if name in model_kwargs]
-    if not media or not input_ids.shape[1]:  # token types may be of another kind, as GPT-2's
-        return
-    if any((input_ids[:, -1] == token).any() for token in media) or any(kind.any() for kind in kinds):
+    # Token types count where the model has media: GPT-2's are of another kind.
+    has_media = bool(media_tokens(model.config)) and input_ids.shape[1] > 0
+    if has_media and (is_media(model.config, input_ids[:, -1]).any() or any(kind.any() for kind in kinds)):
         raise NotImplementedError(
             "The last token of the prompt is no text, but `mtp=True` goes on from text. End the prompt with the text "
             "that introduces the answer, as the chat template of the processor does (add_generation_prompt=True)."

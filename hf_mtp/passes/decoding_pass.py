@@ -22,6 +22,8 @@ from ..layout.mask_plan import no_masks
 
 CATCH_UP_COLUMNS = 4  # a storage of fixed size has room for so many behind the longest row
 
+FEW_MASKS = 16  # whose logits are computed with those of the regular tokens
+
 
 @dataclass(frozen=True)
 class PassOutput:
@@ -30,6 +32,8 @@ class PassOutput:
     Args:
         logits_BRV (`torch.Tensor` of shape `(B, R, V)`): Of the last R regular tokens.
         mask_BMD (`torch.Tensor` of shape `(B, M, D)`): Last hidden states of the masks.
+        mask_logits_BMV (`torch.Tensor` of shape `(B, M, V)`, *optional*): What the base's unembedding makes of these,
+            if they are few: reading its weights a second time costs more.
         before (`int`): Regular columns before the first with logits.
         past (`list[int]`): Columns that each row had in the cache.
         calls (`int`): How often the model was called.
@@ -41,6 +45,7 @@ class PassOutput:
     before: int
     past: list[int]
     calls: int = 1
+    mask_logits_BMV: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -53,8 +58,12 @@ class PassOutput:
         """`(B, K, D)`: states of the masks in these columns; of any mask, or zeros, where the column is -1."""
         if not self.mask_BMD.shape[1]:
             return self.mask_BMD.new_zeros(*column_BK.shape, self.mask_BMD.shape[2])
-        index = column_BK.clamp(min=0)[:, :, None].expand(-1, -1, self.mask_BMD.shape[2])
-        return self.mask_BMD.gather(1, index)
+        return _in_columns(self.mask_BMD, column_BK)
+
+    def block_logits(self, column_BK: torch.LongTensor) -> torch.Tensor | None:
+        """`(B, K, V)`: logits of the masks in these columns; of any mask where the column is -1; `None` if not
+        computed."""
+        return None if self.mask_logits_BMV is None else _in_columns(self.mask_logits_BMV, column_BK)
 
     def states_of_row(self, row: int) -> list[dict]:
         """Hidden states and attentions that led to each token, first to last, in the shape that `generate` gives."""
@@ -75,6 +84,11 @@ class PassOutput:
                 )
             entries.append(entry)
         return entries
+
+
+def _in_columns(value_BMx: torch.Tensor, column_BK: torch.LongTensor) -> torch.Tensor:
+    """`(B, K, ...)`: what is in these columns."""
+    return value_BMx.gather(1, column_BK.clamp(min=0)[:, :, None].expand(-1, -1, value_BMx.shape[2]))
 
 
 class DecodingPass:
@@ -121,13 +135,16 @@ class DecodingPass:
         """
         regular = regular_BT.shape[1]
         wanted = logits_rows  # of all columns, the last
-        if layout.masks:
+        if 0 < layout.masks <= FEW_MASKS:
+            wanted += layout.masks
+        elif layout.masks:
             wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
         inputs = {
             "position_ids": self._positions(layout, cache, regular, drafts=logits_rows - 1),
             "logits_to_keep": wanted,
             cache_name(self.known_arguments): cache,
             "use_cache": True,
+            "output_router_logits": False,  # of experts: their loss takes no 4-D mask
         }
         if regular_BT.dim() == 3:
             masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
@@ -147,12 +164,14 @@ class DecodingPass:
             outputs = forward(**inputs, **self.outputs)
         logits = outputs.logits
         if "logits_to_keep" not in self.known_arguments:
-            logits = logits[:, regular - logits_rows : regular]
+            logits = logits[:, regular - logits_rows :]
+        has_masks = logits.shape[1] > logits_rows
         return PassOutput(
-            logits,
+            logits[:, :logits_rows],
             captured.states[:, regular:],
             regular - logits_rows,
             past,
+            mask_logits_BMV=logits[:, logits_rows:] if has_masks else None,
             hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
             attentions=outputs.attentions if "output_attentions" in self.outputs else None,
         )
