@@ -78,7 +78,10 @@ class PassOutput:
                 entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
             if self.attentions is not None:
                 keys = self.past[row] + end
-                entry["attentions"] = tuple(weights[row, :, read, :keys] for weights in self.attentions)
+                entry["attentions"] = tuple(
+                    weights[row, read] if weights.dim() == 3 else weights[row, :, read, :keys]
+                    for weights in self.attentions
+                )
             entries.append(entry)
         return entries
 
