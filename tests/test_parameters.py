@@ -14,6 +14,7 @@ from hf_mtp.base.sizes import VOCAB as TINY_VOCAB
 from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 K = 3
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -86,7 +87,7 @@ def test_training_reaches_every_parameter(checkpointing):
     model, ids = model_of("qwen3_moe").train(), prompt(14, 2)
     if checkpointing:
         checkpoint_layers(model)
-    model(input_ids=ids, labels=ids, mtp_recipe=Recipe(auxiliary=1.0)).loss.backward()
+    model(input_ids=ids, labels=ids, mtp_objective=ObjectiveRequest(Recipe(auxiliary=1.0))).loss.backward()
     gradients = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
     assert any("experts" in name for name in gradients)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())
@@ -173,3 +174,10 @@ def test_merging_is_refused():
         model.merge_adapter()
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         experts_of(model).merge()
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_an_adapter_for_each_row_is_refused_as_peft_refuses_it(method):
+    model = upgraded(tiny_base("mixtral"), K, target_parameters=EXPERTS)
+    with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
+        getattr(model, method)(input_ids=prompt(rows=2), adapter_names=["__base__", "default"])

@@ -10,7 +10,7 @@ from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .card import README, is_replaceable, render_model_card
+from .card import README, is_replaceable, render_model_card, tags_of
 from .peft_type import ExtensionPeftType, ExtensionTaskType
 
 # Fields of LoraConfig that, when set, change what the base computes for regular tokens.
@@ -92,8 +92,8 @@ class GatedLoraConfig(LoraConfig):
             is not. As they are trained if `None`, in float32; checkpoints of a training always are.
         base_hidden_size, base_vocab_size (`int`, *optional*):
             Filled in from the base model. An adapter refuses a base that differs.
-        tokenizer_fingerprint (`str`, *optional*):
-            Filled in by [`MTPTrainer`]. An adapter refuses a base whose tokenizer differs.
+        tokenizer_fingerprint (`str`, *optional*), tokenizer_size (`int`, *optional*):
+            Filled in by [`MTPTrainer`]. An adapter refuses a base whose tokenizer differs in ids below this size.
         recipe (`str`, *optional*), train_datasets (`list[str]`, *optional*):
             Filled in by [`MTPTrainer`], for the model card.
         tokens_per_step (`dict[str, float]`, *optional*):
@@ -131,6 +131,7 @@ class GatedLoraConfig(LoraConfig):
     base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     base_vocab_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     tokenizer_fingerprint: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
+    tokenizer_size: int | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
     recipe: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
     train_datasets: list[str] = field(default_factory=list, metadata={"help": "Filled in by MTPTrainer."})
     tokens_per_step: dict[str, float] = field(
@@ -201,11 +202,12 @@ class GatedLoraConfig(LoraConfig):
         Args:
             folder (`str` or `Path`): The adapter's folder.
             repo (`str`, *optional*): Name that the card's example loads; the folder's by default.
-            tags (`Iterable[str]`, *optional*): Tags of the card beside our own.
+            tags (`Iterable[str]`, *optional*): Tags of the card beside our own and those of the card that it replaces.
         """
         readme = Path(folder, README)
         if is_replaceable(readme):
-            render_model_card(self, repo or Path(folder).resolve().name, tags or ()).save(readme)
+            tags = [*tags_of(readme), *(tags or ())]
+            render_model_card(self, repo or Path(folder).resolve().name, tags).save(readme)
 
 
 @contextmanager

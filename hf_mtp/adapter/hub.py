@@ -17,6 +17,31 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
     name of the class, so this one has the name of the class it extends.
     """
 
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        **kwargs,
+    ) -> None:
+        """Saves the adapters, and nothing of the base, also where its vocabulary has grown.
+
+        Args are those of [`~peft.PeftModel.save_pretrained`].
+
+        Raises:
+            ValueError: Pickled weights or the base's embeddings are asked for, which no adapter is loaded from.
+        """
+        if not safe_serialization or save_embedding_layers is True:
+            asked = "safe_serialization=False" if not safe_serialization else "save_embedding_layers=True"
+            raise ValueError(
+                f"`{asked}` writes a file that would be refused when it is loaded: adapters are safetensors, and hold "
+                "nothing of the base. Leave it out."
+            )
+        super().save_pretrained(
+            save_directory, selected_adapters=selected_adapters, save_embedding_layers=False, **kwargs
+        )
+
     def push_to_hub(
         self,
         repo_id: str,

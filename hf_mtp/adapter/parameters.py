@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
+from ..base.autocast import concatenate
 from .gate import Gate, GateError, MaskColumns
 
 
@@ -25,6 +26,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
     gate: Gate
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
+        self._check_forward_args(x, *args, **kwargs)  # refuses `adapter_names`, which the module does not know
         columns, module = self.gate.columns, self.get_base_layer()
         wrappers = [] if columns is None or self.disable_adapters else self._wrappers_of(columns.adapter)
         if not wrappers:
@@ -95,9 +97,9 @@ def _joined(regular, masks, columns: MaskColumns):
     batch, length = columns.shape
     sizes = columns.first, length - columns.first
     if [part.shape[:2] for part in (regular, masks)] == [(batch, size) for size in sizes]:
-        return torch.cat([regular, masks], dim=1)
+        return concatenate([regular, masks], dim=1)
     parts = [part.unflatten(0, (batch, size)) for part, size in zip((regular, masks), sizes, strict=True)]
-    return torch.cat(parts, dim=1).flatten(0, 1)
+    return concatenate(parts, dim=1).flatten(0, 1)
 
 
 def _with_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> Callable:

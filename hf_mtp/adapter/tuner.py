@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..base.autocast import concatenate
 from ..base.distributed import hold_in_forward, past_sharding, whole_weight
 from ..base.head import prediction_head
 from ..base.inspection import decoder_of, device_of, input_device, is_checkpointing, refuse_unsupported, weight_shape
@@ -133,6 +134,15 @@ class GatedLoraTuner(LoraModel):
                     head.to(device)
 
     # ---------------------------------------------------------------- what PEFT asks of a tuner
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT casts LoRA weights: to float32 if they are in half precision, or else to the base's own dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
+            if adapter_name in heads:
+                is_half = next(heads[adapter_name].parameters()).dtype in (torch.float16, torch.bfloat16)
+                if is_half or not autocast_adapter_dtype:
+                    heads[adapter_name].to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         with untouched(self.model):
@@ -299,8 +309,8 @@ class GatedLoraTuner(LoraModel):
         columns = self.gate.columns
         if columns is None:
             return None
-        masks = self.lora_mask_embeddings[columns.adapter](columns.index)
-        return torch.cat([regular, masks.to(regular.dtype)], dim=1)
+        masks = self.lora_mask_embeddings[columns.adapter](columns.index).to(regular.dtype)
+        return concatenate([regular, masks], dim=1)
 
     def _keep_last_states(self, decoder: nn.Module, args: tuple, outputs) -> None:
         """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""

@@ -49,8 +49,8 @@ class RecurrentPass(DecodingPass):
             masks_BMD, calls = captured.states[:, drafts:], 2
         return PassOutput(torch.cat(logits, dim=1), masks_BMD, regular_BT.shape[1] - logits_rows, past, calls=calls)
 
-    def catch_up(self, cache: SequenceCache) -> None:
-        """Reads what the model's own cache lacks."""
+    def catch_up(self, cache: SequenceCache, ids_BS: torch.LongTensor) -> None:
+        """Reads what the model's own cache lacks of the tokens that are counted in."""
         if cache.unread_BU is not None and cache.unread_BU.shape[1]:
             outputs, _ = self._read(cache.unread_BU, cache.read, cache.held, cache.rows, logits_to_keep=1)
             cache.held, cache.unread_BU = outputs[cache_name(outputs)], None
