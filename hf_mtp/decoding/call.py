@@ -204,7 +204,7 @@ class GenerateCall:
         if prompt.read:
             cache.adopt(prompt.cache)
         if prompt.extra.layers or prompt.extra.inputs:  # refused for all other kinds of caches
-            cache.see(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
+            cache.share_layers(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:
