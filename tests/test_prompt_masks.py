@@ -122,3 +122,8 @@ def test_embeddings_into_models_that_read_chains(architecture, form):
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[1, :3] = 0
     assert torch.equal(generate(model, **inputs, attention_mask=mask, mtp=True)[0], plain[0])
+
+
+def test_an_empty_prompt_says_so():
+    with pytest.raises(ValueError, match="no token to go on from. Start it with the tokenizer's bos token"):
+        generate(model_of("llama"), input_ids=torch.empty(1, 0, dtype=torch.long), mtp=True)

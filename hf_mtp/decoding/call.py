@@ -32,6 +32,7 @@ from .prompt import Prompt
 from .schedule.adaptive import AdaptiveSchedule
 from .schedule.fixed import FixedSchedule
 from .sequence import Sequence, padded_ids, stacked_records
+from .states import attentions_as_shown, prepend_states
 from .statistics import MTPGenerateOutput, MTPStatistics
 from .streaming import RowStream
 from .verifier import Verifier
@@ -92,6 +93,8 @@ class GenerateCall:
             rows, cache = [sequences[row] for row in part.rows], self._cache(part, columns, generation_config)
             batch = Batch(rows, cache, part.unread_BT)
             self._decode(batch, verifier, stream, statistics, generation_config, keeps_cache)
+        for row in sequences:
+            prepend_states(row, prompt.extra.states, row.row)
         ids = padded_ids(sequences, pad_token)
         if keeps_cache and part is prompt:
             self._forward(generation_config).catch_up(cache, ids)
@@ -201,7 +204,7 @@ class GenerateCall:
         if prompt.read:
             cache.adopt(prompt.cache)
         if prompt.extra.layers or prompt.extra.inputs:  # refused for all other kinds of caches
-            cache.see(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
+            cache.share_layers(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:
@@ -220,7 +223,7 @@ def _output(
         scores=stacked_records(sequences, "score"),
         logits=stacked_records(sequences, "logits"),
         hidden_states=stacked_records(sequences, "hidden_states"),
-        attentions=stacked_records(sequences, "attentions"),
+        attentions=attentions_as_shown(stacked_records(sequences, "attentions"), cache),
         mtp_statistics=statistics,
         **{cache_name(MTPGenerateOutput.__dataclass_fields__): cache},
     )

@@ -4,7 +4,7 @@ Images and sounds beside the text, and positions that the caller chose, are the 
 the decode loop is one token of text behind a cache, and what the model reads beside every token from there on.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -35,10 +35,12 @@ class ExtraInputs:
     Args:
         layers (`list[int]`): Layers whose keys and values are of an image, say, and stay as they are.
         inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): What it is given with each token.
+        states (`dict[str, tuple]`): Hidden states and attentions of what the base read, if they were asked for.
     """
 
     layers: list[int] = field(default_factory=list)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    states: dict[str, tuple] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -63,8 +65,10 @@ def read_by_base(
     inputs = model.prepare_inputs_for_generation(
         input_ids[:, :-1], next_sequence_length=columns - 1 - read, is_first_iteration=True, **shorter
     )
-    model(**inputs, return_dict=True)
-    return _inputs_of_next_token(model, input_ids, model_kwargs)
+    outputs = model(**inputs, return_dict=True)
+    asked = [name for name in ("hidden_states", "attentions") if model_kwargs.get(f"output_{name}")]
+    states = {name: outputs[name] for name in asked}
+    return replace(_inputs_of_next_token(model, input_ids, model_kwargs), states=states)
 
 
 @torch.no_grad()

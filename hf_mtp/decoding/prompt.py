@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens that the model has not read, E embedding size.
 """
 
+import inspect
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -70,7 +71,8 @@ class Prompt:
         unread = _unread(input_ids, embeds, model_kwargs.get("attention_mask"), mask_length, read)
         columns, rows = read + unread.shape[1], list(range(len(input_ids)))
         start_B, hidden_BP = _padding(model_kwargs.get("attention_mask"), len(rows), columns, unread.device)
-        positions, extra = model_kwargs.get("position_ids"), ExtraInputs()
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        positions, extra = model_kwargs.get("position_ids") if takes_positions else None, ExtraInputs()
         is_text = not _is_more_than_text(model_kwargs) and _count_up(positions, start_B, columns)
         if not is_text and columns > read + 1:
             extra = read_by_base(model, input_ids, model_kwargs, columns, read)
@@ -113,6 +115,8 @@ def _unread(
     # The new tokens may come alone, with the mask of all.
     is_new_only = embeds is None and read > 0 and length == read + input_ids.shape[1]
     unread = (input_ids if embeds is None else embeds)[:, 0 if is_new_only else read :]
+    if not unread.shape[1] and not read:
+        raise ValueError("The prompt has no token to go on from. Start it with the tokenizer's bos token.")
     if not unread.shape[1]:
         raise ValueError(
             f"The cache that was passed holds all {read} tokens of the prompt: nothing is left to read. Pass "

@@ -13,7 +13,7 @@ import torch
 
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
-from ..base.inspection import mask_form
+from ..base.inspection import accepted_inputs, mask_form
 from ..base.rope import rope_switches
 from ..cache.rollback import RollbackCache
 from ..layout.attention import attention_kinds, attention_masks, padded_behind
@@ -78,7 +78,10 @@ class PassOutput:
                 entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
             if self.attentions is not None:
                 keys = self.past[row] + end
-                entry["attentions"] = tuple(weights[row, :, read, :keys] for weights in self.attentions)
+                entry["attentions"] = tuple(
+                    weights[row, read] if weights.dim() == 3 else weights[row, :, read, :keys]
+                    for weights in self.attentions
+                )
             entries.append(entry)
         return entries
 
@@ -130,6 +133,29 @@ class DecodingPass:
             cache ([`RollbackCache`]): All tokens before.
             logits_rows (`int`): R, the last regular tokens whose logits are wanted.
         """
+        regular, past = regular_BT.shape[1], list(cache.lengths)
+        inputs = self._inputs(regular_BT, layout, cache, logits_rows)
+        forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
+        with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
+            outputs = forward(**inputs, **self.outputs)
+        logits = outputs.logits
+        if "logits_to_keep" not in self.known_arguments:
+            logits = logits[:, regular - logits_rows :]
+        has_masks = logits.shape[1] > logits_rows
+        return PassOutput(
+            logits[:, :logits_rows],
+            captured.states[:, regular:],
+            regular - logits_rows,
+            past,
+            mask_logits_BMV=logits[:, logits_rows:] if has_masks else None,
+            hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
+            attentions=outputs.attentions if "output_attentions" in self.outputs else None,
+        )
+
+    def _inputs(
+        self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int
+    ) -> dict[str, object]:
+        """What the model's forward pass gets. Arguments as in `__call__`."""
         regular = regular_BT.shape[1]
         wanted = logits_rows  # of all columns, the last
         if 0 < layout.masks <= FEW_MASKS:
@@ -154,28 +180,10 @@ class DecodingPass:
             inputs["attention_mask"] = self._attention_mask(layout, cache, regular)
         for name, value_B1 in cache.extra_inputs.items():
             inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])
-        inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
-        past = list(cache.lengths)
-        forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
-        with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
-            outputs = forward(**inputs, **self.outputs)
-        logits = outputs.logits
-        if "logits_to_keep" not in self.known_arguments:
-            logits = logits[:, regular - logits_rows :]
-        has_masks = logits.shape[1] > logits_rows
-        return PassOutput(
-            logits[:, :logits_rows],
-            captured.states[:, regular:],
-            regular - logits_rows,
-            past,
-            mask_logits_BMV=logits[:, logits_rows:] if has_masks else None,
-            hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
-            attentions=outputs.attentions if "output_attentions" in self.outputs else None,
-        )
+        return accepted_inputs(inputs, self.known_arguments)
 
     def _attention_mask(self, layout: BlockLayout, cache: RollbackCache, regular: int):
-        """What to pass as `attention_mask`: for padded prompts alone the 2-D mask, so that memory grows as the
-        base's."""
+        """What to pass as `attention_mask`. Padded prompts without masks get the 2-D mask, which takes less memory."""
         if not layout.masks and not cache.rows.longest and cache.rows.columns is None:
             seen_BT = layout.segment_BT > NO_DOCUMENT
             return (seen_BT & ~padded_behind(cache.rows.hidden_BP, regular)).long()
