@@ -10,7 +10,7 @@ from peft import LoraConfig, TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .card import README, is_replaceable, render_model_card
+from .card import README, is_replaceable, render_model_card, tags_of
 from .peft_type import ExtensionPeftType, ExtensionTaskType
 
 # Fields of LoraConfig that, when set, change what the base computes for regular tokens.
@@ -202,11 +202,12 @@ class GatedLoraConfig(LoraConfig):
         Args:
             folder (`str` or `Path`): The adapter's folder.
             repo (`str`, *optional*): Name that the card's example loads; the folder's by default.
-            tags (`Iterable[str]`, *optional*): Tags of the card beside our own.
+            tags (`Iterable[str]`, *optional*): Tags of the card beside our own and those of the card that it replaces.
         """
         readme = Path(folder, README)
         if is_replaceable(readme):
-            render_model_card(self, repo or Path(folder).resolve().name, tags or ()).save(readme)
+            tags = [*tags_of(readme), *(tags or ())]
+            render_model_card(self, repo or Path(folder).resolve().name, tags).save(readme)
 
 
 @contextmanager

@@ -135,6 +135,15 @@ class GatedLoraTuner(LoraModel):
 
     # ---------------------------------------------------------------- what PEFT asks of a tuner
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT casts LoRA weights: to float32 if they are in half precision, or else to the base's own dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
+            if adapter_name in heads:
+                is_half = next(heads[adapter_name].parameters()).dtype in (torch.float16, torch.bfloat16)
+                if is_half or not autocast_adapter_dtype:
+                    heads[adapter_name].to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         with untouched(self.model):
             super().set_adapter(adapter_name, inference_mode=inference_mode)

@@ -128,8 +128,13 @@ def unpack_for_gradients(model: torch.nn.Module) -> None:
 
 def is_media(config: PreTrainedConfig, input_ids: torch.LongTensor) -> torch.BoolTensor:
     """Which tokens are the places of an image, a video or a sound."""
+    return torch.isin(input_ids, input_ids.new_tensor(media_tokens(config)))
+
+
+def media_tokens(config: PreTrainedConfig) -> list[int]:
+    """Ids of the tokens that stand for an image, a video or a sound."""
     tokens = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio"))
-    return torch.isin(input_ids, input_ids.new_tensor([token for token in tokens if token is not None]))
+    return [token for token in tokens if token is not None]
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""Does multi-token prediction work with this model? A rehearsal on a tiny random one of the same kind."""
+"""Does multi-token prediction work with a model? Every way to decode is tried on a tiny random model of its kind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ NEW_TOKENS, K = 24, 3
 
 @dataclass
 class SupportReport:
-    """What a rehearsal found.
+    """What the trials found.
 
     Args:
         model_type (`str`): The kind of model.
@@ -46,6 +46,11 @@ class SupportReport:
         return "quadratic" if mode is SpeculationMode.TREE else "linear" if mode.pays else "plain"
 
     @property
+    def reading(self) -> str | None:
+        """The former name of `mode`."""
+        return self.mode
+
+    @property
     def is_exact(self) -> bool:
         """Whether every way to decode that is not refused gave what plain decoding gives."""
         return all(result == EXACT or result.startswith("refused") for result in self.checks.values())
@@ -60,11 +65,11 @@ class SupportReport:
 def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
     """Tries every way to decode on a tiny random model of the same kind, against plain decoding, in float64.
 
-    These are all strategies, a batch of prompts, a static cache and, beside the model's default, eager attention. Flex
-    attention, whose kernels take long to compile, and flash attention, which needs a GPU, are left out.
+    The ways are all strategies, a batch of prompts, a static cache, and eager attention beside the model's default.
+    Flex attention takes long to compile and flash attention needs a GPU, so both are left out.
 
-    No weights are downloaded: of a Hub id, the config alone. Adapter weights are random, and drafts are right, wrong
-    and missing in turns, so that acceptance and roll-back are tried too.
+    Nothing is downloaded but the config of a Hub id. Adapter weights are random. Drafts are right, wrong and missing
+    in turns, so that acceptance and roll-back are tried, too.
 
     Args:
         model_or_config_or_id ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`] or `str`):
@@ -73,11 +78,7 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
     Returns:
         [`SupportReport`]; print it.
     """
-    with own_randomness(seed=0):
-        return _rehearse(_config_of(model_or_config_or_id))
-
-
-def _rehearse(config: PreTrainedConfig) -> SupportReport:
+    config = _config_of(model_or_config_or_id)
     report = SupportReport(config.model_type)
     try:
         base = tiny_model(config)
@@ -87,7 +88,8 @@ def _rehearse(config: PreTrainedConfig) -> SupportReport:
         report.reason = _first_line(error)
         return report
     try:
-        model = _randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).eval()
+        with own_randomness(seed=0):
+            model = _randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).eval()
     except (NotImplementedError, TypeError, ValueError) as error:
         report.reason = _first_line(error)
         return report
@@ -105,7 +107,7 @@ def _rehearse(config: PreTrainedConfig) -> SupportReport:
 
 
 class Rehearsal:
-    """Stands in for an adapter's drafts: what follows a token in a known output, and now and then something else.
+    """Replaces an adapter's drafts by what follows a token in a known output, and now and then by something else.
 
     Args:
         sequences (`list[torch.LongTensor]`): The outputs, `(1, S)` each.
@@ -119,10 +121,10 @@ class Rehearsal:
             self.next.update(pairwise(sequence[0].tolist()))
         self.calls = 0
 
-    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *_, **__) -> Drafts:
+    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *args, **kwargs) -> Drafts:
         self.calls += 1
         if self.own is not None:
-            self.own(pending_B, hidden_BKD, noise_of, warpers)
+            self.own(pending_B, hidden_BKD, *args, **kwargs)
         rows, wrong = [], self.calls % 4  # the place of the wrong draft; none in every fourth call
         for token in pending_B.tolist():
             row = []
