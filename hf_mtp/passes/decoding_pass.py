@@ -114,6 +114,8 @@ class DecodingPass:
         self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
         self.known_arguments = inspect.signature(self.model.forward).parameters
+        if "output_router_logits" in self.known_arguments:  # the loss of a router takes no 4-D mask
+            self.outputs["output_router_logits"] = False
         config = self.model.config.get_text_config(decoder=True)
         self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
         self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
@@ -167,7 +169,6 @@ class DecodingPass:
             "logits_to_keep": wanted,
             cache_name(self.known_arguments): cache,
             "use_cache": True,
-            "output_router_logits": False,  # of experts: their loss takes no 4-D mask
         }
         if regular_BT.dim() == 3:
             masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
