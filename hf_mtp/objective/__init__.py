@@ -1,1 +1,1 @@
-"""What is learned: the losses, over blocks of masks that hang on a text."""
+"""The training objective: four losses on blocks of masks. Knows nothing of trainers or decoding."""

@@ -1,7 +1,7 @@
-"""Going backward part by part inside a forward pass, and handing the gradients to whoever calls `backward` later.
+"""Runs the backward pass of a loss in chunks inside the forward pass, and hands out the gradients later.
 
-A part's graph is gone before the next part's is made. What comes out is an ordinary loss: scaling, accumulation and
-the averaging of gradients over processes go on as they would.
+Only one chunk's graph exists at a time. The result behaves like an ordinary loss, so that gradient scaling,
+accumulation and averaging over processes work as usual. Knows nothing of what the loss is.
 """
 
 from collections.abc import Iterable, Sized
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 
-class _Ready(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients were computed in the forward pass."""
 
     @staticmethod
     def forward(ctx, loss, gradients, *parameters):
@@ -24,10 +24,10 @@ class _Ready(torch.autograd.Function):
 
 
 class ChunkedBackward:
-    """Adds up the gradients of a loss that is computed in parts.
+    """Sums the gradients of a loss that is computed in chunks.
 
     Args:
-        parameters (`Iterable[torch.nn.Parameter]`): What gets gradients.
+        parameters (`Iterable[torch.nn.Parameter]`): Parameters that get gradients.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
@@ -35,27 +35,27 @@ class ChunkedBackward:
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     @torch.compiler.disable
-    def through(self, loss: torch.Tensor) -> torch.Tensor:
-        """Takes one part of the loss backward, and returns it without its graph."""
-        if loss.requires_grad:  # a part without targets has no graph
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            for whole, gradient in zip(self.gradients, gradients, strict=True):
+    def accumulate(self, chunk_loss: torch.Tensor) -> torch.Tensor:
+        """Adds the gradients of one chunk's loss to the sum, and returns that loss without its graph."""
+        if chunk_loss.requires_grad:  # a chunk without targets has no graph
+            gradients = torch.autograd.grad(chunk_loss, self.parameters, allow_unused=True)
+            for total, gradient in zip(self.gradients, gradients, strict=True):
                 if gradient is not None:
-                    whole.add_(gradient)
-        return loss.detach()
+                    total.add_(gradient)
+        return chunk_loss.detach()
 
-    def deliver(self, loss: torch.Tensor) -> torch.Tensor:
-        """The whole loss, a scalar, whose `backward` gives the parameters what was added up."""
-        return _Ready.apply(loss, self.gradients, *self.parameters)
+    def with_gradients(self, loss: torch.Tensor) -> torch.Tensor:
+        """The total loss, a scalar, whose `backward` gives the parameters the summed gradients."""
+        return _KnownGradients.apply(loss, self.gradients, *self.parameters)
 
 
-def can_go_backward_in_chunks(model: nn.Module, parts: Sized) -> bool:
-    """Whether gradients are wanted, in parts, and can be computed before the whole loss is known.
+def can_go_backward_in_chunks(model: nn.Module, chunks: Sized) -> bool:
+    """Whether there are gradients to compute, in several chunks, before the total loss is known.
 
-    Not in float16, whose gradients need the scale that the whole loss is multiplied by.
+    Not in float16: its gradients need the scale by which the total loss is multiplied.
     """
     trainable = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
-    if trainable is None or not torch.is_grad_enabled() or len(parts) == 1:
+    if trainable is None or not torch.is_grad_enabled() or len(chunks) == 1:
         return False
     device_type = trainable.device.type
     return not (torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is torch.float16)

@@ -1,4 +1,4 @@
-"""What training optimises: the weights of the four losses and where targets come from."""
+"""Weights and targets of the four losses. Knows nothing of how they are computed."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -14,15 +14,15 @@ class Recipe:
 
     Args:
         base (`float`): Weight of the cross-entropy of masks under the base's unembedding.
-        sampler (`float`): Weight of the cross-entropy of the sampler head, which makes the drafts. Without one the
-            base's unembedding makes them, see [`Recipe.without_sampler`].
-        lcm (`float`): Weight of the latent consistency of last hidden states.
+        sampler (`float`): Weight of the cross-entropy of the sampler head, which makes the drafts. See
+            [`Recipe.without_sampler`] for models that have none.
+        lcm (`float`): Weight of the consistency of last hidden states (latent consistency).
         auxiliary (`float`): Weight of the consistency of intermediate layers' states.
-        targets (`"model"`, `"soft"` or `"data"`): Masks learn the base's own likeliest token, the base's whole
+        targets (`"model"`, `"soft"` or `"data"`): Masks learn the base's likeliest token, the base's whole
             distribution, or the token of the data.
-        position_decay (`float`): Weight of the i-th mask relative to the mask before it. A draft counts only if all
-            before it were accepted, so early masks are worth more.
-        divergence (`"kl"` or `"tv"`): What is measured against the target, cross-entropy or total variation.
+        position_decay (`float`): Weight of each mask relative to the mask before it. Early masks are worth more,
+            because a draft counts only if all drafts before it were accepted.
+        divergence (`"kl"` or `"tv"`): Distance to the target: cross-entropy or total variation.
     """
 
     base: float = 0.0
@@ -34,7 +34,7 @@ class Recipe:
     divergence: Divergence = "kl"
 
     def without_sampler(self) -> "Recipe":
-        """The recipe for a model without a sampler head: the base's cross-entropy is on, with that one's weight."""
+        """The recipe for a model without a sampler head: if `base` is 0, it gets the weight of `sampler`."""
         return replace(self, base=self.base or self.sampler)
 
     def with_overrides(self, **overrides) -> "Recipe":
@@ -43,19 +43,15 @@ class Recipe:
 
 
 RECIPES = {
-    # Samragh et al.: cross-entropies against the data and latent consistency, equally weighted. No fourth term there.
+    # Samragh et al. weight both cross-entropies and latent consistency equally. They have no fourth term.
     "paper": Recipe(base=1.0, sampler=1.0, lcm=1.0, auxiliary=0.0, targets="data", position_decay=1.0),
-    # What docs/benchmarks.md shows to give most tokens per step.
+    # The most tokens per step in docs/benchmarks.md.
     "default": Recipe(),
 }
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe called `name`.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
+    """The recipe called `name`, or a `ValueError` if there is none."""
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}. Known: {', '.join(map(repr, sorted(RECIPES)))}.")
     return RECIPES[name]

@@ -1,4 +1,4 @@
-"""What a caller asks of one training step."""
+"""The caller's settings for one training step."""
 
 from dataclasses import dataclass, field
 
@@ -9,15 +9,15 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class ObjectiveRequest:
-    """Passed to the upgraded model's forward pass as `mtp_objective`, which then returns an [`Objective`].
+    """Pass it to the upgraded model's forward pass as `mtp_objective`, which then returns an [`Objective`].
 
     Args:
         recipe ([`Recipe`]): Weights and targets of the losses.
-        anchors (`int`, *optional*): Blocks per row at most, drawn at random. A block on every token if `None`.
-        generator (`torch.Generator`, *optional*): Source of that draw.
-        total (`torch.Tensor`, a scalar, *optional*): What the loss is divided by: the weight of all masks of all
-            batches whose gradients are added up. That of this batch if `None`.
-        masks_per_part (`int`, *optional*, defaults to 1024): Masks that go forward and backward at a time.
+        anchors (`int`, *optional*): Maximum number of blocks per row, sampled at random. `None`: one on every token.
+        generator (`torch.Generator`, *optional*): Random generator for this sampling.
+        total (`torch.Tensor`, a scalar, *optional*): Divisor of the loss: the weight of all masks in all batches whose
+            gradients are accumulated. `None`: the weight of this batch.
+        masks_per_part (`int`, *optional*, defaults to 1024): Number of masks that go forward and backward at a time.
     """
 
     recipe: Recipe = field(default_factory=Recipe)

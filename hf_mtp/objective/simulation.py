@@ -1,4 +1,4 @@
-"""What decoding would do with a text, told from which drafts are right, without decoding.
+"""Simulates decoding of a known text: counts forward passes from which drafts are right, without a model.
 
 Pure functions of tensors. C blocks, B rows, M masks per row, k masks per block.
 """
@@ -10,11 +10,11 @@ import torch
 
 @dataclass
 class SimulatedDecoding:
-    """Greedy decoding of a known text.
+    """Counts of greedy decoding of a known text.
 
     Args:
-        tokens (`int`): Tokens that it returns.
-        passes (`int`): Forward passes that it takes, those over the prompts included.
+        tokens (`int`): Tokens returned.
+        passes (`int`): Forward passes, including those over the prompts.
     """
 
     tokens: int = 0
@@ -30,14 +30,14 @@ class SimulatedDecoding:
 
 
 def mean_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
-    """1 + sum_i prod_{j<=i} accept_j, averaged over blocks: what a step from a token taken at random returns.
+    """1 + sum_i prod_{j<=i} accept_j, averaged over blocks: the tokens that a step from a random token returns.
 
-    Decoding comes by easy stretches in fewer steps than by hard ones, so that it has less than this: see
+    Real decoding gets fewer tokens per step, because it takes more steps in hard stretches than in easy ones. See
     [`simulate_decoding`].
 
     Args:
-        accepted_CK (`torch.BoolTensor` of shape `(C, K)`): Whether each draft of each of C blocks is the base's own
-            choice. False where the text ends before.
+        accepted_CK (`torch.BoolTensor` of shape `(C, K)`): Whether each draft is the base's own choice. False beyond
+            the end of the text.
 
     Returns:
         `torch.Tensor`, a scalar between 1 and K + 1.
@@ -49,18 +49,18 @@ def mean_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
 def simulate_decoding(
     anchor_BM: torch.LongTensor, accepted_BM: torch.BoolTensor, supervised_BM: torch.BoolTensor, k: int
 ) -> SimulatedDecoding:
-    """Decodes a text of which every token has a block, as quadratic decoding does if the text is the base's own.
+    """Simulates quadratic decoding of a text in which every token has a block, as if the base had written the text.
 
-    A step that stands on column c returns the drafts that are right and one token more, and the next one stands on the
-    last draft that was right, or on c + 1.
+    A step at column c returns the correct drafts and one more token. The next step starts at the
+    last correct draft, or at c + 1 if no draft was correct.
 
     Args:
-        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Column that each mask's block hangs on.
+        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Column of each mask's anchor.
         accepted_BM (`torch.BoolTensor` of shape `(B, M)`): Whether each draft is the base's own choice.
         supervised_BM (`torch.BoolTensor` of shape `(B, M)`): Whether each mask has a token to predict.
         k (`int`): Masks per block.
     """
-    whole = SimulatedDecoding()
+    total = SimulatedDecoding()
     accepted_BA = accepted_BM.view(len(accepted_BM), -1, k).long().cumprod(dim=2).sum(dim=2)
     for anchors, accepted, useful in zip(
         anchor_BM[:, ::k].tolist(), accepted_BA.tolist(), supervised_BM[:, ::k].tolist(), strict=True
@@ -69,8 +69,8 @@ def simulate_decoding(
         by_column = {column: right for column, right, is_used in blocks if is_used}
         for first in by_column:
             if first - 1 not in by_column:  # a text begins; the pass over its prompt returns one token
-                whole += _decode_text(by_column, first)
-    return whole
+                total += _decode_text(by_column, first)
+    return total
 
 
 def _decode_text(accepted: dict[int, int], first: int) -> SimulatedDecoding:
