@@ -31,9 +31,8 @@ class Objective(ModelOutput):
     Args:
         loss (`torch.Tensor`): Weighted sum of the losses, a scalar with gradient. Zero if no mask had a target.
         metrics (`dict[str, torch.Tensor]`): Detached scalars: each loss, the accuracy of each mask position
-            (`accuracy_1` ...) and `tokens_per_step`. The latter is the mean over steps from random tokens; with
-            `simulated`, it is that of the whole text, and the former is `tokens_per_block`. Empty if no mask had a
-            target.
+            (`accuracy_1` ...) and `tokens_per_step`, the mean over steps from random tokens. With `simulated`, this
+            mean is `tokens_per_block`, and `tokens_per_step` comes from the simulation. Empty if no mask had a target.
         rows (`int`): R, the number of supervised masks.
         simulated ([`SimulatedDecoding`], *optional*): Simulated decoding of the text, if gradients are off and every
             token has a block.

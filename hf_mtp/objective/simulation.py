@@ -51,8 +51,8 @@ def simulate_decoding(
 ) -> SimulatedDecoding:
     """Simulates quadratic decoding of a text in which every token has a block, as if the base had written the text.
 
-    A step at column c returns the correct drafts and one more token. The next step starts at the
-    last correct draft, or at c + 1 if no draft was correct.
+    A step at column c returns the correct drafts and one more token. The next step starts at the last correct
+    draft, or at c + 1 if no draft was correct.
 
     Args:
         anchor_BM (`torch.LongTensor` of shape `(B, M)`): Column of each mask's anchor.

@@ -1,1 +1,1 @@
-"""[`MTPTrainer`], its configuration, checkpoints, and what is seen of a training."""
+"""[`MTPTrainer`] with its configuration, checkpoints and callbacks."""

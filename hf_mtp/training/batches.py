@@ -1,22 +1,22 @@
-"""What of a collator's batch the training reads."""
+"""Turns a collator's batch into inputs of the objective. Knows nothing of losses."""
 
 from transformers import PreTrainedConfig
 
 from ..base.inspection import is_media
 from ..layout.blocks import IGNORE
 
-# What collators add for attention kernels that see several texts in a row. Masks have an attention of their own.
-OF_KERNELS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths"}
+# Collators add these for attention kernels that handle several texts per row. Masks use their own attention.
+KERNEL_INPUTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths"}
 
 
 def objective_inputs(inputs: dict, config: PreTrainedConfig) -> dict:
-    """A batch as [`~hf_mtp.objective.compute.batch_objective`] takes it.
+    """Arguments of [`~hf_mtp.objective.compute.batch_objective`] for one batch.
 
     Args:
-        inputs (`dict`): What the collator made: `input_ids`, labels and all that the base is given beside.
-        config ([`~transformers.PreTrainedConfig`]): The base's. It may name ids that stand for images, which no mask
-            is asked to predict.
+        inputs (`dict`): The collator's batch: `input_ids`, optional labels, and other inputs of the base.
+        config ([`~transformers.PreTrainedConfig`]): The base's. It names the ids that stand for images, which masks do
+            not learn to predict.
     """
-    batch = {name: value for name, value in inputs.items() if name not in OF_KERNELS}
+    batch = {name: value for name, value in inputs.items() if name not in KERNEL_INPUTS}
     labels = batch["input_ids"] if batch.get("labels") is None else batch["labels"]
     return {**batch, "labels": labels.masked_fill(is_media(config, batch["input_ids"]), IGNORE)}

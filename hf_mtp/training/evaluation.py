@@ -1,4 +1,4 @@
-"""What the batches of one evaluation gave, together."""
+"""Averages the measures of one evaluation over batches and processes. Knows nothing of how they are computed."""
 
 from collections import defaultdict
 
@@ -10,7 +10,7 @@ from ..objective.simulation import SimulatedDecoding
 
 
 class EvaluationMeasures:
-    """Means over the batches of an evaluation, of all processes; texts of different lengths count by their tokens."""
+    """Sums of each measure over the batches of an evaluation. Simulated decoding is pooled over all tokens."""
 
     def __init__(self):
         self.sums: dict[str, float] = defaultdict(float)
@@ -18,7 +18,7 @@ class EvaluationMeasures:
         self.simulated = SimulatedDecoding()
 
     def add(self, objective: Objective) -> None:
-        """Counts one batch in."""
+        """Adds one batch."""
         for name, value in measures_of(objective).items():
             self.sums[name] += value
             self.counts[name] += 1
@@ -26,7 +26,7 @@ class EvaluationMeasures:
             self.simulated += objective.simulated
 
     def means(self) -> dict[str, float]:
-        """By name, what the evaluation measured. All processes ask together, and all are told the same."""
+        """The mean of each measure over all processes. All processes must call this together."""
         sums, counts, simulated = defaultdict(float), defaultdict(int), SimulatedDecoding()
         for other in gather_object([(dict(self.sums), dict(self.counts), self.simulated)]):
             for name, value in other[0].items():
@@ -38,6 +38,6 @@ class EvaluationMeasures:
 
 
 def measures_of(objective: Objective) -> dict[str, float]:
-    """What one batch gave, by name, as plain numbers."""
+    """The measures of one batch as plain numbers, by name."""
     values = torch.stack(list(objective.metrics.values())).tolist() if objective.metrics else []
     return {**dict(zip(objective.metrics or {}, values, strict=True)), "mask_tokens": objective.rows}
