@@ -109,7 +109,7 @@ def train_save_resume(rank: int, config: str, folder: Path) -> None:
         "losses": losses_of(whole),
         "measures": measures_of(whole),
         "sharded": {is_sharded(whole.model), *seen_within},
-        "muon": whole.has_muon,
+        "muon": whole.uses_muon,
         "reads branches": speculation_mode(whole.model.base_model.model) is SpeculationMode.TREE,
     }
     whole.model.eval()

@@ -25,13 +25,13 @@ from transformers import Trainer
 from transformers.utils.logging import get_logger
 
 from hf_mtp import MTPConfig
-from hf_mtp.training.recovery.checkpoint import UNFINISHED, contents, flaw_of, newest_whole_checkpoint
+from hf_mtp.training.recovery.checkpoint import UNFINISHED, contents, damage_of, newest_complete_checkpoint
 from hf_mtp.training.recovery.compatibility import (
     describe,
     describe_objective,
     describe_steps,
-    refuse_disagreement,
-    what_changes,
+    refuse_different_processes,
+    step_size_warning,
 )
 
 # ---------------------------------------------------------------- killed
@@ -91,7 +91,7 @@ def test_killed_at_any_moment_it_goes_on_from_a_whole_checkpoint(tmp_path):
     made = trainer(folder, **KILLED_RUN)
 
     def go_on() -> None:
-        made.train(resume_from_checkpoint=newest_whole_checkpoint(folder) is not None)
+        made.train(resume_from_checkpoint=newest_complete_checkpoint(folder) is not None)
 
     def go_on_and_die(moment: int) -> None:
         kill_in_a_save(moment)
@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_goes_on_from_a_whole_checkpoint(tmp_path):
         else:
             codes.append(exit_code(copy_of_this_process(go_on_and_die, draw.randint(1, 70))))
         unfinished += Path(folder, UNFINISHED).is_dir()
-        assert all(flaw_of(checkpoint) is None for checkpoint in folder.glob("checkpoint-*"))
+        assert all(damage_of(checkpoint) is None for checkpoint in folder.glob("checkpoint-*"))
     assert set(codes) == {-signal.SIGKILL}
     assert unfinished > 2
     go_on()
@@ -132,15 +132,15 @@ def test_resuming_passes_over_a_checkpoint_that_is_not_whole(tmp_path, logs):
     weights.write_bytes(weights.read_bytes()[:-1])
     resumed = trainer(tmp_path, **SAVING)
     resumed.train(resume_from_checkpoint=True)
-    assert "checkpoint-6 is passed over, since it is not whole: it lacks optimizer.pt" in logs.text
-    assert "checkpoint-4 is passed over" in logs.text
+    assert "checkpoint-6 is skipped because it is incomplete: it lacks optimizer.pt" in logs.text
+    assert "checkpoint-4 is skipped" in logs.text
     assert "bytes of adapter_model.safetensors" in logs.text
     assert_same_end(resumed, whole, steps=4)
-    assert flaw_of(tmp_path / "checkpoint-6") is None
+    assert damage_of(tmp_path / "checkpoint-6") is None
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(ValueError, match="No whole checkpoint to resume from in .*Leave `resume_from_checkpoint` out"):
+    with pytest.raises(ValueError, match="No complete checkpoint to resume from in .*Omit `resume_from_checkpoint`"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -163,7 +163,7 @@ def test_the_best_checkpoint_and_the_newest_stay(tmp_path):
 def test_a_checkpoint_is_pushed_under_its_own_name(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, flaw_of(Path(folder))))
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, damage_of(Path(folder))))
     )
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
     monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
@@ -193,10 +193,10 @@ def contents_of(folder: Path) -> dict[Path, bytes]:
         (lambda: upgraded("llama", K, r=8), "`r` is 4 in the checkpoint and 8 in the model"),
         (
             lambda: upgraded("llama", K, target_modules=["q_proj"]),
-            "the layers with a LoRA are others: 14 in the checkpoint and 2 in the model",
+            "the layers with a LoRA differ: 14 in the checkpoint and 2 in the model",
         ),
         (lambda: upgraded("llama", K, sampler=False), "`sampler` is True in the checkpoint and False in the model"),
-        (lambda: upgraded(tiny_base("llama", seed=1), K), "the weights of the base are others"),
+        (lambda: upgraded(tiny_base("llama", seed=1), K), "the weights of the base differ"),
         (lambda: upgraded(tiny_base("llama", vocab_size=101), K), "`base_vocab_size` is 97 in .* and 101 in"),
         (
             lambda: upgraded(tiny_base("llama", hidden_size=48, num_attention_heads=6), K),
@@ -225,19 +225,19 @@ def test_steps_of_another_length_go_on_and_say_what_changes(trained, tmp_path, l
     made = trainer(tmp_path, gradient_accumulation_steps=2, max_steps=3)
     made.train(resume_from_checkpoint=str(trained / "checkpoint-2"))
     assert made.state.global_step == 3
-    assert "Steps were of 4 sequences and are of 8 from here on" in logs.text
+    assert "Steps had 4 sequences and have 8 from here on" in logs.text
 
 
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [
-        ((1, 8), (2, 8), "written by 1 process.*2 go on"),
+        ((1, 8), (2, 8), "written by 1 process.*2 resume it"),
         ((2, 8), (1, 4), "with 1 process.* a step has 8"),
         ((2, 8), (2, 8), None),
     ],
 )
 def test_another_number_of_processes(there, here, message):
-    change = what_changes(describe_steps(*there), describe_steps(*here))
+    change = step_size_warning(describe_steps(*there), describe_steps(*here))
     assert re.search(message, change) if message else change is None
 
 
@@ -247,11 +247,11 @@ def test_processes_that_train_different_adapters_are_refused():
         | describe_objective(MTPConfig("out", use_cpu=True, bf16=False, **options).resolved_recipe(), 128)
         for k, options in ((3, {}), (2, {"lcm_weight": 0.5}))
     )
-    refuse_disagreement([one, one])
+    refuse_different_processes([one, one])
     with pytest.raises(
         ValueError, match=r"Processes 0 and 2 .*`k` is 3 in process 0 and 2 in process 2; `lcm \(recipe\)` is"
     ):
-        refuse_disagreement([one, one, other])
+        refuse_different_processes([one, one, other])
 
 
 # ---------------------------------------------------------------- numbers that are not finite
@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite_ends_training_and_names_its_batch(shape, tmp_
     assert "w96" in message
     assert message.count("  row ") == shape[0]
     assert "nonfinite='skip'" in message
-    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-2"
+    assert newest_complete_checkpoint(tmp_path).name == "checkpoint-2"
     assert all(parameter.isfinite().all() for parameter in adapter_parameters(made.model).values())
 
 
@@ -328,7 +328,7 @@ def test_a_loss_that_is_not_finite_leaves_its_step_out(shape, tmp_path, logs):
         assert all(value.isfinite().all() for value in state.values() if isinstance(value, torch.Tensor))
         assert state["step"] == 3
     assert "The loss of step 3 is not finite" in logs.text
-    assert "The step is left out" in logs.text
+    assert "The step is skipped" in logs.text
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
@@ -344,7 +344,7 @@ def test_gradients_that_are_not_finite(policy, tmp_path, logs):
     else:
         with pytest.raises(FloatingPointError, match="The gradients of step 3 are not finite, though its losses"):
             made.train()
-        assert newest_whole_checkpoint(tmp_path).name == "checkpoint-2"
+        assert newest_complete_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_a_loss_that_overflows_with_finite_gradients(tmp_path):
@@ -385,10 +385,10 @@ def test_a_worker_that_dies_ends_training_with_what_to_do(tmp_path):
     rows = Dataset.from_dict({"row": range(ROWS)}).with_transform(reads_or_dies)
     made = trainer(tmp_path, rows, remove_unused_columns=False, **NONFINITE_RUN, **options)
     with pytest.raises(
-        RuntimeError, match=r"(killed by signal|exited unexpectedly).*`dataloader_num_workers=1`.*go on with"
+        RuntimeError, match=r"(killed by signal|exited unexpectedly).*`dataloader_num_workers=1`.*resume with"
     ) as caught:
         made.train()
-    newest = newest_whole_checkpoint(tmp_path)
+    newest = newest_complete_checkpoint(tmp_path)
     assert newest is not None
     assert str(newest) in str(caught.value)
 
@@ -431,7 +431,7 @@ def test_two_processes_leave_out_the_same_step_and_write_one_checkpoint(tmp_path
     assert all(torch.equal(one[name], other[name]) and one[name].isfinite().all() for name in one)
     assert {"rng_state_0.pth", "rng_state_1.pth"} < {path.name for path in Path(tmp_path, "checkpoint-4").iterdir()}
     assert contents(tmp_path / "checkpoint-4")["steps"] == {"processes": 2, "sequences_per_step": 4}
-    assert flaw_of(tmp_path / "checkpoint-4") is None
+    assert damage_of(tmp_path / "checkpoint-4") is None
     alone = trainer(tmp_path, with_bad_row(0), poisoned(), **{**NONFINITE_RUN, "max_steps": 5, "nonfinite": "skip"})
     alone.train(resume_from_checkpoint=True)
     assert "The checkpoint was written by 2 process(es), and 1 go on" in logs.text

@@ -89,7 +89,7 @@ MIXED = {
 @pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
 def test_mixed_formats_are_refused(mixed, which, tmp_path):
     rows, message = MIXED[mixed]
-    with pytest.raises(ValueError, match=f"`{which}` is read by its column {message}.*bring them to one"):
+    with pytest.raises(ValueError, match=f"`{which}` is read by its column {message}.*must have one format"):
         trainer(tmp_path, **{which: Dataset.from_dict(rows)})
 
 

@@ -400,7 +400,7 @@ def test_stream_of_prompts_alone_trains_nothing_and_says_so(tmp_path, caplog, mo
 
 def test_muon_trains_the_matrices_of_the_lora_and_adamw_the_rest(tmp_path):
     trained = trainer(tmp_path)
-    adamw, muon = trained.create_optimizer().parts
+    adamw, muon = trained.create_optimizer().optimizers
     names = {id(parameter): name for name, parameter in adapter_parameters(trained.model).items()}
     by_muon, by_adamw = (
         {names[id(parameter)] for group in part.param_groups for parameter in group["params"]}
@@ -417,19 +417,19 @@ def test_the_schedule_reaches_both_optimizers(tmp_path):
     trained = trainer(
         tmp_path, lr_scheduler_type="linear", warmup_steps=0, learning_rate=1e-3, muon_learning_rate=1e-2
     )
-    assert [part.param_groups[0]["lr"] for part in trained.create_optimizer().parts] == [1e-3, 1e-2]
+    assert [one.param_groups[0]["lr"] for one in trained.create_optimizer().optimizers] == [1e-3, 1e-2]
     trained.train()
     assert trained.state.log_history[0]["learning_rate"] == 1e-3  # as asked for, not Muon's
-    rates = [group["lr"] for part in trained.optimizer.optimizer.parts for group in part.param_groups]
+    rates = [group["lr"] for one in trained.optimizer.optimizer.optimizers for group in one.param_groups]
     assert rates == [0.0] * len(rates)
 
 
 @pytest.mark.parametrize("options", [{"muon": False}, {"optim": "adafactor"}])
 def test_another_optimizer(options, tmp_path):
-    assert not hasattr(trainer(tmp_path, **options).create_optimizer(), "parts")
+    assert not hasattr(trainer(tmp_path, **options).create_optimizer(), "optimizers")
 
 
-@pytest.mark.parametrize(("there", "message"), [(False, "trained without Muon"), (True, "trained by Muon")])
+@pytest.mark.parametrize(("there", "message"), [(False, "trained without Muon"), (True, "trained with Muon")])
 def test_a_checkpoint_of_another_optimizer_is_refused(there, message, tmp_path):
     trainer(tmp_path, muon=there, save_strategy="steps", save_steps=2, max_steps=2).train()
     with pytest.raises(ValueError, match=rf"checkpoint-2 was {message}.* Resume with `muon={there}`"):

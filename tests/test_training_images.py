@@ -196,5 +196,5 @@ def test_max_length_that_cuts_an_image_is_named(tmp_path):
     model, rows = upgraded(image_model("llava")[0].float(), K), described(1.0)
     rows = rows.map(lambda row: {"prompt": "w8 w9 " + row["prompt"]})
     made = trainer(tmp_path, rows, model, processing_class=processor(), completion_only_loss=False, max_length=5)
-    with pytest.raises(ValueError, match="`max_length=5` cuts off places of an image: .*do not match"):
+    with pytest.raises(ValueError, match="`max_length=5` cuts off image tokens: .*do not match"):
         made.train()

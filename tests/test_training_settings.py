@@ -221,7 +221,7 @@ def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
 def test_a_base_that_is_trainable_is_refused(tmp_path):
     model = upgraded("llama", K)
     model.get_input_embeddings().requires_grad_(True)
-    with pytest.raises(ValueError, match="trains the adapter alone, but 1 parameters beside it.*embed_tokens"):
+    with pytest.raises(ValueError, match="trains only the adapter, but 1 other parameters are.*embed_tokens"):
         trainer(tmp_path, model=model)
 
 

@@ -243,7 +243,7 @@ def test_a_failure_to_draw_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mtp.training.callbacks.plotting.save_png", lambda *args: 1 / 0)
     monkeypatch.setattr(curves.logger, "warning", lambda text, *values: warnings.append(text % values))
     trained_with(tmp_path, training_curves=True)
-    assert warnings == ["training_curves.png could not be drawn: ZeroDivisionError: division by zero"]
+    assert warnings == ["Could not plot training_curves.png: ZeroDivisionError: division by zero"]
 
 
 def test_only_the_first_process_draws(tmp_path):

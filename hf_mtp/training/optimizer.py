@@ -1,6 +1,6 @@
 """Muon for the LoRA matrices, AdamW for the rest.
 
-Muon takes matrices only and gives all directions of an update the same length (Jordan et al., 2024,
+Muon works on matrices only and orthogonalizes their updates (Jordan et al., 2024,
 kellerjordan.github.io/posts/muon). torch has it since 2.9.
 """
 
@@ -12,13 +12,13 @@ from .config import MTPConfig
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Two optimizers that step as one.
+    """Combines Muon and AdamW in one optimizer.
 
     Args:
-        model ([`torch.nn.Module`]): Its trainable parameters are optimized, LoRA's A and B by Muon, others by AdamW.
+        model ([`torch.nn.Module`]): Muon trains its LoRA matrices A and B, AdamW its other trainable parameters.
         lr (`float`): AdamW's learning rate.
-        muon_lr (`float`): Muon's learning rate. Its updates are scaled to the size of AdamW's.
-        weight_decay (`float`): Of both.
+        muon_lr (`float`): Muon's learning rate. Muon's updates are scaled to the size of AdamW's.
+        weight_decay (`float`): Weight decay of both.
         betas (`tuple[float, float]`), eps (`float`): AdamW's.
     """
 
@@ -35,62 +35,59 @@ class MuonAdamW(torch.optim.Optimizer):
         is_matrix = [p.dim() == 2 and (".lora_A." in name or ".lora_B." in name) for name, p in trainable]
         matrices = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if matrix]
         others = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if not matrix]
-        self.parts = [  # AdamW first: the first group's learning rate, the one asked for, is the one that is logged
+        self.optimizers = [  # AdamW first: transformers logs the learning rate of the first group
             torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True),
             torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         ]
         super().__init__([{"params": others}, {"params": matrices}], {"lr": lr})
-        # The very groups of the parts, so that a schedule that sets `lr` here sets it there.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        # The same group objects, so that a schedule that sets `lr` here also sets it there.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for part in self.parts:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-def takes_muon(trainer: Trainer) -> bool:
-    """Whether no other optimizer was asked for, and matrices are whole."""
+def uses_muon(trainer: Trainer) -> bool:
+    """Whether the user chose no other optimizer, and matrices are not sharded."""
     args, default = trainer.args, MTPConfig.__dataclass_fields__["optim"].default
-    given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    has_other = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    return args.muon and not given and args.optim == default and not is_sharded and hasattr(torch.optim, "Muon")
+    return args.muon and not has_other and args.optim == default and not is_sharded and hasattr(torch.optim, "Muon")
 
 
 def make_muon_adamw():
-    """What [`~transformers.Trainer`] takes as an optimizer that needs the whole model."""
+    """The form in which [`~transformers.Trainer`] takes an optimizer that needs the whole model."""
     return MuonAdamW
 
 
-def refuse_another_optimizer(checkpoint: str, there: bool | None, here: bool) -> None:
-    """Raises if one training has Muon and the other has not: the state of one optimizer means nothing to the other.
+def refuse_optimizer_change(checkpoint: str, there: bool | None, here: bool) -> None:
+    """Raises a `ValueError` if only one of two trainings uses Muon, because their optimizer states do not match.
 
     Args:
-        checkpoint (`str`): Its name.
-        there (`bool`, *optional*): Whether Muon trained the checkpoint, if that is known.
-        here (`bool`): Whether it trains here.
-
-    Raises:
-        ValueError: They differ.
+        checkpoint (`str`): Name of the checkpoint.
+        there (`bool`, *optional*): Whether Muon trained the checkpoint, if known.
+        here (`bool`): Whether the resuming training uses Muon.
     """
     if there in (None, here):
         return
     same = "`muon=True`, with neither FSDP nor DeepSpeed" if there else "`muon=False`"
     raise ValueError(
-        f"{checkpoint} was trained {'by Muon' if there else 'without Muon'}, and this training is "
-        f"{'by Muon' if here else 'without it'}: one cannot go on with the state of the other's optimizer. "
-        f"Nothing was changed. Resume with {same}, or start from the checkpoint's adapter instead of resuming."
+        f"{checkpoint} was trained {'with' if there else 'without'} Muon, but this training runs "
+        f"{'with' if here else 'without'} it, and cannot use the other optimizer's state. Nothing was changed. "
+        f"Resume with {same}, or start a new training from the checkpoint's adapter."
     )

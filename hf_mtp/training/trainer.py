@@ -20,67 +20,68 @@ from ..objective.compute import Objective, batch_weight
 from ..objective.request import ObjectiveRequest
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .batches import objective_inputs
-from .callbacks.attach import watch
-from .callbacks.deadline import TICKS, Deadline
+from .callbacks.attach import attach_callbacks
+from .callbacks.deadline import SCHEDULE_STEPS, Deadline
 from .callbacks.interrupt import SaveOnInterrupt
 from .config import MTPConfig
 from .data_checks import (
-    gated,
     refuse_datasets,
     refuse_model,
-    refuse_nothing_to_learn,
     refuse_parameters,
     refuse_settings,
+    refuse_without_targets,
+    tuner_of,
 )
 from .evaluation import EvaluationMeasures, measures_of
-from .optimizer import make_muon_adamw, refuse_another_optimizer, takes_muon
-from .recovery.checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
+from .optimizer import make_muon_adamw, refuse_optimizer_change, uses_muon
+from .recovery.checkpoint import WholeCheckpoints, contents, newest_complete_checkpoint
 from .recovery.compatibility import (
     describe,
     describe_objective,
     describe_steps,
-    refuse_disagreement,
-    refuse_to_resume,
-    what_changes,
+    refuse_different_processes,
+    refuse_incompatible_checkpoint,
+    step_size_warning,
 )
 from .recovery.nonfinite import NonfiniteGuard
-from .recovery.workers import died, explain_death
+from .recovery.workers import is_worker_death, worker_death_message
 
 logger = logging.get_logger(__name__)
 
-EVAL_SEED = 0  # evaluation draws the same anchors every time
+EVAL_SEED = 0  # evaluation samples the same anchors every time
 
 
 class MTPTrainer(WholeCheckpoints, SFTTrainer):
     """
     Trains the adapter of an upgraded model.
 
-    A [`~trl.SFTTrainer`] in all but its loss: every dataset format that TRL takes goes in unchanged, and saving,
-    resuming, evaluation and reporting are those of [`~transformers.Trainer`]. Checkpoints hold the adapter, not the
-    base; each is there whole or not at all, also if the process is killed while it saves. Logs each loss (`loss_base`,
-    `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position against the base's own choice
-    (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`; with the prefix `eval_` in evaluation, where
-    `eval_tokens_per_step` is what quadratic decoding would give if it wrote the same text. In training it is what a
-    step from a sampled token would give, which is more, since decoding comes by easy stretches in fewer steps than by
-    hard ones; evaluation has that as `eval_tokens_per_block`.
+    An [`~trl.SFTTrainer`] with another loss. It takes every dataset format of TRL, and saves, resumes, evaluates and
+    reports as [`~transformers.Trainer`] does. Checkpoints hold the adapter, not the base. A process that is killed
+    while it saves leaves no incomplete checkpoint.
+
+    Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position
+    against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, in evaluation with the prefix
+    `eval_`. `eval_tokens_per_step` simulates quadratic decoding of the same text. In training, `tokens_per_step` is
+    the mean over steps from random tokens, which is larger, because decoding takes more steps in hard stretches than
+    in easy ones. In evaluation this mean is `eval_tokens_per_block`.
 
     Args:
         model ([`~peft.PeftModel`]):
             The model to train, from `get_peft_model(base, GatedLoraConfig(...))`; or a base model (or its name),
             together with `peft_config=GatedLoraConfig(...)`.
         args ([`MTPConfig`], *optional*):
-            Configuration of the training. [`~transformers.TrainingArguments`] and [`~trl.SFTConfig`] are taken, too,
-            see [`MTPConfig.from_arguments`].
+            Training settings. Also accepts [`~transformers.TrainingArguments`] and [`~trl.SFTConfig`], see
+            [`MTPConfig.from_arguments`].
         kwargs:
-            Everything else that [`~trl.SFTTrainer`] takes, except `compute_loss_func`. `compute_metrics` gets the
-            logits of regular tokens, which are the base's own.
+            Other arguments of [`~trl.SFTTrainer`], except `compute_loss_func`. `compute_metrics` gets the logits of
+            regular tokens, which are the base's own.
 
     Raises:
-        TypeError: `args` are those of a trainer of another kind.
+        TypeError: `args` are those of an unrelated trainer.
         ValueError: The model was not upgraded, its adapter is not trainable or its base is, the dataset is empty,
-            mixes formats or has nothing to learn from, `max_length` leaves no room for a block, the base cannot tell
-            packed texts apart, or `compute_loss_func` is given. From `train`: the checkpoint is of another adapter or
-            base, or processes train different ones.
+            mixes formats or has nothing to learn from, `max_length` leaves no room for a block, the base cannot
+            separate packed texts, or `compute_loss_func` is given. From `train`: the checkpoint belongs to another
+            adapter or base, or processes train different ones.
         FloatingPointError: From `train`: a loss or a gradient is NaN or infinite, and `nonfinite="raise"`.
 
     Example:
@@ -103,107 +104,107 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
     def __init__(self, model, args: MTPConfig | None = None, train_dataset=None, **kwargs):
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("`compute_loss_func` would replace the multi-token objective: leave it out.")
+            raise ValueError("`compute_loss_func` would replace the multi-token objective. Omit it.")
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
-            raise ValueError("`train_dataset` is empty: multi-token prediction needs at least one text to learn from.")
+            raise ValueError("`train_dataset` is empty. Pass at least one text to learn from.")
         args = MTPConfig(output_dir="mtp_output") if args is None else MTPConfig.from_arguments(args)
         refuse_datasets(args, train_dataset, **kwargs)
         refuse_model(args, model, kwargs.get("peft_config"))
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
-        with _router_untouched(model):
+        with _router_config_restored(model):
             super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self.has_muon = takes_muon(self)
-        tuner = gated(self.model)
+        self.uses_muon = uses_muon(self)
+        tuner = tuner_of(self.model)
         unpack_for_gradients(self.model)
-        refuse_parameters(tuner)  # as TRL left them
+        refuse_parameters(tuner)  # again, because TRL may have changed them
         refuse_settings(args, tuner)
         self.recipe = args.resolved_recipe()
-        if isinstance(self.data_collator, DataCollatorForLanguageModeling):  # else labels are the collator's to make
-            refuse_nothing_to_learn(self.train_dataset, args.max_length)
+        if isinstance(self.data_collator, DataCollatorForLanguageModeling):  # other collators make their own labels
+            refuse_without_targets(self.train_dataset, args.max_length)
         self._describe_training(tuner)
-        # The loss is divided by the weight of all masks of the accumulated batches, see `get_batch_samples`.
+        # Trainer must not divide the loss by the number of accumulated batches: `get_batch_samples` gives the divisor.
         self.model_accepts_loss_kwargs = True
         self.evaluated = EvaluationMeasures()
-        # Taken before the model is sharded or wrapped.
+        # Before the model is sharded or wrapped.
         self._adapter, self._objective = describe(tuner), describe_objective(self.recipe, args.anchors_per_sequence)
         self.guard = NonfiniteGuard(self, args.nonfinite)
         self.interrupt = SaveOnInterrupt()
         self.add_callback(self.interrupt)
         if self.deadline is not None:
             self.add_callback(self.deadline)
-        watch(self, curves=args.training_curves)
+        attach_callbacks(self, curves=args.training_curves)
 
     def _describe_training(self, tuner: GatedLoraModel) -> None:
-        """Records in the adapter's config what its card and a later load need to know."""
+        """Records facts for the model card and for loading in the adapter's config."""
         config = tuner.active_mtp_config
         record_tokenizer(config, self._tokenizer, tuner.model)
-        config.base_vocab_size = tuner.vocab_size  # which may have grown since the upgrade
+        config.base_vocab_size = tuner.vocab_size  # may have grown since the upgrade
         config.recipe = self.args.recipe
         name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
         if name and name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, name]
 
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
-        if not self.has_muon:
+        if not self.uses_muon:
             return super().get_optimizer_cls_and_kwargs(args, model)
         settings = {"lr": args.learning_rate, "muon_lr": args.muon_learning_rate, "eps": args.adam_epsilon}
         settings |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
         return make_muon_adamw, settings
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.deadline is None or self.lr_scheduler is not None:  # the user's own has its own length
+        if self.deadline is None or self.lr_scheduler is not None:  # the user's own scheduler
             return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(TICKS, optimizer)
-        self.deadline.drive(scheduler)
+        scheduler = super().create_scheduler(SCHEDULE_STEPS, optimizer)
+        self.deadline.follow_clock(scheduler)
         return scheduler
 
     def train(self, *args, **kwargs):
-        refuse_disagreement(gather_object([{**self._adapter, **self._objective}]))
+        refuse_different_processes(gather_object([{**self._adapter, **self._objective}]))
         try:
             return super().train(*args, **kwargs)
         except RuntimeError as error:
-            if not died(error):
+            if not is_worker_death(error):
                 raise
-            newest = newest_whole_checkpoint(Path(self.args.output_dir))
-            raise RuntimeError(explain_death(error, self.args.dataloader_num_workers, newest)) from error
-        finally:  # also when training failed, and no callback hears of its end
+            newest = newest_complete_checkpoint(Path(self.args.output_dir))
+            raise RuntimeError(worker_death_message(error, self.args.dataloader_num_workers, newest)) from error
+        finally:  # callbacks do not learn of a failed training
             self.interrupt.restore_handler()
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The batches of one optimizer step, and the weight of all their masks, on all processes."""
+        """The batches of one optimizer step, and the weight of all their masks, which divides their loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        k = gated(self.accelerator.unwrap_model(self.model)).active_mtp_config.k
+        k = tuner_of(self.accelerator.unwrap_model(self.model)).active_mtp_config.k
         inputs = [objective_inputs(batch, self.model.config) for batch in batches]
         weights = [batch_weight(batch, k, self.recipe.position_decay) for batch in inputs]
         if not weights:
             return batches, None
         weight = torch.stack(weights).sum().to(device)
-        if self._counts_everywhere:
+        if self._averages_over_processes:
             weight = self.accelerator.gather(weight).sum()
-        return batches, weight.clamp(min=1e-6)  # batches without a target
+        return batches, weight.clamp(min=1e-6)  # not 0 if there are no targets
 
     @property
-    def _counts_everywhere(self) -> bool:
-        """Whether the loss is a mean over the masks of all processes, and not of each by itself."""
+    def _averages_over_processes(self) -> bool:
+        """Whether the loss is a mean over the masks of all processes together, not of each process separately."""
         return self.accelerator.num_processes > 1 and self.args.average_tokens_across_devices
 
     def checkpoint_facts(self) -> dict:
-        """The adapter, how steps are spread and who takes them, for [`MTPTrainer.before_resuming`]."""
+        """Facts about the adapter, the size of steps and the optimizer, for [`MTPTrainer.before_resuming`]."""
         args = self.args
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = describe_steps(args.world_size, sequences)
-        return {"adapter": self._adapter, "steps": steps, "muon": self.has_muon}
+        return {"adapter": self._adapter, "steps": steps, "muon": self.uses_muon}
 
     def before_resuming(self, checkpoint: Path) -> None:
-        """Refuses a checkpoint of another adapter or optimizer, and says what another spread of steps changes."""
+        """Refuses a checkpoint of another adapter or optimizer, and warns of other step sizes."""
         there, here = contents(checkpoint), self.checkpoint_facts()
-        refuse_to_resume(checkpoint.name, there.get("adapter", {}), here["adapter"])
-        refuse_another_optimizer(checkpoint.name, there.get("muon"), here["muon"])
-        if change := what_changes(there.get("steps", {}), here["steps"]):
-            logger.warning(change)
+        refuse_incompatible_checkpoint(checkpoint.name, there.get("adapter", {}), here["adapter"])
+        refuse_optimizer_change(checkpoint.name, there.get("muon"), here["muon"])
+        if warning := step_size_warning(there.get("steps", {}), here["steps"]):
+            logger.warning(warning)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = self.guard.norm(model, super()._get_grad_norm(model, grad_norm))
+        grad_norm = self.guard.check_gradients(model, super()._get_grad_norm(model, grad_norm))
         if self.guard.policy == "skip":
             self._metrics["train"]["skipped_steps"] = [self.guard.skipped_steps]
         return grad_norm
@@ -216,29 +217,29 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             if self.args.max_length is None or "image tokens do not match" not in str(error):
                 raise
             raise ValueError(
-                f"`max_length={self.args.max_length}` cuts off places of an image: {error}. Make it longer, or None."
+                f"`max_length={self.args.max_length}` cuts off image tokens: {error}. Increase it, or set it to None."
             ) from error
         if self.model.training:
-            objective = self.guard(objective, batch["input_ids"])
+            objective = self.guard.check_losses(objective, batch["input_ids"])
         self._record(objective, batch)
         if not return_outputs:
             return objective.loss
-        with torch.no_grad():  # as TRL does where somebody wants the logits
+        with torch.no_grad():  # as TRL does if the caller wants the logits
             return objective.loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
     def _request(self, batch: dict, num_items_in_batch: torch.Tensor | None) -> ObjectiveRequest:
         args, anchors, generator, total = self.args, self.args.anchors_per_sequence, None, None
         if not self.model.training:
             generator = torch.Generator(batch["input_ids"].device).manual_seed(EVAL_SEED)
-            tuner = gated(self.accelerator.unwrap_model(self.model))
+            tuner = tuner_of(self.accelerator.unwrap_model(self.model))
             if args.eval_anchors_per_sequence is not None or speculation_mode(tuner.model) is SpeculationMode.TREE:
                 anchors = args.eval_anchors_per_sequence
-        elif num_items_in_batch is not None:  # of processes whose gradients are averaged
-            total = num_items_in_batch / (self.accelerator.num_processes if self._counts_everywhere else 1)
+        elif num_items_in_batch is not None:  # DDP averages gradients over processes
+            total = num_items_in_batch / (self.accelerator.num_processes if self._averages_over_processes else 1)
         return ObjectiveRequest(self.recipe, anchors, generator, total, args.masks_per_part)
 
     def _record(self, objective: Objective, batch: dict) -> None:
-        """Averages over the steps between two logs are made by [`~trl.SFTTrainer`]'s `log`."""
+        """Stores the measures of a batch. [`~trl.SFTTrainer`]'s `log` averages them."""
         if not self.model.training:
             self.evaluated.add(objective)
             return
@@ -266,22 +267,22 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         return loss, outputs.logits, inputs.get("labels")
 
     def _save_checkpoint(self, model, trial):
-        with in_full_precision(gated(self.model).active_mtp_config):  # whatever an adapter is saved in at the end
+        with in_full_precision(tuner_of(self.model).active_mtp_config):  # whatever `save_dtype` says
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.accelerator.is_fsdp2:
             return super().save_model(output_dir, _internal_call)
-        # Whatever the type of state dict: the adapter whole, in one file, and none of the base gathered for it.
+        # For any state dict type: saves the full adapter in one file, without gathering the base.
         self._save(output_dir, state_dict=whole_adapter(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """Writes the adapter's own model card into `output_dir`. Arguments are those of TRL's trainers."""
+        """Writes the adapter's model card into `output_dir`. Takes the arguments of TRL's trainers."""
         if not self.is_world_process_zero():
             return
-        config = gated(self.model).active_mtp_config
+        config = tuner_of(self.model).active_mtp_config
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
         tags = [tags] if isinstance(tags, str) else tags
@@ -289,8 +290,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
 
 @contextmanager
-def _router_untouched(model) -> Iterator[None]:
-    """Within, TRL switches the losses of experts off in the base's own config; afterwards it is the user's again."""
+def _router_config_restored(model) -> Iterator[None]:
+    """Restores the router settings in the base's config after TRL has switched the router loss off there."""
     config = None if isinstance(model, str) else model.config.get_text_config()
     names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
     before = [getattr(config, name) for name in names]

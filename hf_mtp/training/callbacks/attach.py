@@ -1,4 +1,4 @@
-"""What shows how a training is going: its progress bar, its curves, and callbacks that log through it."""
+"""Attaches the callbacks that report a training: progress bar, curves, decoding. Knows nothing of the objective."""
 
 from transformers import ProgressCallback, Trainer
 
@@ -7,15 +7,15 @@ from .decoding import DecodingCallback
 from .progress import MTPProgressCallback
 
 
-def watch(trainer: Trainer, curves: bool) -> None:
-    """Makes a trainer show its losses and tokens per step.
+def attach_callbacks(trainer: Trainer, curves: bool) -> None:
+    """Makes a trainer report its losses and tokens per step.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer, with all its callbacks.
-        curves (`bool`): Whether to draw a picture into its output folder.
+        trainer ([`~transformers.Trainer`]): The trainer, with the user's callbacks.
+        curves (`bool`): Whether to plot training curves into its output folder.
     """
     for callback in [*trainer.callback_handler.callbacks]:
-        if type(callback) is ProgressCallback:  # not a notebook's table, nor a bar of the user's own
+        if type(callback) is ProgressCallback:  # not a subclass: a notebook's table or the user's own bar
             trainer.remove_callback(callback)
             trainer.add_callback(MTPProgressCallback())
         if isinstance(callback, DecodingCallback):

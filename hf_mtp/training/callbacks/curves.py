@@ -1,4 +1,4 @@
-"""A picture of a training in its output folder: losses, tokens per step, accuracy of each mask position."""
+"""Plots a training into its output folder: losses, tokens per step, accuracy of each mask position."""
 
 import importlib.util
 from pathlib import Path
@@ -19,17 +19,17 @@ LOSSES = {
     "loss_lcm": "latent",
     "loss_auxiliary": "auxiliary",
 }
-LINESTYLES = {"loss_sampler": (0, (4, 1.5))}  # it is close to the base's, and must not hide that
-DECODED = "eval_decoding/tokens_per_step"  # of DecodingCallback
-LABELLED = 8  # mask positions with their number beside them at most
+LINESTYLES = {"loss_sampler": (0, (4, 1.5))}  # it would hide the base loss, which is close to it
+DECODED = "eval_decoding/tokens_per_step"  # logged by DecodingCallback
+MAX_LABELS = 8  # of mask positions
 
 Points = dict[int, float]  # values by step
 
 
 class TrainingCurves(TrainerCallback):
-    """Draws `training_curves.png` at each save and at the end of the training, if matplotlib is installed.
+    """Plots `training_curves.png` at each save and at the end of training, if matplotlib is installed.
 
-    What goes wrong in drawing is a warning: no training ends by it.
+    An error in plotting becomes a warning and does not end training.
     """
 
     def on_save(self, args, state, control, **kwargs):
@@ -47,15 +47,15 @@ class TrainingCurves(TrainerCallback):
         try:
             draw_training_curves(state.log_history, Path(args.output_dir, FILE))
         except Exception as error:
-            logger.warning("%s could not be drawn: %s: %s", FILE, type(error).__name__, error)
+            logger.warning("Could not plot %s: %s: %s", FILE, type(error).__name__, error)
 
 
 def draw_training_curves(log_history: list[dict], path: Path) -> None:
-    """Draws what a trainer logged into a PNG: lines for the training, circles for evaluations. Nothing for no logs.
+    """Plots the logs of a trainer into a PNG: lines for training, circles for evaluations. Without logs, does nothing.
 
     Args:
         log_history (`list[dict]`): A trainer's `state.log_history`.
-        path (`Path`): Where the picture goes.
+        path (`Path`): Path of the PNG.
     """
     if not points_of("tokens_per_step", log_history):
         return
@@ -76,12 +76,7 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
 
 
 def points_of(name: str, log_history: list[dict]) -> Points:
-    """What was logged under a name, by step.
-
-    Args:
-        name (`str`): Of the measure.
-        log_history (`list[dict]`): A trainer's `state.log_history`.
-    """
+    """Logged values of one measure, by step."""
     return {entry["step"]: entry[name] for entry in log_history if name in entry}
 
 
@@ -104,7 +99,7 @@ def _draw_losses(axes: "Axes", log_history: list[dict]) -> None:
 
 
 def _ticks(names: list[str], log_history: list[dict]) -> tuple[float, ...]:
-    """Where a logarithmic axis has ticks in each power of ten: few where it spans many, enough where only a part."""
+    """Ticks of a logarithmic axis within each power of ten: fewer if it spans many powers."""
     values = [value for name in names for value in points_of(name, log_history).values() if value > 0]
     span = max(values, default=1) / min(values, default=1)
     return (1,) if span > 1000 else (1, 2, 5) if span > 8 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
@@ -131,13 +126,14 @@ def _draw_accuracies(axes: "Axes", log_history: list[dict]) -> None:
 
     from .plotting import style
 
-    k = max(int(name.removeprefix("accuracy_")) for entry in log_history for name in entry if _is_accuracy(name))
+    logged = {name for entry in log_history for name in entry}
+    k = max(int(name.removeprefix("accuracy_")) for name in logged if name.startswith("accuracy_"))
     shades = [colormaps["viridis"](0.85 * position / max(k - 1, 1)) for position in range(k)]
     style(
         axes, "Accuracy of each mask", "share of masks whose likeliest token is the base's own, by place in the block"
     )
     axes.set_ylabel("accuracy")
-    every = -(-k // LABELLED)
+    every = -(-k // MAX_LABELS)
     lines = {f"mask {position}": f"accuracy_{position}" for position in range(1, k + 1)}
     axes.set_ylim(0, 1)
     _draw_lines(axes, lines, shades, log_history, every)
@@ -146,7 +142,7 @@ def _draw_accuracies(axes: "Axes", log_history: list[dict]) -> None:
 def _draw_lines(
     axes: "Axes", lines: dict[str, str], colours: list, log_history: list[dict], label_every: int = 1
 ) -> None:
-    """A line for the training and circles for evaluations, for each label and the measure that it stands for."""
+    """Plots a line for training and circles for evaluations, for each label and its measure."""
     from .plotting import label_ends
 
     ends = {}
@@ -160,7 +156,3 @@ def _draw_lines(
     axes.autoscale_view()
     labelled = [*ends][::label_every]
     label_ends(axes, {label: ends[label] for label in labelled}, colours[: len(ends)][::label_every])
-
-
-def _is_accuracy(name: str) -> bool:
-    return name.startswith("accuracy_")

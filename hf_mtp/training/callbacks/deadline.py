@@ -1,19 +1,20 @@
-"""Training that ends at a wall-clock time, with a learning rate that follows the clock."""
+"""Ends training at a wall-clock time, and makes the learning rate follow the clock."""
 
 import math
 import time
+from collections.abc import Callable
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-TICKS = 10_000  # length, in steps, of the schedule that the clock plays
+SCHEDULE_STEPS = 10_000  # length of a schedule that follows the clock
 
 
 class Deadline(TrainerCallback):
     """Ends training when its time is up.
 
     Args:
-        minutes (`float`): Time from the first step on. A resumed training gets it anew.
+        minutes (`float`): Time from the first step on. It starts again when a training is resumed.
     """
 
     def __init__(self, minutes: float):
@@ -22,7 +23,7 @@ class Deadline(TrainerCallback):
 
     @property
     def share(self) -> float:
-        """Share of the time that has passed, 0 to 1."""
+        """Fraction of the time that has passed, 0 to 1."""
         return min(1.0, max(0.0, (time.monotonic() - self.start) / self.seconds))
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -32,8 +33,10 @@ class Deadline(TrainerCallback):
         if self.share >= 1.0:
             control.should_log = control.should_training_stop = True
 
-    def drive(self, schedule: LambdaLR) -> None:
-        """Makes a schedule of [`TICKS`] steps follow the clock instead of the steps."""
-        schedule.lr_lambdas = [
-            lambda step, by_step=by_step: by_step(max(1, round(self.share * TICKS))) for by_step in schedule.lr_lambdas
-        ]
+    def follow_clock(self, schedule: LambdaLR) -> None:
+        """Makes a schedule of [`SCHEDULE_STEPS`] steps follow the clock instead of the training steps."""
+
+        def at_clock(by_step: Callable[[int], float]) -> Callable[[int], float]:
+            return lambda _: by_step(max(1, round(self.share * SCHEDULE_STEPS)))
+
+        schedule.lr_lambdas = [at_clock(by_step) for by_step in schedule.lr_lambdas]

@@ -1,4 +1,4 @@
-"""[`DecodingCallback`]: each evaluation decodes a few prompts as they will be served."""
+"""[`DecodingCallback`]: decodes a few prompts at each evaluation. Knows nothing of losses."""
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -16,31 +16,31 @@ PREFIX = "eval_decoding"
 
 class DecodingCallback(TrainerCallback):
     """
-    Decodes a few prompts at each evaluation with `generate(mtp=True)`, and plainly, and logs how they compare.
+    Decodes a few prompts at each evaluation, with `generate(mtp=True)` and with plain decoding, and logs a comparison.
 
-    `eval_tokens_per_step` is computed on the text of the evaluation dataset; these are measured on what the model says
-    itself, by the code that will serve it:
+    `eval_tokens_per_step` is computed on the text of the evaluation dataset. These measures come from decoding the
+    model's own responses, with the code that will serve it:
 
     - `eval_decoding/tokens_per_step`: new tokens per forward pass, over all prompts;
     - `eval_decoding/tokens_per_second`, and `eval_decoding/speedup` over plain decoding, by the wall clock;
     - `eval_decoding/identical`: the share of prompts with the same output as plain decoding, which should be 1;
     - `eval_decoding/sample`: the first prompt's response.
 
-    They go where the trainer logs (TensorBoard, trackio, wandb ...) and into the metrics of the evaluation, so that
-    `metric_for_best_model="decoding/tokens_per_step"` works. Training goes on exactly as without. Decodes greedily, in
-    the first process, or in all where each holds a part of the weights.
+    The trainer logs them (to TensorBoard, trackio, wandb ...) and adds them to the metrics of the evaluation, so that
+    `metric_for_best_model="decoding/tokens_per_step"` works. Training results do not change. Decodes greedily, in the
+    first process only, or in all processes if the weights are sharded.
 
     Args:
         prompts (`list[str]` or `list[list[dict]]`):
-            What to decode: texts, or conversations for the tokenizer's chat template. A few are enough, unlike the
+            Prompts: texts, or conversations for the tokenizer's chat template. Choose a few that are not in the
             training data.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Length of a response at most.
+            Maximum length of a response.
         generate_kwargs:
-            Everything else that `generate` takes, such as `mtp_strategy` and `mtp_k`, except sampling.
+            Other arguments of `generate`, such as `mtp_strategy` and `mtp_k`. Sampling is not allowed.
 
     Raises:
-        ValueError: No prompts, an empty one, or sampling.
+        ValueError: No prompts, an empty prompt, or sampling.
 
     Example:
 
@@ -62,12 +62,11 @@ class DecodingCallback(TrainerCallback):
             raise ValueError(f"`prompts` must be a list of one or more prompts, none of them empty, got {prompts!r}.")
         if generate_kwargs.get("do_sample"):
             raise ValueError(
-                "DecodingCallback decodes greedily, so that it can say whether the output is the same as without "
-                "`mtp=True`: leave `do_sample` out."
+                "DecodingCallback decodes greedily, to compare the output with plain decoding. Omit `do_sample`."
             )
         generate_kwargs.pop("do_sample", None)
         self.prompts, self.max_new_tokens, self.generate_kwargs = prompts, max_new_tokens, generate_kwargs
-        self.trainer: Trainer | None = None  # set by MTPTrainer, through which it logs
+        self.trainer: Trainer | None = None  # set by MTPTrainer
         self._decoded_at: int | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -78,8 +77,8 @@ class DecodingCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
         if self.trainer is None:
-            raise ValueError("DecodingCallback logs through its trainer: pass it to `MTPTrainer(callbacks=[...])`.")
-        if self._decoded_at == state.global_step:  # once, also if there are several evaluation datasets
+            raise ValueError("DecodingCallback needs an MTPTrainer: pass it to `MTPTrainer(callbacks=[...])`.")
+        if self._decoded_at == state.global_step:  # only once for several evaluation datasets
             return
         self._decoded_at = state.global_step if self.trainer.is_in_train else None
         tokenizer = getattr(processing_class, "tokenizer", processing_class)

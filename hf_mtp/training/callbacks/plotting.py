@@ -1,4 +1,4 @@
-"""The style of the project's line plots. Needs matplotlib, and makes figures that no window ever shows."""
+"""Style of the project's line plots. Needs matplotlib, but no display. Knows nothing of what is plotted."""
 
 from io import BytesIO
 from pathlib import Path
@@ -8,19 +8,13 @@ from matplotlib.figure import Figure
 
 from ...base.files import write_whole
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: apart for every kind of sight
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: safe for colour blindness
 GREY = "#666666"
-GAP = 0.07  # between two labels, in heights of the panel
+GAP = 0.07  # between two labels, as a fraction of the panel's height
 
 
 def style(axes: Axes, title: str, subtitle: str) -> None:
-    """Title at the left, its explanation under it, horizontal lines only.
-
-    Args:
-        axes (`matplotlib.axes.Axes`): One panel.
-        title (`str`): What it shows.
-        subtitle (`str`): How that came about, or its unit.
-    """
+    """Puts the title and a subtitle at the left, and keeps only horizontal grid lines."""
     axes.set_title(title, loc="left", fontweight="bold", pad=24)
     axes.annotate(subtitle, (0, 1), xytext=(0, 7), xycoords="axes fraction", textcoords="offset points", color=GREY)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
@@ -29,13 +23,13 @@ def style(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: list[str], gap: float = GAP) -> None:
-    """Writes each line's name to the right of its last point, moved where two would overlap.
+    """Writes each line's name to the right of its last point, and moves names that would overlap.
 
     Args:
-        axes (`matplotlib.axes.Axes`): The panel, when its limits are final.
-        ends (`dict[str, tuple[float, float]]`): Per name, the last point.
-        colours (`list[str]`): Of the names.
-        gap (`float`, *optional*, defaults to `0.07`): Between two labels, in heights of the panel.
+        axes (`matplotlib.axes.Axes`): The panel, with its final limits.
+        ends (`dict[str, tuple[float, float]]`): The last point of each line, by name.
+        colours (`list[str]`): Colour of each name.
+        gap (`float`, *optional*, defaults to `0.07`): Distance of two names, as a fraction of the panel's height.
     """
     to_panel = axes.transData + axes.transAxes.inverted()
     heights = spread([to_panel.transform(end)[1] for end in ends.values()], gap)
@@ -54,11 +48,11 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: list[s
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """Heights of labels, each where it belongs or as far from there as its neighbours need.
+    """Moves labels apart as little as needed.
 
     Args:
-        heights (`list[float]`): Where they belong, 0 at the bottom of the panel and 1 at its top.
-        gap (`float`): Between two at least.
+        heights (`list[float]`): Wanted heights, from 0 at the bottom of the panel to 1 at its top.
+        gap (`float`): Minimum distance of two labels.
     """
     upwards = sorted(range(len(heights)), key=heights.__getitem__)
     moved, lowest = {}, 0.0
@@ -73,12 +67,7 @@ def spread(heights: list[float], gap: float) -> list[float]:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes a picture that is there whole or not at all.
-
-    Args:
-        figure (`matplotlib.figure.Figure`): The picture.
-        path (`Path`): Where it goes.
-    """
+    """Writes a figure atomically."""
     picture = BytesIO()
     figure.savefig(picture, format="png")
     write_whole(path, [picture.getvalue()])

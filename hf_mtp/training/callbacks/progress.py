@@ -1,8 +1,8 @@
-"""The training's progress bar, with the losses and the tokens per step in it."""
+"""A progress bar with the losses and tokens per step."""
 
 from transformers import ProgressCallback
 
-# What of the logs the bar shows, most wanted first, by what name: narrow terminals cut off the rest.
+# Measures that the bar shows, with their labels. The most important come first: narrow terminals cut off the rest.
 SHOWN = {
     "tokens_per_step": "tokens/step",
     "loss": "loss",
@@ -14,13 +14,13 @@ SHOWN = {
 
 
 class MTPProgressCallback(ProgressCallback):
-    """A [`~transformers.ProgressCallback`] whose bar has the latest losses and tokens per step in it.
+    """A [`~transformers.ProgressCallback`] whose bar shows the latest losses and tokens per step.
 
-    In a terminal, the bar replaces the lines that [`~transformers.Trainer`] prints for every log of the training;
-    evaluations and the summary are printed. Output that goes to a file has all lines.
+    In a terminal, the bar replaces the lines that [`~transformers.Trainer`] prints for every training log. Evaluations
+    and the summary are still printed. Output to a file has all lines.
     """
 
-    def __init__(self, max_str_len: int = 1000):  # samples of DecodingCallback are meant to be read
+    def __init__(self, max_str_len: int = 1000):  # shows DecodingCallback's samples in full
         super().__init__(max_str_len)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

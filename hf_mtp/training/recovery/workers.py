@@ -1,27 +1,28 @@
-"""A worker process of the data loader that dies: what the user is told."""
+"""Explains the death of a data loader's worker process. Knows nothing of training."""
 
 from pathlib import Path
 
-DIED = "DataLoader worker"  # how torch's message of it begins
+ERROR_PREFIX = "DataLoader worker"  # of torch's message
 
 
-def died(error: BaseException) -> bool:
-    """Whether an error says that a worker of the data loader was killed or ended by itself."""
-    return isinstance(error, RuntimeError) and str(error).startswith(DIED)
+def is_worker_death(error: RuntimeError) -> bool:
+    """Whether torch raised the error because a worker of the data loader died."""
+    return str(error).startswith(ERROR_PREFIX)
 
 
-def explain_death(error: BaseException, workers: int, checkpoint: Path | None) -> str:
-    """What happened, what it cost and what to do.
+def worker_death_message(error: RuntimeError, workers: int, checkpoint: Path | None) -> str:
+    """An error message with the likely causes and the remedies.
 
     Args:
-        error (`BaseException`): torch's own.
+        error (`RuntimeError`): torch's own.
         workers (`int`): `dataloader_num_workers`.
-        checkpoint (`Path`, *optional*): The newest one.
+        checkpoint (`Path`, *optional*): The newest checkpoint.
     """
-    resume = f"go on with `trainer.train(resume_from_checkpoint={str(checkpoint)!r})`" if checkpoint else "start again"
+    resume = f"resume with `trainer.train(resume_from_checkpoint={str(checkpoint)!r})`"
     return (
-        f"{str(error).strip(' .')}. It read data for this training and is gone, most often for want of memory (the "
-        "system's log tells) or because of a crash in the dataset's own code. Use fewer than "
-        f"`dataloader_num_workers={workers}` (0 reads in the training's process and shows the dataset's own error), a "
-        f"smaller `dataloader_prefetch_factor` or smaller batches, and {resume}."
+        f"{str(error).strip(' .')}. This process, which loaded data, died, usually from running out of memory (see "
+        "the system log) or from a crash in the dataset's code. Use fewer than "
+        f"`dataloader_num_workers={workers}` (0 loads data in the training process and shows the dataset's own "
+        "error), a smaller `dataloader_prefetch_factor` or smaller batches, and "
+        f"{resume if checkpoint else 'start again'}."
     )
