@@ -223,15 +223,8 @@ def test_padding_is_the_same_in_every_returned_cache():
 
 
 def test_a_quantized_cache_is_refused():
-    class Rounded(QuantizedLayer):
-        """A layer without the package that quantizes."""
-
-        def __init__(self):
-            pass
-
-    model = upgraded(tiny_base("llama"))
-    cache = DynamicCache(config=model.config)
-    cache.layers = [Rounded()]
-    cache._is_user_defined = True
+    layer = object.__new__(type("Rounded", (QuantizedLayer,), {"__abstractmethods__": frozenset()}))
+    cache = DynamicCache()
+    cache.layers, cache._is_user_defined = [layer], True
     with pytest.raises(ValueError, match="quantized.*rounds keys and values"):
         refuse_cache(cache, columns=9)
