@@ -223,8 +223,9 @@ def test_padding_is_the_same_in_every_returned_cache():
 
 
 def test_a_quantized_cache_is_refused():
-    layer = object.__new__(type("Rounded", (QuantizedLayer,), {"__abstractmethods__": frozenset()}))
+    rounded = type("Rounded", (QuantizedLayer,), {})
+    rounded.__abstractmethods__ = frozenset()  # the packages that quantize are not needed to refuse
     cache = DynamicCache()
-    cache.layers, cache._is_user_defined = [layer], True
+    cache.layers, cache._is_user_defined = [object.__new__(rounded)], True
     with pytest.raises(ValueError, match="quantized.*rounds keys and values"):
         refuse_cache(cache, columns=9)
