@@ -48,7 +48,7 @@ setup(
         "huggingface_hub>=1.31",
         "safetensors>=0.8",
     ],
-    entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.regenerate:main"]},
+    entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.cli.regenerate:main"]},
     extras_require={
         "test": TEST,
         "quickstart": QUICKSTART,

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .adapter.config import GatedLoraConfig
 from .decoding.statistics import MTPGenerateOutput, MTPStatistics
+from .model import GatedLoraModel
 from .registration import register
-from .tuner import GatedLoraModel
 
 try:
     __version__ = version("hf_mtp")
@@ -18,11 +18,11 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _LAZY = {
-    "DecodingCallback": ".training.decoding_callback",
+    "DecodingCallback": ".training.callbacks.decoding",
     "MTPConfig": ".training.config",
     "MTPTrainer": ".training.trainer",
-    "SupportReport": ".check",
-    "check_support": ".check",
+    "SupportReport": ".evaluation.support",
+    "check_support": ".evaluation.support",
     "regenerate_responses": ".data.responses",
 }
 

@@ -10,7 +10,7 @@ from peft.mapping import (
 from .adapter.config import GatedLoraConfig
 from .adapter.hub import PeftModelForCausalLM
 from .adapter.peft_type import ExtensionPeftType, ExtensionTaskType
-from .tuner import GatedLoraModel
+from .model import GatedLoraModel
 
 
 def register() -> None:

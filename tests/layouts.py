@@ -2,10 +2,10 @@
 
 import torch
 
-from hf_mtp.blocks.layout import BlockLayout, decoding_layout
-from hf_mtp.blocks.masks import CachedColumns
-from hf_mtp.blocks.slots import choose_slots
-from hf_mtp.objective.training_pass import training_pass
+from hf_mtp.layout.attention import CachedColumns
+from hf_mtp.layout.blocks import BlockLayout, decoding_layout
+from hf_mtp.layout.mask_plan import choose_masks
+from hf_mtp.passes.training_pass import training_pass
 
 
 def masked_states(tuner, input_ids, layout: BlockLayout, all_layers: bool = False, masks: int = 1024):
@@ -20,7 +20,7 @@ def step_layout(regular: int, past: int, anchors: int, k: int, rows: int = 1) ->
     value = torch.zeros(rows, regular, k)
     value[:, regular - anchors :] = 1.0
     position = past + torch.arange(regular).expand(rows, -1)
-    return decoding_layout(position, choose_slots(value, anchors * k))
+    return decoding_layout(position, choose_masks(value, anchors * k))
 
 
 def cached_columns(layout: BlockLayout, past: int) -> CachedColumns | None:

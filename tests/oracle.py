@@ -5,7 +5,7 @@ from tiny_models import VOCAB
 from transformers.generation.streamers import BaseStreamer
 
 from hf_mtp import GatedLoraModel
-from hf_mtp.decoding.drafting import Drafts
+from hf_mtp.decoding.drafters.masks import Drafts
 
 RIGHT = {
     "never": lambda position: False,

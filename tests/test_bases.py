@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from hf_mtp import GatedLoraConfig, check_support
-from hf_mtp.check import Rehearsal
-from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.evaluation.support import Rehearsal
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 STRATEGIES = ("quadratic", "linear", "auto")
 TEXT_CONFIG = tiny_base("llama").config
@@ -106,7 +106,7 @@ def test_code_from_the_folder_of_the_base(tmp_path, monkeypatch):
     assert not torch.equal(generate(remote, prompt()), generate(base, prompt()))
     model = upgraded(remote, dtype=torch.float64).double()
     assert_exact(model, prompt())
-    assert reading_of(model.base_model) is Reading.BRANCHES
+    assert speculation_mode(model.base_model.model) is SpeculationMode.TREE
     assert check_support(model).is_exact
 
 

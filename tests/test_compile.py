@@ -6,7 +6,7 @@ from test_generation import small_model, small_prompt
 from tiny_models import generate
 from transformers import CompileConfig
 
-from hf_mtp.decoding.pacing import Pacer
+from hf_mtp.decoding.schedule.adaptive import Pacer
 
 COMPILED = []
 

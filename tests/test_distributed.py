@@ -18,10 +18,10 @@ from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import MTPConfig, MTPTrainer
-from hf_mtp.base.peers import is_sharded
-from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.base.distributed import is_sharded
 from hf_mtp.objective import losses
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed"),
@@ -104,7 +104,7 @@ def train_save_resume(rank: int, config: str, folder: Path) -> None:
         "eval_loss": whole.evaluate()["eval_loss"],
         "sharded": {is_sharded(whole.model), *seen_within},
         "muon": whole.has_muon,
-        "reads branches": reading_of(whole.model.base_model) is Reading.BRANCHES,
+        "reads branches": speculation_mode(whole.model.base_model.model) is SpeculationMode.TREE,
     }
     whole.model.eval()
     options = {"synced_gpus": config in SHARDED}
@@ -206,7 +206,7 @@ def test_one_process_holds_all(monkeypatch):
 def test_models_without_branches_need_whole_weights(monkeypatch):
     model = upgraded("bloom", K).train()
     assert model(input_ids=prompt(), mtp_recipe=Recipe()).rows > 0
-    monkeypatch.setattr("hf_mtp.objective.training_pass.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_mtp.passes.training_pass.is_sharded", lambda model: True)
     with pytest.raises(
         NotImplementedError, match="Train with whole weights in every process: DDP or DeepSpeed ZeRO-2"
     ):

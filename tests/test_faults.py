@@ -25,8 +25,14 @@ from transformers import Trainer
 from transformers.utils.logging import get_logger
 
 from hf_mtp import MTPConfig
-from hf_mtp.training.agreement import describe, describe_objective, describe_steps, refuse_disagreement, what_changes
-from hf_mtp.training.checkpoint import UNFINISHED, contents, flaw_of, newest_whole_checkpoint
+from hf_mtp.training.recovery.checkpoint import UNFINISHED, contents, flaw_of, newest_whole_checkpoint
+from hf_mtp.training.recovery.compatibility import (
+    describe,
+    describe_objective,
+    describe_steps,
+    refuse_disagreement,
+    what_changes,
+)
 
 # ---------------------------------------------------------------- killed
 

@@ -10,11 +10,11 @@ from layouts import cached_columns, masked_states, step_layout
 from test_masks import packed_batch
 from tiny_models import generate, prompt, tiny_base, upgraded
 
-from hf_mtp.blocks.layout import training_layout
-from hf_mtp.blocks.masks import AttentionKind, allowed_attention, attention_masks, in_blocks
-from hf_mtp.check import Rehearsal
-from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.evaluation.support import Rehearsal
+from hf_mtp.layout.attention import AttentionKind, allowed_attention, attention_masks, in_blocks
+from hf_mtp.layout.blocks import training_layout
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 flex_attention = pytest.importorskip("torch.nn.attention.flex_attention", reason="torch 2.5 brought flex attention")
 pytestmark = [
@@ -58,7 +58,7 @@ def test_decoding_is_exact(architecture, rows, cache):
         how = {"mtp": True, "mtp_strategy": strategy, "cache_implementation": cache}
         assert torch.equal(generate(model, ids, attention_mask=mask, **how), plain)
         assert strategy == "auto" or model.base_model.mtp_statistics.accepted
-    assert reading_of(model.base_model) is Reading.BRANCHES
+    assert speculation_mode(model.base_model.model) is SpeculationMode.TREE
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
@@ -93,7 +93,7 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
     model = with_flex("llama")
     plain = generate(model, prompt())
     monkeypatch.setattr(host, "compile_friendly_flex_attention", no_kernel)
-    assert reading_of(model.base_model) is Reading.WHOLE_TEXTS
+    assert speculation_mode(model.base_model.model) is SpeculationMode.RECOMPUTE
     assert torch.equal(generate(model, prompt(), mtp=True), plain)
     with pytest.raises(NotImplementedError, match="no branches.*mtp_strategy='auto'"):
         generate(model, prompt(), mtp=True, mtp_strategy="quadratic")

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_mtp.base.cache import RollbackCache
+from hf_mtp.cache.rollback import RollbackCache
 
 STRATEGIES = ("quadratic", "linear", "auto")
 SMALL = 5

@@ -18,8 +18,8 @@ from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.adapter.base_match import tokenizer_fingerprint
 from hf_mtp.adapter.card import MARK
-from hf_mtp.adapter.fingerprint import tokenizer_fingerprint
 
 TESTS = Path(__file__).parent
 BY_HAND = "---\nlibrary_name: peft\n---\n\n# My own words\n"

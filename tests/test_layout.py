@@ -4,7 +4,7 @@ import pytest
 import torch
 from layouts import step_layout
 
-from hf_mtp.blocks.layout import IGNORE, BlockLayout, segments, training_layout, weight_of_all_masks
+from hf_mtp.layout.blocks import IGNORE, BlockLayout, segments, training_layout, weight_of_all_masks
 
 
 def batch(seed: int, rows: int = 3, length: int = 13):

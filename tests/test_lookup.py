@@ -5,12 +5,12 @@ import torch
 from test_batch import SMALL, alone, padded
 from tiny_models import generate, prompt, tiny_base, upgraded
 
-from hf_mtp.decoding import generation
-from hf_mtp.decoding.acceptance import Rates
-from hf_mtp.decoding.drafting import Drafts, found_drafts
-from hf_mtp.decoding.lookup import LONGEST_MATCH, Lookup, Match
-from hf_mtp.decoding.lookup_policy import LookupPolicy
-from hf_mtp.decoding.pacing import Pacer, Pass
+from hf_mtp.decoding import generate as generation
+from hf_mtp.decoding.drafters.acceptance import Rates
+from hf_mtp.decoding.drafters.masks import Drafts, found_drafts
+from hf_mtp.decoding.drafters.ngrams import LONGEST_MATCH, Lookup, Match
+from hf_mtp.decoding.schedule.adaptive import Pacer, Pass
+from hf_mtp.decoding.schedule.lookups import LookupPolicy
 
 
 @pytest.mark.parametrize(

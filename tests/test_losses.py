@@ -8,9 +8,9 @@ from tiny_models import VOCAB, adapter_parameters, prompt, upgraded
 from torch import nn
 
 from hf_mtp.adapter.sampler import SamplerHead
-from hf_mtp.blocks.layout import IGNORE, segments, training_layout, weight_of_all_masks
+from hf_mtp.layout.blocks import IGNORE, segments, training_layout, weight_of_all_masks
 from hf_mtp.objective import losses
-from hf_mtp.objective.multi_token import multi_token_objective
+from hf_mtp.objective.compute import multi_token_objective
 from hf_mtp.objective.recipe import Recipe, get_recipe
 from hf_mtp.objective.simulation import mean_tokens_per_step
 

@@ -9,9 +9,8 @@ from layouts import cached_columns, masked_states, step_layout
 from test_layout import batch
 from tiny_models import CONFIGS, WITHOUT_BRANCHES, adapter_parameters, checkpoint_layers, tiny_base, upgraded
 
-from hf_mtp.base.cache import RollbackCache
-from hf_mtp.blocks.layout import decoding_layout, segments, training_layout
-from hf_mtp.blocks.masks import (
+from hf_mtp.cache.rollback import RollbackCache
+from hf_mtp.layout.attention import (
     AttentionKind,
     CachedColumns,
     additive,
@@ -19,8 +18,9 @@ from hf_mtp.blocks.masks import (
     attention_kinds,
     attention_masks,
 )
-from hf_mtp.blocks.slots import choose_slots
-from hf_mtp.decoding.step import MaskedStep
+from hf_mtp.layout.blocks import decoding_layout, segments, training_layout
+from hf_mtp.layout.mask_plan import choose_masks
+from hf_mtp.passes.decoding_pass import DecodingPass
 
 KINDS = [
     AttentionKind(),
@@ -89,7 +89,7 @@ def test_rows_of_a_batch_see_their_own_cache_only(kind):
     # Rows with 2, 5 and 4 cached columns, of which 0, 3 and 1 are padding, in a storage of 14 columns.
     start, length = torch.tensor([0, 3, 1]), torch.tensor([2, 5, 4])
     value = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(0)).sort(dim=2, descending=True).values
-    slots = choose_slots(value, 4)
+    slots = choose_masks(value, 4)
     layout = decoding_layout((length - start)[:, None] + torch.arange(3), slots)
     allowed = allowed_attention(layout, CachedColumns(start, length, 14), kind)
     for row in range(3):
@@ -180,7 +180,7 @@ def test_masks_in_one_pass_are_computed_as_sequences_of_their_own(architecture):
     for block, anchor in enumerate(layout.anchor_BM[0, ::3].tolist()):
         document = input_ids[:, 9 * (anchor >= 9) : anchor + 1]
         alone = step_layout(document.shape[1], past=0, anchors=1, k=3)
-        step, cache = MaskedStep(model.base_model), RollbackCache(torch.zeros(1, dtype=torch.long))
+        step, cache = DecodingPass(model.base_model), RollbackCache(torch.zeros(1, dtype=torch.long))
         with torch.no_grad():
             expected = step(document, alone, cache, logits_rows=1)
         torch.testing.assert_close(masks[-1][:, 3 * block : 3 * block + 3], expected.mask_BMD, atol=1e-5, rtol=1e-4)

@@ -1,14 +1,14 @@
-"""Slots go to the masks of most value, and none are bought while plain decoding is faster."""
+"""MaskPlan go to the masks of most value, and none are bought while plain decoding is faster."""
 
 import itertools
 
 import pytest
 import torch
 
-from hf_mtp.blocks.slots import choose_slots, landing_probability, slot_values
-from hf_mtp.decoding.acceptance import MaskAcceptance
-from hf_mtp.decoding.drafting import Drafts, no_drafts
-from hf_mtp.decoding.pacing import Pacer, Pass, Whole
+from hf_mtp.decoding.drafters.acceptance import MaskAcceptance
+from hf_mtp.decoding.drafters.masks import Drafts, no_drafts
+from hf_mtp.decoding.schedule.adaptive import Pacer, Pass, Whole
+from hf_mtp.layout.mask_plan import choose_masks, landing_probability, mask_values
 
 
 def test_landing_probability_of_every_outcome():
@@ -26,7 +26,7 @@ def test_landing_probability_of_every_outcome():
 def test_slots_are_the_most_valuable_masks_in_order(budget):
     generator = torch.Generator().manual_seed(budget)
     landing, survival = torch.rand(3, 4, generator=generator), torch.tensor([0.8, 0.5, 0.3])
-    slots = choose_slots(slot_values(landing, survival), budget)
+    slots = choose_masks(mask_values(landing, survival), budget)
     for row in range(3):
         worth = {(a, s): landing[row, a].item() * survival[s - 1].item() for a in range(4) for s in (1, 2, 3)}
         expected = sorted(sorted(worth, key=worth.get, reverse=True)[:budget])
@@ -38,7 +38,7 @@ def test_slots_are_the_most_valuable_masks_in_order(budget):
 
 
 def test_blocks_have_no_gaps_among_equals():
-    slots = choose_slots(torch.ones(1, 3, 4), 7)
+    slots = choose_masks(torch.ones(1, 3, 4), 7)
     for anchor in range(3):
         steps = slots.step_BM[0, slots.anchor_BM[0] == anchor].tolist()
         assert steps == list(range(1, len(steps) + 1))
@@ -47,7 +47,7 @@ def test_blocks_have_no_gaps_among_equals():
 def test_masks_of_no_value_are_dead():
     value = torch.zeros(2, 2, 2)
     value[0, 1] = torch.tensor([1.0, 0.5])
-    slots = choose_slots(value, 3)
+    slots = choose_masks(value, 3)
     assert slots.alive_BM.sum(dim=1).tolist() == [2, 0]
     assert (slots.column_BRk[1] == -1).all()
 

@@ -14,23 +14,30 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 import hf_mtp
-from hf_mtp.decoding.generation import MTPGenerationMixin
+from hf_mtp.decoding.generate import GenerationMixin
 
 PACKAGE = Path(hf_mtp.__file__).parent
 
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
-blocks: slots layout masks
-base: support rope tiny peers cache targets
-adapter: peft_type card hub config gate parameters stacked sampler fingerprint weights
-decoding: statistics drafting lookup transcript verification acceptance costs lookup_policy pacing
-decoding: step sequence reading prefill request loop call generation
-objective: losses recipe simulation partial_backward training_pass multi_token
-: tuner registration check measuring
+layout: mask_plan blocks attention
+base: caches inspection rope randomness tiny distributed lora_layers
+cache: rows rollback sequence protocol
+adapter: peft_type card hub config gate parameters stacked sampler base_match weights tuner
+passes: decoding_pass recurrent_pass speculation_mode training_pass
 data: prompts randomness shard survey answers responses
-: regenerate
-training: nonfinite config agreement checkpoint interrupt deadline optimizer workers rows decoding_callback progress
-training: plotting curves watching trainer
+objective: losses recipe simulation chunked_backward compute
+decoding: noise sequence outcome
+decoding.drafters: base acceptance ngrams masks
+decoding.schedule: costs fixed adaptive store
+decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
+: model registration
+evaluation: support compare
+training.recovery: nonfinite compatibility checkpoint workers
+training: config optimizer data_checks
+training.callbacks: deadline interrupt decoding progress plotting curves attach
+training: trainer
+cli: regenerate
 """
 MODULES = [
     f"{room}.{name}".lstrip(".")
@@ -40,10 +47,10 @@ MODULES = [
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
 PURE = {
-    *(f"blocks.{name}" for name in ("slots", "layout", "masks")),
+    *(f"layout.{name}" for name in ("mask_plan", "blocks", "attention")),
     *(f"objective.{name}" for name in ("losses", "simulation")),
     "adapter.sampler",
-    *(f"decoding.{name}" for name in ("drafting", "lookup", "transcript", "verification")),
+    "decoding.noise",
 }
 
 
@@ -52,11 +59,8 @@ def path_of(module: str) -> Path:
 
 
 def imports_of(module: str) -> set[str]:
-    """Modules of the package that a module imports when it runs, imports for type checkers left out."""
+    """Modules of the package that a module imports, also for type checkers or inside of a function."""
     tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
     rooms = module.split(".")[:-1]
     return {
         ".".join([*rooms[: len(rooms) + 1 - node.level], node.module])
@@ -165,7 +169,7 @@ def test_fields_and_arguments_are_documented(name):
     "method",
     [
         member
-        for cls in (*CLASSES, MTPGenerationMixin)
+        for cls in (*CLASSES, GenerationMixin)
         for member in vars(cls).values()
         if inspect.isfunction(member)
         and not member.__name__.startswith("_")

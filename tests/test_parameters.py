@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, CompileConfig
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.base import tiny
-from hf_mtp.check import Rehearsal
+from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
 
 K = 3

@@ -12,7 +12,7 @@ from tiny_models import generate, prompt, randomised, tiny_base
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.check import Rehearsal
+from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
 
 STRATEGIES = ("quadratic", "linear", "auto")

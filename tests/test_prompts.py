@@ -15,7 +15,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from hf_mtp.check import Rehearsal
+from hf_mtp.evaluation.support import Rehearsal
 
 SMALL, PROMPT = 40, 11
 ROPES = {

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
-from hf_mtp.base.support import unpack_for_gradients
-from hf_mtp.check import Rehearsal
-from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.base.inspection import unpack_for_gradients
+from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 
 def torchao_config():
@@ -64,9 +64,9 @@ def test_output_is_that_of_the_quantized_base(name, tmp_path):
     model = randomised(get_peft_model(base, GatedLoraConfig(k=3, r=4))).eval()
     model.base_model.draft = Rehearsal([expected])
     # LLM.int8() takes apart the columns in which any token of a pass has an outlier: tokens are computed together.
-    reads = reading_of(model.base_model)
-    assert (reads is Reading.BRANCHES) == (name != "bitsandbytes 8-bit")
-    for strategy in ("quadratic", "linear", "auto") if reads is Reading.BRANCHES else ("auto",):
+    reads = speculation_mode(model.base_model.model)
+    assert (reads is SpeculationMode.TREE) == (name != "bitsandbytes 8-bit")
+    for strategy in ("quadratic", "linear", "auto") if reads is SpeculationMode.TREE else ("auto",):
         assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy=strategy), expected)
     assert any("lora_A" in parameter for parameter in adapter_parameters(model))
 

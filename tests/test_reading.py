@@ -10,23 +10,23 @@ from tiny_models import CACHE, adapter_parameters, upgraded
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import logging as host_logging
 
-from hf_mtp.base.cache import cache_name
+from hf_mtp.base.caches import cache_name
 from hf_mtp.base.tiny import VOCAB, tiny_model
-from hf_mtp.blocks.layout import segments, training_layout
-from hf_mtp.check import Rehearsal
-from hf_mtp.decoding.reading import Reading, reading_of
+from hf_mtp.evaluation.support import Rehearsal
+from hf_mtp.layout.blocks import segments, training_layout
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.passes.speculation_mode import SpeculationMode
 
 READINGS = {
-    "llama": Reading.BRANCHES,
-    "bloom": Reading.SEQUENCES,  # alibi: distance counts in columns, which a branch skips
-    "mamba2": Reading.SEQUENCES_FROM_STATES,
-    "qwen3_next": Reading.SEQUENCES_FROM_STATES,
-    "rwkv": Reading.SEQUENCES_FROM_STATES,
-    "mamba": Reading.WHOLE_TEXTS,
-    "jamba": Reading.WHOLE_TEXTS,
+    "llama": SpeculationMode.TREE,
+    "bloom": SpeculationMode.CHAIN,  # alibi: distance counts in columns, which a branch skips
+    "mamba2": SpeculationMode.CHAIN_ON_COPY,
+    "qwen3_next": SpeculationMode.CHAIN_ON_COPY,
+    "rwkv": SpeculationMode.CHAIN_ON_COPY,
+    "mamba": SpeculationMode.RECOMPUTE,
+    "jamba": SpeculationMode.RECOMPUTE,
 }
-SEQUENTIAL = [name for name, reading in READINGS.items() if reading is not Reading.BRANCHES]
+SEQUENTIAL = [name for name, reading in READINGS.items() if reading is not SpeculationMode.TREE]
 OF_EACH_KIND = ["bloom", "mamba2", "mamba"]
 
 
@@ -76,11 +76,11 @@ def test_auto_is_exact_and_says_why(name, caplog, monkeypatch):
     expected = generate(model, ids())
     monkeypatch.setattr(host_logging.get_logger("hf_mtp"), "propagate", True)
     host_logging.set_verbosity_info()
-    host_logging.get_logger("hf_mtp.decoding.generation").warning_once.cache_clear()
-    with caplog.at_level(logging.INFO, "hf_mtp.decoding.generation"):
+    host_logging.get_logger("hf_mtp.decoding.generate").warning_once.cache_clear()
+    with caplog.at_level(logging.INFO, "hf_mtp.decoding.generate"):
         assert torch.equal(generate(model, ids(), mtp=True), expected)
     host_logging.set_verbosity_warning()
-    said = "plainly" if READINGS[name] is Reading.WHOLE_TEXTS else "linear"
+    said = "plainly" if READINGS[name] is SpeculationMode.RECOMPUTE else "linear"
     assert said in caplog.text and READINGS[name].value in caplog.text
 
 

@@ -10,8 +10,8 @@ from tiny_models import prompt, tiny_base, upgraded
 from transformers import LogitsProcessorList
 
 from hf_mtp.decoding import call, generation
-from hf_mtp.decoding.drafting import Draw
-from hf_mtp.decoding.pacing import Pacer
+from hf_mtp.decoding.drafters.masks import Draw
+from hf_mtp.decoding.schedule.adaptive import Pacer
 from hf_mtp.decoding.verification import accepted_drafts, next_token
 from hf_mtp.objective.recipe import get_recipe
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import VOCAB, generate, prompt, upgraded
 
-from hf_mtp.blocks.layout import IGNORE
 from hf_mtp.decoding import drafting
+from hf_mtp.layout.blocks import IGNORE
 from hf_mtp.objective.recipe import Recipe
 from hf_mtp.objective.simulation import Walk, mean_tokens_per_step, walk_through
 

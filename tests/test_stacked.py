@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.check import Rehearsal
+from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
 
 

@@ -16,8 +16,8 @@ from tiny_training import ROWS, SAVING, K, RaisesAt, assert_same_end, logged, te
 from transformers.utils.logging import get_logger
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
-from hf_mtp.adapter.fingerprint import tokenizer_fingerprint
-from hf_mtp.blocks.layout import segments, training_layout
+from hf_mtp.adapter.base_match import tokenizer_fingerprint
+from hf_mtp.layout.blocks import segments, training_layout
 
 MEASURES = {
     "loss_base",
@@ -191,7 +191,7 @@ def test_deadline_ends_training(tmp_path):
 def test_deadline_drives_the_learning_rate(tmp_path, monkeypatch):
     # Ten seconds pass with each look at the clock; a training of five minutes sees its learning rate fall to nothing.
     clock = iter(range(0, 100_000, 10))
-    monkeypatch.setattr("hf_mtp.training.deadline.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hf_mtp.training.callbacks.deadline.time.monotonic", lambda: next(clock))
     trained = trainer(tmp_path, max_minutes=5, max_steps=50, lr_scheduler_type="linear")
     trained.train()
     rates = logged(trained, "learning_rate")

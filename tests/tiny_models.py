@@ -5,7 +5,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.base.cache import cache_name
+from hf_mtp.base.caches import cache_name
 from hf_mtp.decoding.statistics import MTPGenerateOutput
 
 CACHE = cache_name(MTPGenerateOutput.__dataclass_fields__)  # what this release of transformers calls it

@@ -11,9 +11,9 @@ import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from hf_mtp.blocks.layout import BlockLayout, decoding_layout
-from hf_mtp.blocks.masks import CachedColumns, allowed_attention
-from hf_mtp.blocks.slots import choose_slots
+from hf_mtp.layout.attention import CachedColumns, allowed_attention
+from hf_mtp.layout.blocks import BlockLayout, decoding_layout
+from hf_mtp.layout.mask_plan import choose_masks
 
 # Blocked, regular to regular, mask to regular, mask to its own block; light to dark, safe for colour blindness.
 COLOURS = ["#f4f4f4", "#b9d3ee", "#5b8fc9", "#f2a444"]
@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
     tokens = 6
     column = torch.arange(tokens)[None]
     training = BlockLayout.of_blocks(torch.tensor([[1, 2, 4]]), column, torch.zeros_like(column), k=2)
-    decoding = decoding_layout(torch.arange(4, 7)[None], choose_slots(torch.ones(1, 3, 2), budget=6))
+    decoding = decoding_layout(torch.arange(4, 7)[None], choose_masks(torch.ones(1, 3, 2), budget=6))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.4))
     draw(left, training, [f"x{i}" for i in range(1, 7)], [], "Training: blocks of k = 2 masks on sampled tokens")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.measuring import describe_machine
+from hf_mtp.evaluation.compare import describe_machine
 
 DOMAINS = {"maths": {"do_sample": False}, **dict.fromkeys(("chat", "python"), {"do_sample": True, "temperature": 0.7})}
 WARM_UP = 3  # prompts that are decoded before any is timed

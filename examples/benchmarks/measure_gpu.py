@@ -23,13 +23,14 @@ from report import finish
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.base.cache import RollbackCache, cache_name
-from hf_mtp.blocks.layout import decoding_layout
-from hf_mtp.decoding.drafting import no_drafts
-from hf_mtp.decoding.pacing import Whole
-from hf_mtp.decoding.step import MaskedStep
+from hf_mtp.base.caches import cache_name
+from hf_mtp.cache.rollback import RollbackCache
+from hf_mtp.decoding.drafters.masks import no_drafts
+from hf_mtp.decoding.schedule.adaptive import Whole
 from hf_mtp.decoding.verification import verify_together
-from hf_mtp.measuring import describe_machine
+from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.layout.blocks import decoding_layout
+from hf_mtp.passes.decoding_pass import DecodingPass
 
 SHAPES = {
     "8b": {
@@ -146,7 +147,7 @@ class MaskedDecoding:
         self.k, self.pace = k, Whole(linear=False)
         columns = prefix.shape[1] + new_tokens + (k + 1) ** 2 + k
         self.cache = RollbackCache(torch.zeros(1, dtype=torch.long, device=prefix.device), columns=columns)
-        self.step = MaskedStep(tuner, compiled=tuner.model.get_compiled_call(compile_config(device)))
+        self.step = DecodingPass(tuner, compiled=tuner.model.get_compiled_call(compile_config(device)))
         self.drafts, self.regular = no_drafts(1, prefix.device), prefix
         self(accepted=0)
 

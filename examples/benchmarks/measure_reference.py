@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import MTPConfig, MTPTrainer
-from hf_mtp.blocks.layout import IGNORE
-from hf_mtp.measuring import decode_both_ways, describe_machine, summarize
+from hf_mtp.evaluation.compare import decode_both_ways, describe_machine, summarize
+from hf_mtp.layout.blocks import IGNORE
 from hf_mtp.objective.recipe import Recipe
 from hf_mtp.objective.simulation import Walk
 

@@ -25,11 +25,11 @@ from reference_data import DOMAINS, test_dataset
 from report import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from hf_mtp.base.cache import cache_name
-from hf_mtp.blocks.layout import IGNORE, segments, training_layout
-from hf_mtp.measuring import describe_machine
-from hf_mtp.objective.multi_token import drafted_features
-from hf_mtp.objective.training_pass import training_pass
+from hf_mtp.base.caches import cache_name
+from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.layout.blocks import IGNORE, segments, training_layout
+from hf_mtp.objective.compute import drafted_features
+from hf_mtp.passes.training_pass import training_pass
 
 CANDIDATES = 4  # per position
 SIZES = (8, 9, 10, 12, 16, 24, 32)  # drafts

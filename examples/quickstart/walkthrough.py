@@ -27,7 +27,7 @@ from training import Report, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.measuring import (
+from hf_mtp.evaluation.compare import (
     Record,
     decode_all,
     decode_both_ways,

@@ -43,7 +43,7 @@ class MaskColumns:
         return self.index.shape[0], self.length
 
 
-class Listener:
+class HiddenStateCapture:
     """Holds the last hidden states, `(B, N, D)`, of one forward pass."""
 
     states: torch.Tensor | None = None
@@ -58,16 +58,16 @@ class Gate(threading.local):
 
     def __init__(self):  # runs once per thread; torch.compile wants the attributes to be there from the start
         self.columns: MaskColumns | None = None
-        self.listener: Listener | None = None
+        self.capture: HiddenStateCapture | None = None
 
     @contextmanager
-    def listen(self) -> Iterator[Listener]:
-        """Within, the listener gets the decoder's output: last hidden states, which the unembedding reads."""
-        self.listener = Listener()
+    def capture_hidden_states(self) -> Iterator[HiddenStateCapture]:
+        """Within, the capture gets the decoder's output: last hidden states, which the unembedding reads."""
+        self.capture = HiddenStateCapture()
         try:
-            yield self.listener
+            yield self.capture
         finally:
-            self.listener = None
+            self.capture = None
 
     @contextmanager
     def open(self, columns: MaskColumns | None) -> Iterator[None]:

@@ -11,6 +11,8 @@ import re
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .randomness import own_randomness
+
 VOCAB = 40
 LAYERS, POSITIONS, WINDOW = 2, 128, 8
 WIDTH, HEADS, KEY_VALUE_HEADS, HEAD_WIDTH = 64, 4, 2, 16
@@ -98,15 +100,16 @@ def _random_model(
 ) -> PreTrainedModel:
     make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
     with torch.device("meta"):
-        size = sum(p.numel() for p in make(config).parameters())
+        size = sum(p.numel() for p in make(config, dtype=None).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"it would have {size:,} parameters: some of its sizes are unknown")
-    torch.manual_seed(seed)
-    model = make(config, dtype=dtype, experts_implementation="eager").eval()
-    with torch.no_grad():
+    with own_randomness(seed), torch.no_grad():
+        # Not `dtype=...`, which would be the default dtype of the whole process for a moment.
+        model = make(config, dtype=None, experts_implementation="eager").to(dtype).eval()
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                 module.weight.normal_(0, 2 * module.weight.shape[-1] ** -0.5)
+    model.config.dtype = dtype
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.support import input_device
+from ..base.inspection import input_device
 from .prompts import decode_response, encode_prompt, question_of
 
 STOP, LENGTH = "stop", "length"  # finish_reason, in the words of serving engines

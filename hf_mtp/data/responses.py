@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..adapter.fingerprint import tokenizer_fingerprint
-from ..base.support import evaluation_mode
-from ..tuner import GatedLoraModel
+from ..adapter.base_match import tokenizer_fingerprint
+from ..adapter.tuner import GatedLoraTuner
+from ..base.inspection import evaluation_mode
 from .answers import answer, end_tokens, pad_token
 from .prompts import form_of
 from .randomness import own_randomness
@@ -185,7 +185,7 @@ def _refuse_arguments(
             f"{', '.join(map(repr, refused))} cannot be passed on to `generate`: every row gets one response, whose "
             "batch, end and chance are decided here. Pass settings one by one, such as `temperature=0.7`."
         )
-    if mtp and not isinstance(getattr(model, "base_model", None), GatedLoraModel):
+    if mtp and not isinstance(getattr(model, "base_model", None), GatedLoraTuner):
         raise ValueError(
             f"`mtp=True` needs an upgraded model, but got {type(model).__name__}. Load its adapter, "
             "`PeftModel.from_pretrained(base, adapter)`, or leave `mtp` out: the responses are the same."

@@ -2,39 +2,40 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
 
-from ..base.cache import RollbackCache, cache_name
-from ..base.peers import agreed_seconds, peers_unfinished
-from .drafting import Draw
-from .loop import Task, decode
-from .reading import Reading
-from .request import (
-    Prompt,
+from ..adapter.tuner import GatedLoraTuner
+from ..base.caches import cache_name
+from ..base.distributed import agreed_seconds, any_process_unfinished, is_sharded
+from ..cache.protocol import DecodingCache
+from ..cache.rollback import RollbackCache
+from ..passes.speculation_mode import PASSES, SpeculationMode
+from .batch import Batch
+from .checks import (
     refuse_for_sequences,
-    refuse_generation_config,
+    refuse_generation_mode,
     refuse_ids,
     refuse_rope_switches,
     refuse_short_cache,
 )
-from .sequence import SequenceCache, SequenceStep, WholeTextCache, WholeTextStep
+from .drafters.masks import MaskDrafter
+from .drafters.ngrams import NgramDrafter
+from .loop import DecodingLoop
+from .noise import PositionNoise, draw_seed
+from .processors import most_new_tokens, processors_of_row
+from .prompt import Prompt
+from .schedule.adaptive import AdaptiveSchedule
+from .schedule.fixed import FixedSchedule
+from .sequence import Sequence, padded_ids, stacked_records
 from .statistics import MTPGenerateOutput, MTPStatistics
-from .step import MaskedStep
-from .transcript import Transcript
-from .verification import WARPERS
-
-if TYPE_CHECKING:
-    from ..tuner import GatedLoraModel
+from .streaming import RowStream
+from .verifier import Verifier
 
 COLUMNS_STEP = 256
-# Other readings share the step of branches and a cache that rolls back.
-STEPS = {Reading.SEQUENCES_FROM_STATES: SequenceStep, Reading.WHOLE_TEXTS: WholeTextStep}
-CACHES = {Reading.SEQUENCES_FROM_STATES: SequenceCache, Reading.WHOLE_TEXTS: WholeTextCache}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class GenerateCall:
 
     Args:
         tuner ([`GatedLoraModel`]): The upgraded model.
-        reading ([`Reading`]): How it reads several tokens per pass.
+        mode ([`SpeculationMode`]): How it computes several tokens per pass.
         strategy (`str`): `"auto"`, `"quadratic"` or `"linear"`.
         k (`int`): Drafts per pass that masks give at most.
         generator (`torch.Generator`, *optional*), streamer
@@ -51,8 +52,8 @@ class GenerateCall:
             passed to `generate`, which does not hand them on to a custom decode loop.
     """
 
-    tuner: "GatedLoraModel"
-    reading: Reading
+    tuner: GatedLoraTuner
+    mode: SpeculationMode
     strategy: str
     k: int
     generator: torch.Generator | None
@@ -69,79 +70,127 @@ class GenerateCall:
         **model_kwargs,
     ) -> torch.LongTensor | MTPGenerateOutput:
         """Decodes a batch. Arguments are those of a decode loop of transformers."""
-        refuse_generation_config(generation_config)
+        refuse_generation_mode(generation_config)
         refuse_ids(input_ids, self.tuner.vocab_size)
-        prompt = Prompt.of(self.tuner.model, input_ids, model_kwargs)
-        room = generation_config.max_length - input_ids.shape[1]
-        columns = prompt.columns + room - 1
-        refuse_short_cache(prompt.cache, columns)
-        is_static = generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
-        if is_static:
-            refuse_rope_switches(self.tuner.model.config, columns)
-        if self.reading is not Reading.BRANCHES:
-            refuse_for_sequences(prompt, is_static, self.synced_gpus, whole=self.reading is Reading.WHOLE_TEXTS)
+        prompt = Prompt.of(self.tuner.model, input_ids, model_kwargs, getattr(generation_config, "_mask_length", None))
+        new_tokens = most_new_tokens(stopping_criteria, input_ids.shape[1])
+        columns = prompt.columns + new_tokens - 1
+        self._refuse(prompt, columns, generation_config)
 
-        returns = generation_config.return_dict_in_generate
-        returns_cache = returns or getattr(prompt.cache, "_is_user_defined", False)
-        task = Task(
-            k=self.k,
-            processors=logits_processor,
-            criteria=stopping_criteria,
-            streamer=self.streamer,
-            draw=self._draw(logits_processor) if generation_config.do_sample else None,
-            keep_rows=returns_cache or is_static,
-            fixed_shape=is_static,
-            others_unfinished=peers_unfinished(self.tuner.model, self.synced_gpus),
-            agreed_seconds=agreed_seconds(self.tuner.model),
-        )
-        step = STEPS.get(self.reading, MaskedStep)(
-            self.tuner,
-            output_hidden_states=bool(returns and generation_config.output_hidden_states),
-            output_attentions=bool(returns and generation_config.output_attentions),
-            compiled=self._compiled_forward(generation_config) if is_static else None,
-        )
-        transcript, statistics = Transcript(input_ids, room, generation_config), MTPStatistics()
-        for part in prompt.parts(together=self.reading is Reading.BRANCHES):
+        sequences = self._sequences(input_ids, prompt, new_tokens, generation_config, logits_processor)
+        pad_token = getattr(generation_config, "_pad_token_tensor", None)
+        pad_token = 0 if pad_token is None else int(pad_token)
+        verifier = Verifier(logits_processor, stopping_criteria, len(sequences), pad_token)
+        stream, statistics = RowStream(self.streamer, sequences, pad_token), MTPStatistics()
+        keeps_cache = generation_config.return_dict_in_generate or getattr(prompt.cache, "_is_user_defined", False)
+        for part in prompt.parts(together=PASSES[self.mode][1] is RollbackCache):
             cache = self._cache(part, columns, generation_config)
-            pace = self.tuner.pace(self.strategy, len(part.rows), self.k, is_static)
-            decode(step, task, part, transcript, cache, pace, statistics)
-            if returns_cache and part.cache is not None:
-                step.catch_up(cache)
-                cache.hand_over(part.cache)
+            rows = [sequences[row] for row in part.rows]
+            self._decode(
+                Batch(rows, cache, part.unread_BT), verifier, stream, statistics, generation_config, keeps_cache
+            )
+            if keeps_cache and part.cache is not None:
+                self._forward(generation_config).catch_up(cache)
+                cache.give_back(part.cache)
         self.tuner.mtp_statistics = statistics
-        if self.streamer is not None:
-            self.streamer.end()
-        if not returns:
-            return transcript.sequences
-        return MTPGenerateOutput(
-            sequences=transcript.sequences,
-            scores=transcript.stacked("score"),
-            logits=transcript.stacked("logits"),
-            hidden_states=transcript.stacked("hidden_states"),
-            attentions=transcript.stacked("attentions"),
-            mtp_statistics=statistics,
-            **{cache_name(MTPGenerateOutput.__dataclass_fields__): part.cache if part is prompt else None},
+        stream.end()
+        return self._result(sequences, pad_token, prompt, part, statistics, generation_config)
+
+    def _refuse(self, prompt: Prompt, columns: int, config: GenerationConfig) -> None:
+        refuse_short_cache(prompt.cache, columns)
+        if _is_static(config):
+            refuse_rope_switches(self.tuner.model.config, columns)
+        if self.mode is not SpeculationMode.TREE:
+            recomputes = self.mode is SpeculationMode.RECOMPUTE
+            refuse_for_sequences(prompt, _is_static(config), self.synced_gpus, whole=recomputes)
+
+    def _sequences(
+        self,
+        input_ids: torch.LongTensor,
+        prompt: Prompt,
+        new_tokens: int,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+    ) -> list[Sequence]:
+        batch, vocab = len(input_ids), self.tuner.vocab_size
+        seed = draw_seed(self.generator) if config.do_sample else None
+        return [
+            Sequence(
+                input_ids[row],
+                row,
+                min(prompt.padding[row], input_ids.shape[1]),
+                new_tokens,
+                config,
+                processors_of_row(processors, row, batch),
+                None if seed is None else PositionNoise(seed, row, vocab, input_ids.device),
+            )
+            for row in range(batch)
+        ]
+
+    def _decode(
+        self,
+        batch: Batch,
+        verifier: Verifier,
+        stream: RowStream,
+        statistics: MTPStatistics,
+        config: GenerationConfig,
+        keeps_cache: bool,
+    ) -> None:
+        """Decodes rows together, until they and those of other processes are done."""
+        is_static = _is_static(config)
+        key = (self.tuner.active_adapters[0], self.k, len(batch.sequences), is_static, str(self.tuner.model.device))
+        schedule = self._schedule(key, is_static)
+        drafters = [MaskDrafter(self.tuner, schedule.mask_acceptance, verifier.processors)]
+        if isinstance(schedule, AdaptiveSchedule) and not is_static:  # whose passes have no room for longer drafts
+            drafters.append(NgramDrafter(schedule.ngram_rates))
+        loop = DecodingLoop(
+            self._forward(config), schedule, drafters, verifier, self.k, fixed_shape=is_static, statistics=statistics
+        )
+        others_unfinished = any_process_unfinished(self.tuner.model, self.synced_gpus)
+        keeps_rows = keeps_cache or is_static or verifier.keeps_rows_in_step
+        loop.step(batch)
+        stream.send()
+        if isinstance(schedule, AdaptiveSchedule) and schedule.costs is None and not is_sharded(self.tuner.model):
+            loop.measure_costs(batch, agreed_seconds(self.tuner.model))
+        while others_unfinished(batch.is_done):
+            if not keeps_rows:
+                batch.retire()
+            loop.step(batch)
+            stream.send()
+        if isinstance(schedule, AdaptiveSchedule):
+            self.tuner.schedules.give_back(key, schedule)
+
+    def _schedule(self, key: tuple, is_static: bool) -> FixedSchedule | AdaptiveSchedule:
+        if self.strategy != "auto":
+            return FixedSchedule(self.k, linear=self.strategy == "linear")
+        budget = 2 * self.k if is_static else None
+        return self.tuner.schedules.borrow(key, lambda: AdaptiveSchedule(self.k, budget))
+
+    def _forward(self, config: GenerationConfig):
+        returns = config.return_dict_in_generate
+        return PASSES[self.mode][0](
+            self.tuner,
+            output_hidden_states=bool(returns and config.output_hidden_states),
+            output_attentions=bool(returns and config.output_attentions),
+            compiled=self._compiled_forward(config) if _is_static(config) else None,
         )
 
-    def _draw(self, processors: LogitsProcessorList) -> Draw:
-        return Draw(LogitsProcessorList(p for p in processors if type(p) in WARPERS), self.generator)
-
-    def _cache(self, prompt: Prompt, columns: int, config: GenerationConfig) -> RollbackCache | SequenceCache:
+    def _cache(self, prompt: Prompt, columns: int, config: GenerationConfig) -> DecodingCache:
         """An own cache for some rows, which starts with what the given one holds."""
-        if self.reading in CACHES:
-            cache = CACHES[self.reading](prompt.start_B, held=prompt.cache)
+        kind = PASSES[self.mode][1]
+        if kind is not RollbackCache:
+            cache = kind(prompt.start_B, held=prompt.cache)
         else:
-            is_static = config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
             cache = RollbackCache(
                 prompt.start_B,
-                columns=_fixed_columns(columns, self.k, config) if is_static else None,
+                columns=_fixed_columns(columns, self.k, config) if _is_static(config) else None,
                 offloading=config.cache_implementation == "offloaded" and torch.cuda.is_available(),
             )
-        cache.rows.set_ahead(prompt.ahead_B)
+        cache.rows.set_position_offset(prompt.offset_B)
         if prompt.read:
-            cache.take_over(prompt.cache)
-        if prompt.beside.layers:  # refused for all other kinds of caches
-            cache.see(prompt.cache, prompt.beside.layers, prompt.beside.inputs)
+            cache.adopt(prompt.cache)
+        if prompt.extra.layers:  # refused for all other kinds of caches
+            cache.share_layers(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:
@@ -150,6 +199,32 @@ class GenerateCall:
         if config.disable_compile or (model.device.type == "cpu" and config.compile_config is None):
             return None
         return model.get_compiled_call(config.compile_config)
+
+    def _result(
+        self,
+        sequences: list[Sequence],
+        pad_token: int,
+        prompt: Prompt,
+        part: Prompt,
+        statistics: MTPStatistics,
+        config: GenerationConfig,
+    ) -> torch.LongTensor | MTPGenerateOutput:
+        ids = padded_ids(sequences, pad_token)
+        if not config.return_dict_in_generate:
+            return ids
+        return MTPGenerateOutput(
+            sequences=ids,
+            scores=stacked_records(sequences, "score"),
+            logits=stacked_records(sequences, "logits"),
+            hidden_states=stacked_records(sequences, "hidden_states"),
+            attentions=stacked_records(sequences, "attentions"),
+            mtp_statistics=statistics,
+            **{cache_name(MTPGenerateOutput.__dataclass_fields__): part.cache if part is prompt else None},
+        )
+
+
+def _is_static(config: GenerationConfig) -> bool:
+    return config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 
 def _fixed_columns(tokens: int, k: int, config: GenerationConfig) -> int:

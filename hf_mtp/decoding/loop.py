@@ -1,312 +1,159 @@
 """The decode loop: draft, verify, accept, roll back.
 
-One forward pass verifies the drafts of the pass before and computes masks for the next ones. Its regular tokens are
-the pending token and its drafts (at first, the prompt); masks follow them, in blocks that hang on the tokens where
-decoding may end up. All masks and rejected drafts stand behind what a row's cache counts in, and rolling back is not
-counting them.
+One forward pass verifies the drafts of the pass before, and computes masks for the next ones. Its regular tokens are
+each row's last token and drafts behind it (at first, the prompt). Masks follow them, in blocks that hang on the tokens
+where a row may end. The cache then keeps what was accepted and forgets the rest.
 
-Shapes: B batch, K drafts per row, T regular columns, M masks per row, R = K + 1 positions with logits, D features.
+Shapes: B batch, T regular columns, K drafts per row, k masks per block.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
-from transformers.generation.streamers import BaseStreamer
 
-from ..base.cache import RollbackCache
-from ..blocks.layout import decoding_layout
-from ..blocks.slots import Slots
-from .drafting import NO_TOKEN, Drafts, Draw, found_drafts, no_drafts
-from .lookup import Lookup, Match
-from .pacing import Pacer, Pass, Whole
-from .request import Prompt
-from .sequence import SequenceCache
+from ..layout.blocks import BlockLayout, decoding_layout
+from ..layout.mask_plan import MaskPlan, choose_masks
+from ..passes.decoding_pass import DecodingPass
+from .batch import NO_SOURCE, Batch
+from .drafters.base import Drafter, Drafts, no_drafts
+from .outcome import Outcome
+from .schedule.adaptive import AdaptiveSchedule
+from .schedule.costs import MASKED_COLUMNS, PLAIN_COLUMNS, measure_costs
+from .schedule.fixed import FixedSchedule
 from .statistics import MTPStatistics
-from .step import MaskedStep, StepOutput
-from .transcript import Transcript
-from .verification import WARPERS, processors_of_row, verify_in_order, verify_together
+from .verifier import Verifier
+
+LONG_PROMPT = 512  # tokens; the attention mask of a padded prompt with masks grows with the square of its length
 
 
-@dataclass(frozen=True)
-class Task:
-    """How to decode.
+class DecodingLoop:
+    """Decodes a batch, pass by pass. Rows may be admitted and retired between passes.
 
     Args:
-        k (`int`): Drafts per row at most.
-        processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]), streamer
-            ([`~transformers.generation.streamers.BaseStreamer`], *optional*): As prepared by `generate`.
-        draw ([`Draw`], *optional*): Samples; greedy if `None`.
-        keep_rows (`bool`): Whether the cache must keep rows that ended.
+        forward ([`DecodingPass`]): The upgraded model's forward pass.
+        schedule ([`FixedSchedule`] or [`AdaptiveSchedule`]): Which masks to compute, and which drafts to verify.
+        drafters (`list[Drafter]`): Sources of drafts; the first one makes them of masks.
+        verifier ([`Verifier`]): Decides what is accepted.
+        k (`int`): Masks per block at most.
         fixed_shape (`bool`): Whether every pass has the same number of columns, so that one compiled graph serves all.
-        others_unfinished (`Callable`): Whether other processes still decode, told that this one does or does not.
-        agreed_seconds (`Callable`): What a pass took for all processes that share the weights, told what it took here.
+        statistics ([`MTPStatistics`], *optional*): Counted on.
     """
 
-    k: int
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    streamer: BaseStreamer | None
-    draw: Draw | None
-    keep_rows: bool
-    fixed_shape: bool
-    others_unfinished: Callable[[bool], bool]
-    agreed_seconds: Callable[[float], float]
+    def __init__(
+        self,
+        forward: DecodingPass,
+        schedule: FixedSchedule | AdaptiveSchedule,
+        drafters: list[Drafter],
+        verifier: Verifier,
+        k: int,
+        fixed_shape: bool = False,
+        statistics: MTPStatistics | None = None,
+    ):
+        self.forward, self.schedule, self.drafters, self.verifier = forward, schedule, drafters, verifier
+        self.k, self.fixed_shape = k, fixed_shape
+        self.statistics = MTPStatistics() if statistics is None else statistics
 
+    def step(self, batch: Batch) -> Outcome:
+        """One pass: verifies the batch's drafts, keeps what holds, and makes the next drafts.
 
-def decode(
-    step: MaskedStep,
-    task: Task,
-    prompt: Prompt,
-    transcript: Transcript,
-    cache: RollbackCache | SequenceCache,
-    pace: Whole | Pacer,
-    statistics: MTPStatistics,
-) -> None:
-    """Speculative decoding of a batch.
-
-    Args:
-        step ([`MaskedStep`]): The upgraded model's forward pass.
-        task ([`Task`]): How to decode.
-        prompt ([`Prompt`]): What to go on from.
-        transcript ([`Transcript`]): Of all rows, these among them; extended in place.
-        cache ([`RollbackCache`] or [`SequenceCache`]): The tokens before the prompt; afterwards, all but each row's
-            last.
-        pace ([`Whole`] or [`Pacer`]): The strategy.
-        statistics ([`MTPStatistics`]): Counted on.
-    """
-    batch = Batch(task, transcript, prompt.rows, cache.rows.starts, looks_up=pace.lookups is not None)
-    regular_BT, drafts = prompt.unread_BT, no_drafts(len(batch.rows), prompt.unread_BT.device)
-    began = None  # a prompt's pass is of no use as a measure
-    while True:
-        # One pass over what the cache lacks, the drafts, and masks on the tokens that may turn out last.
-        columns = regular_BT.shape[1]
-        before = columns - 1 - drafts.count  # columns of the prompt before its last
-        room = min(
-            batch.room - 2, step.positions_left(cache.rows.positions + columns) - 1
-        )  # drafts stand behind their masks
-        slots = pace.slots(drafts, task.k if task.fixed_shape else max(0, min(task.k, room)))
-        layout = decoding_layout(cache.rows.next_columns(columns) - cache.rows.start_B[:, None], slots, first=before)
-        output = step(regular_BT, layout, cache, logits_rows=1 + drafts.count)
-
-        outcome = batch.verify(output, drafts, slots)
-        statistics.count_pass(outcome.new_tokens, outcome.offered, outcome.accepted, batch.takes, output.calls)
-
-        # What was accepted stays in the cache, with the token before it; masks and rejected drafts go.
-        cache.keep([before * (new > 0) + new for new in outcome.new_tokens])
-        if not task.others_unfinished(batch.is_done):
-            return
-        began, before_began = time.perf_counter(), began
-        if before_began is not None:
-            seconds = task.agreed_seconds(began - before_began)
-            pace.observe(batch.describe(outcome, columns - 1, layout.masks, seconds))
-
-        # Each row's next drafts are what followed such words before, or what the block on its last token says.
-        room = min(batch.room - 1, step.positions_left(cache.rows.positions + 1))
-        found = batch.look_up(outcome, pace, room)
-        count = pace.fixed_drafts(task.k) if task.fixed_shape else min(max(outcome.next_drafts), batch.room - 1)
-        drafts, regular_BT = no_drafts(len(batch.rows), regular_BT.device), outcome.pending_B[:, None]
-        if count > 0 and not all(batch.takes):
-            column_BK = slots.column_BRk[torch.arange(len(batch.rows)), outcome.accepted_B, :count]
-            drafts = step.draft(outcome.pending_B, output.block(column_BK), task.draw).where(column_BK >= 0)
-        if found is not None:
-            drafts = drafts.overridden_by(found) if drafts.count else found
-        if drafts.count:
-            regular_BT = torch.cat([regular_BT, drafts.token_BK.clamp(min=0)], dim=1)
-        if (alive := batch.drop_finished()) is not None:
-            cache.select_rows(alive)
-            drafts, regular_BT = drafts.select_rows(alive), regular_BT[alive]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one pass gave, per row of the batch.
-
-    Args:
-        tokens (`list[list[int]]`): Tokens returned to the user.
-        offered, accepted (`list[int]`): Drafts verified, and how many of these were accepted.
-        pending_B (`torch.LongTensor` of shape `(B,)`): The token that comes next, not yet read by the model.
-        accepted_B (`torch.LongTensor` of shape `(B,)`): `accepted`, where kernels can read it.
-        next_drafts (`list[int]`): Drafts that the pass's masks can give.
-    """
-
-    tokens: list[list[int]]
-    offered: list[int]
-    accepted: list[int]
-    pending_B: torch.LongTensor
-    accepted_B: torch.LongTensor
-    next_drafts: list[int]
-
-    @property
-    def new_tokens(self) -> list[int]:
-        """How many tokens were returned."""
-        return [len(tokens) for tokens in self.tokens]
-
-
-class Batch:
-    """The rows still being decoded.
-
-    Args:
-        task ([`Task`]): How to decode.
-        transcript ([`Transcript`]): Of all rows.
-        rows (`list[int]`): Their numbers in the transcript.
-        starts (`list[int]`): Columns of padding at the left of each prompt.
-        looks_up (`bool`): Whether drafts may come from a row's own text.
-    """
-
-    def __init__(self, task: Task, transcript: Transcript, rows: list[int], starts: list[int], looks_up: bool):
-        self.task, self.transcript, self.rows = task, transcript, rows
-        self.takes = [0] * len(self.rows)  # looked up drafts of each row
-        self.lookups, self.matches = None, [Match(0, [])] * len(self.rows)
-        if looks_up:
-            self.lookups = {
-                row: Lookup(transcript.prefix(row)[0, start:].tolist())
-                for row, start in zip(rows, starts, strict=True)
-            }
-        self.ends = {
-            token
-            for criterion in task.criteria
-            if type(criterion) is EosTokenCriteria
-            for token in criterion.eos_token_id.tolist()
-        }
-        # Criteria that hold for a token whatever its prefix are asked by numbers, and all rows are verified at once.
-        known = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
-        self.in_order = any(type(processor) not in WARPERS for processor in task.processors) or any(
-            type(criterion) not in known for criterion in task.criteria
-        )
-        self.clocks = [criterion for criterion in task.criteria if type(criterion) is MaxTimeCriteria]
-        self.row_processors = {row: processors_of_row(task.processors, row, len(transcript)) for row in rows}
-
-    @property
-    def is_done(self) -> bool:
-        return all(self.transcript.finished[row] for row in self.rows)
-
-    @property
-    def room(self) -> int:
-        """New tokens that the row with most room may still get."""
-        return max(self.transcript.room_of(row) for row in self.rows)
-
-    def verify(self, output: StepOutput, drafts: Drafts, slots: Slots) -> Outcome:
-        """Extends the transcript by the drafts that hold, and by one token more per row."""
-        before = [self.transcript.new_tokens[row] for row in self.rows]
-        verify = self._verify_in_order if self.in_order else self._verify_together
-        outcome = verify(output, drafts, slots)
-        if self.clocks and any(bool(clock(self.transcript.prefix(0), None).all()) for clock in self.clocks):
-            for row in self.rows:
-                self.transcript.finish(row)
-        for index, row in enumerate(self.rows):
-            self.transcript.record_states(row, before[index], output.states_of_row(index))
-        if self.task.streamer is not None and outcome.new_tokens[0]:
-            self.task.streamer.put(self.transcript.prefix(0)[0, -outcome.new_tokens[0] :].cpu())
+        Args:
+            batch ([`Batch`]): Changed in place.
+        """
+        plan, layout = self._plan(batch)
+        output = self.forward(batch.unread_BT, layout, batch.cache, logits_rows=1 + batch.drafts.count)
+        verified = self.verifier(batch, output)
+        columns = batch.unread_BT.shape[1] + plan.masks
+        outcome = Outcome(batch.sequences, columns, plan, output, verified, batch.source_of_row)
+        # The cache keeps the token before the accepted drafts, and these. Masks and rejected drafts are rolled back.
+        before = batch.unread_BT.shape[1] - 1 - batch.drafts.count
+        batch.cache.keep([before * (new > 0) + new for new in verified.new_tokens])
+        self._observe(outcome)
+        self._draft(batch, outcome)
         return outcome
 
-    def _verify_together(self, output: StepOutput, drafts: Drafts, slots: Slots) -> Outcome:
-        token_BR, accepted_B, score_BRV = verify_together(
-            output.logits_BRV, drafts, self.task.draw, self.task.processors
-        )
-        if drafts.count or slots.alive_BM.shape[1]:
-            next_B1 = slots.drafts_BR.gather(1, accepted_B[:, None])
-            offered_B1 = (drafts.token_BK != NO_TOKEN).sum(dim=1, keepdim=True)
-            numbers = torch.cat([token_BR, accepted_B[:, None], offered_B1, next_B1], dim=1)
-        else:  # a plain pass
-            numbers = torch.nn.functional.pad(token_BR, (0, 3))
-        read = numbers.tolist()  # the one time that the host waits for the device
-        returned, accepted_counts = [], []
-        for index, row in enumerate(self.rows):
-            *tokens, accepted, _, _ = read[index]
-            tokens = [] if self.transcript.finished[row] else tokens[: min(accepted + 1, self.transcript.room_of(row))]
-            end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
-            if end is not None:
-                tokens = tokens[: end + 1]
-            if end is not None or len(tokens) == self.transcript.room_of(row):
-                self.transcript.finish(row)
-            count = len(tokens)
-            self.transcript.append(
-                row, token_BR[index, :count], output.logits_BRV[index, :count], score_BRV[index, :count]
-            )
-            returned.append(tokens)
-            accepted_counts.append(min(accepted, count))
-        return Outcome(
-            returned,
-            [offered for *_, offered, _ in read],
-            accepted_counts,
-            token_BR.gather(1, accepted_B[:, None])[:, 0],
-            accepted_B,
-            [drafts for *_, drafts in read],
-        )
+    def _plan(self, batch: Batch) -> tuple[MaskPlan, BlockLayout]:
+        """Which masks the next pass computes, and where all its columns stand."""
+        cache, regular = batch.cache, batch.unread_BT.shape[1]
+        before = regular - 1 - batch.drafts.count  # columns of the prompt before its last
+        # A draft comes one position behind its mask.
+        positions = self.forward.positions_left(cache.rows.positions + regular) - 1
+        k = max(0, min(self.k, batch.remaining_tokens - 2, positions))
+        if before > LONG_PROMPT and any(cache.rows.starts):
+            k = 0
+        plan = self.schedule.plan_masks(batch.drafts, self.k if self.fixed_shape else k)
+        places_BT = cache.rows.next_columns(regular) - cache.rows.start_B[:, None]
+        return plan, decoding_layout(places_BT, plan, first=before)
 
-    def _verify_in_order(self, output: StepOutput, drafts: Drafts, slots: Slots) -> Outcome:
-        returned, accepted = [], []
-        for index, row in enumerate(self.rows):
-            before, own = self.transcript.new_tokens[row], drafts.select_rows(slice(index, index + 1))
-            accepted.append(
-                0
-                if self.transcript.finished[row]
-                else verify_in_order(
-                    self.transcript,
-                    row,
-                    output.logits_BRV[index],
-                    own,
-                    self.task.draw,
-                    self.row_processors[row],
-                    self.task.criteria,
-                )
-            )
-            new = self.transcript.new_tokens[row] - before
-            returned.append(self.transcript.prefix(row)[0, -new:].tolist() if new else [])
-        accepted_B = torch.tensor(accepted, device=drafts.token_BK.device)
-        return Outcome(
-            returned,
-            (drafts.token_BK != NO_TOKEN).sum(dim=1).tolist(),
-            accepted,
-            torch.cat([self.transcript.prefix(row)[0, -1:] for row in self.rows]),
-            accepted_B,
-            slots.drafts_BR.gather(1, accepted_B[:, None])[:, 0].tolist(),
-        )
+    def _observe(self, outcome: Outcome) -> None:
+        self.statistics.count_pass(outcome)
+        for number, drafter in enumerate(self.drafters):
+            drafter.observe(outcome, [source == number for source in outcome.source_of_row])
+        self.schedule.observe(outcome)
 
-    def describe(self, outcome: Outcome, drafts: int, masks: int, seconds: float) -> Pass:
-        """What the strategy learns from a pass."""
-        by_masks = [
-            (offered, accepted)
-            for offered, accepted, taken in zip(outcome.offered, outcome.accepted, self.takes, strict=True)
-            if offered and not taken
+    def _draft(self, batch: Batch, outcome: Outcome) -> None:
+        """Makes the drafts that the next pass verifies."""
+        pending_B = outcome.verified.pending_B
+        drafts, sources = no_drafts(len(batch.sequences), pending_B.device), [NO_SOURCE] * len(batch.sequences)
+        counts = [] if batch.is_done else self._counts(batch, outcome)
+        for number, (drafter, wanted) in enumerate(zip(self.drafters, counts, strict=False)):
+            if any(wanted):
+                drafts = drafts.overridden_by(drafter.propose(outcome, wanted))
+                sources = [number if count else source for count, source in zip(wanted, sources, strict=True)]
+        if self.fixed_shape and counts:
+            drafts = drafts.padded(self.schedule.fixed_drafts(self.k))
+        if self.verifier.keeps_rows_in_step and self.verifier.pad_token is not None:
+            drafts = self._with_padding(batch, drafts)
+        batch.set_drafts(pending_B, drafts, sources)
+
+    def _counts(self, batch: Batch, outcome: Outcome) -> list[list[int]]:
+        """How many drafts each drafter makes for each row: what the schedule wants, where there is room."""
+        room = self.forward.positions_left(batch.cache.rows.positions + 1)
+        expected = [
+            [
+                row[: max(0, min(room, sequence.remaining_tokens - 1))] if not sequence.is_finished else []
+                for row, sequence in zip(drafter.expect(outcome), batch.sequences, strict=True)
+            ]
+            for drafter in self.drafters
         ]
-        return Pass(drafts, masks, sum(outcome.new_tokens), len(self.rows), by_masks, seconds)
+        return self.schedule.choose(expected)
 
-    def look_up(self, outcome: Outcome, pace: Whole | Pacer, room: int) -> Drafts | None:
-        """Drafts for the rows that are better off with what followed the same words before; `None` if no row is."""
-        if self.lookups is None:
-            return None
-        pace.lookups.compare(self.matches, outcome.tokens)
-        for index, row in enumerate(self.rows):
-            self.lookups[row].extend(outcome.tokens[index])
-        wanted = max(0, min(pace.lookups.MOST_DRAFTS, room))
-        self.matches = [
-            Match(0, []) if self.transcript.finished[row] else self.lookups[row].match(wanted) for row in self.rows
-        ]
-        self.takes = pace.lookups_to_take(self.matches, outcome.next_drafts)
-        if not any(self.takes):
-            return None
-        return found_drafts(
-            [match.tokens[:taken] for match, taken in zip(self.matches, self.takes, strict=True)],
-            [pace.lookups.confidences(match)[:taken] for match, taken in zip(self.matches, self.takes, strict=True)],
-            outcome.pending_B.device,
-            drawn=self.task.draw is not None,
-        )
+    def _with_padding(self, batch: Batch, drafts: Drafts) -> Drafts:
+        """Rows that ended go on with padding, which is their draft."""
+        ended = [index for index, row in enumerate(batch.sequences) if row.is_finished]
+        token_BK = drafts.token_BK.clone()
+        token_BK[ended] = self.verifier.pad_token
+        return Drafts(token_BK, drafts.confidence_BK)
 
-    def drop_finished(self) -> list[int] | None:
-        """Leaves out rows that ended, unless they are to be kept.
+    def measure_costs(self, batch: Batch, agreed: Callable[[float], float]) -> None:
+        """Times passes of several sizes on the batch as it is, which they leave as it is.
 
-        Returns:
-            `list[int]`: Places in the batch of the rows that stay; `None` if all do.
+        Args:
+            batch ([`Batch`]): One whose prompts were read.
+            agreed (`Callable`): What all processes that share the weights take for a time measured in this one.
         """
-        alive = [index for index, row in enumerate(self.rows) if not self.transcript.finished[row]]
-        if self.task.keep_rows or not alive or len(alive) == len(self.rows):
-            return None
-        self.rows, self.takes, self.matches = (
-            [values[index] for index in alive] for values in (self.rows, self.takes, self.matches)
-        )
-        return alive
+        most = min(1 + self.k + (self.k + 1) * self.k, self.forward.positions_left(batch.cache.rows.positions))
+        if self.fixed_shape:
+            self.schedule.costs = measure_costs(partial(self._run, batch), (), (1 + 3 * self.k,), agreed)
+        elif most > 2:
+            self.schedule.costs = measure_costs(
+                partial(self._run, batch),
+                sorted({min(columns, most) for columns in PLAIN_COLUMNS}),
+                sorted({min(columns, most) for columns in MASKED_COLUMNS}),
+                agreed,
+            )
+
+    def _run(self, batch: Batch, columns: int, with_masks: bool) -> None:
+        """A pass over so many columns, of whatever tokens, to its end. Nothing of it is kept."""
+        rows, pending_B = len(batch.sequences), batch.unread_BT[:, 0]
+        least = -(-(columns - 1 - self.k) // (self.k + 1))  # so that the masks find room in as many blocks
+        drafted = max(least, min(self.k, (columns - 1) // 3)) if with_masks else columns - 1
+        regular_BT = pending_B[:, None].expand(-1, 1 + drafted)
+        value_BRk = torch.ones(rows, 1 + drafted, self.k, device=pending_B.device)
+        plan = choose_masks(value_BRk, columns - 1 - drafted)
+        places_BT = batch.cache.rows.next_columns(1 + drafted) - batch.cache.rows.start_B[:, None]
+        output = self.forward(regular_BT, decoding_layout(places_BT, plan), batch.cache, logits_rows=1 + drafted)
+        last = output.logits_BRV.argmax(dim=-1)
+        if with_masks:
+            last = self.forward.tuner.draft(pending_B, output.mask_BMD[:, : self.k]).token_BK
+        last.tolist()  # waits for the device

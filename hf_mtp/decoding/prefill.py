@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from ..base.cache import CACHE_NAMES, cache_name, tokens_by_layer
-from .reading import are_close
-from .sequence import copied
+from ..base.caches import CACHE_NAMES, cache_name, copied, tokens_by_layer
+from ..passes.speculation_mode import are_close
 
 # Arguments of a model's forward pass that the decode loop makes itself.
 OWN_ARGUMENTS = {
@@ -28,7 +27,7 @@ OWN_ARGUMENTS = {
 
 
 @dataclass(frozen=True)
-class Beside:
+class ExtraInputs:
     """What a model goes on to see beside the text.
 
     Args:
@@ -41,7 +40,7 @@ class Beside:
 
 
 @torch.no_grad()
-def read_by_base(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, read: int) -> Beside:
+def read_by_base(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, read: int) -> ExtraInputs:
     """Reads all tokens of a prompt but the last into the cache that `generate` made for it.
 
     Args:
@@ -64,10 +63,10 @@ def read_by_base(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwar
         input_ids[:, :-1], next_sequence_length=length - 1 - read, is_first_iteration=True, **shorter
     )
     model(**inputs, return_dict=True)
-    return _beside_next_token(model, input_ids, model_kwargs)
+    return _inputs_of_next_token(model, input_ids, model_kwargs)
 
 
-def _beside_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict) -> Beside:
+def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict) -> ExtraInputs:
     """Found out by reading a token as plain decoding does, and as the decode loop will, on copies of the cache."""
     name = cache_name(model_kwargs)
     inputs = model.prepare_inputs_for_generation(
@@ -98,7 +97,7 @@ def _beside_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, mode
                 f"{type(model).__name__} is given {', '.join(sorted(more.keys() - passed.keys()))} with every token, "
                 "which `mtp=True` cannot do. Decode with mtp=False."
             )
-    return Beside(layers, passed)
+    return ExtraInputs(layers, passed)
 
 
 def _without_the_last_token(value, input_ids: torch.LongTensor, dim: int):

@@ -1,145 +1,141 @@
-"""Decoding for models that read plain sequences only, and keep a state that cannot be rolled back.
+"""One request while it is decoded: its tokens, what was recorded about them, and all that decides how they go on."""
 
-If the model goes on from its cache by several tokens at a time, a step reads what is certain into that cache, and
-drafts and masks into a copy, which is then dropped. That takes two calls of the model; accepted drafts are read a
-second time, with the next step. If it does not, a step reads the whole text again.
-
-Shapes: one row; T regular columns, K drafts, M masks, R = K + 1 positions with logits, D features.
-"""
+from dataclasses import dataclass
 
 import torch
-from transformers import Cache
+from transformers import GenerationConfig, LogitsProcessorList
 
-from ..adapter.gate import Listener
-from ..base.cache import Rows, cache_name, copied
-from ..blocks.layout import BlockLayout
-from .step import MaskedStep, StepOutput
+from .noise import PositionNoise
 
 
-class SequenceCache:
-    """A model's own cache of one row, and the tokens that it has not read yet.
+@dataclass
+class TokenRecord:
+    """What the user asked for about one new token.
 
     Args:
-        start_B (`torch.LongTensor` of shape `(1,)`): 0, for there is no padding.
-        held (`Any`, *optional*): The model's own cache, as `generate` or the model made it.
+        score, logits (`torch.Tensor` of shape `(V,)`): After and before the logits processors.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(Q, D)`), attentions (of shape `(H, Q, S)`): Per layer, of
+            the Q tokens that the model had to read before this one: the prompt, then one at a time.
     """
 
-    def __init__(self, start_B: torch.LongTensor, held: Cache | None = None):
-        self.rows, self.held = Rows(start_B), held
-        self.unread_BU: torch.LongTensor | None = None  # counted in, but not in `held`
-        # Of the last pass: new columns that were certain, all of them with what was unread before, and the drafts.
-        self._certain, self._certain_BC, self._guesses_BK = 0, None, None
+    score: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class Sequence:
+    """A row of a batch.
+
+    Args:
+        prompt_S (`torch.LongTensor` of shape `(S,)`): The prompt, with the padding at its left.
+        row (`int`): Number of the row in its call.
+        padding (`int`): Columns of padding at the left.
+        max_new_tokens (`int`): New tokens at most.
+        config ([`~transformers.GenerationConfig`]): Says what to record.
+        processors ([`~transformers.LogitsProcessorList`]): As this row alone sees them.
+        noise ([`PositionNoise`], *optional*): Samples; greedy if `None`.
+
+    Attributes:
+        is_stopped (`bool`): Whether a stopping criterion holds.
+        is_finished (`bool`): Whether no more tokens are wanted: of a row that stopped, unless it waits for the others.
+        new_tokens (`int`): New tokens so far.
+    """
+
+    def __init__(
+        self,
+        prompt_S: torch.LongTensor,
+        row: int,
+        padding: int,
+        max_new_tokens: int,
+        config: GenerationConfig,
+        processors: LogitsProcessorList,
+        noise: PositionNoise | None = None,
+    ):
+        self.row, self.padding, self.prompt = row, padding, len(prompt_S)
+        self.ids_S = torch.cat([prompt_S, prompt_S.new_zeros(max_new_tokens)])
+        self.max_new_tokens, self.new_tokens = max_new_tokens, 0
+        self.is_stopped = self.is_finished = False
+        self.processors, self.noise = processors, noise
+        wants = config.return_dict_in_generate
+        self.keeps_scores = bool(wants and config.output_scores)
+        self.keeps_logits = bool(wants and config.output_logits)
+        self.records: list[TokenRecord] = []
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens that the row holds, those not read included."""
-        return self.rows.lengths
+    def remaining_tokens(self) -> int:
+        """New tokens that may still come."""
+        return self.max_new_tokens - self.new_tokens
 
     @property
-    def read(self) -> int:
-        """How many of these the model's own cache has."""
-        return self.rows.longest - (0 if self.unread_BU is None else self.unread_BU.shape[1])
+    def ids_1S(self) -> torch.LongTensor:
+        """`(1, S + n)`: prompt and new tokens."""
+        return self.ids_S[None, : self.prompt + self.new_tokens]
 
-    def split(self, regular_BT: torch.Tensor, drafts: int) -> tuple[torch.Tensor, torch.LongTensor]:
-        """What is certain, unread tokens included, and the drafts behind it."""
-        self._certain = regular_BT.shape[1] - drafts
-        certain, self._guesses_BK = regular_BT.split([self._certain, drafts], dim=1)
-        if self.unread_BU is not None and self.unread_BU.shape[1]:
-            certain = torch.cat([self.unread_BU, certain], dim=1)
-        self._certain_BC = certain
-        return certain, self._guesses_BK
+    @property
+    def text(self) -> list[int]:
+        """The same as numbers, without the padding."""
+        return self.ids_S[self.padding : self.prompt + self.new_tokens].tolist()
 
-    def keep(self, tokens: list[int]) -> None:
-        """Counts in the first regular columns of the last pass: what was certain, and accepted drafts."""
-        self.unread_BU = self._guesses_BK[:, : max(0, tokens[0] - self._certain)]
-        self.rows.add(tokens)
-
-    def take_over(self, cache: Cache) -> None:
-        """Starts with the tokens of `cache`, which is the model's own."""
-        self.rows.add([int(cache.get_seq_length())])
-
-    def hand_over(self, cache: Cache) -> None:
-        """Nothing: it is the very cache that `generate` was given."""
-
-
-class SequenceStep(MaskedStep):
-    """The forward pass of a model that reads one plain sequence at a time."""
-
-    def __init__(self, tuner, **kwargs):
-        super().__init__(tuner, **kwargs)
-        if self.outputs:
-            raise NotImplementedError(
-                f"`{next(iter(self.outputs))}` with `mtp=True`: {type(self.model).__name__} reads what is certain and "
-                "what is drafted in calls of their own. Leave it out, or decode with mtp=False."
+    def append(self, token_n: torch.LongTensor, logits_nV: torch.Tensor | None, score_nV: torch.Tensor | None) -> None:
+        """Adds n tokens, with their logits and scores."""
+        start = self.prompt + self.new_tokens
+        self.ids_S[start : start + len(token_n)] = token_n
+        self.new_tokens += len(token_n)
+        for index in range(len(token_n)):
+            self.records.append(
+                TokenRecord(
+                    score=score_nV[index] if self.keeps_scores else None,
+                    logits=logits_nV[index] if self.keeps_logits else None,
+                )
             )
 
-    def __call__(
-        self, regular_BT: torch.Tensor, layout: BlockLayout, cache: SequenceCache, logits_rows: int
-    ) -> StepOutput:
-        """Reads all columns. Arguments as in [`MaskedStep`]; the masks hang on the last regular token."""
-        drafts, past = logits_rows - 1, list(cache.lengths)
-        start = cache.read
-        certain, guesses_BK = cache.split(regular_BT, drafts)
-        outputs, listener = self._read(certain, start, cache.held, cache.rows, logits_to_keep=1)
-        cache.held = outputs[cache_name(outputs)]
-        logits, masks_BMD, calls = [outputs.logits[:, -1:]], listener.states[:, :0], 1
-        if drafts or layout.masks:
-            mask_ids = layout.index_BM + self.tuner.vocab_size
-            with self.tuner.masks_in_columns(drafts, layout.index_BM):
-                outputs, listener = self._read(
-                    torch.cat([guesses_BK, mask_ids], dim=1), start + certain.shape[1], copied(cache.held), cache.rows
-                )
-            logits.append(outputs.logits[:, :drafts])
-            masks_BMD, calls = listener.states[:, drafts:], 2
-        return StepOutput(torch.cat(logits, dim=1), masks_BMD, regular_BT.shape[1] - logits_rows, past, calls=calls)
+    def finish(self) -> None:
+        """Wants no more tokens."""
+        self.is_stopped = self.is_finished = True
 
-    def catch_up(self, cache: SequenceCache) -> None:
-        """Reads what the model's own cache lacks."""
-        if cache.unread_BU is not None and cache.unread_BU.shape[1]:
-            outputs, _ = self._read(cache.unread_BU, cache.read, cache.held, cache.rows, logits_to_keep=1)
-            cache.held, cache.unread_BU = outputs[cache_name(outputs)], None
+    def record_states(self, start: int, states: list[dict]) -> None:
+        """Adds hidden states and attentions to the new tokens from number `start` on, one entry per token."""
+        for record, entry in zip(self.records[start:], states, strict=False):
+            for name, value in entry.items():
+                setattr(record, name, value)
 
-    def _read(
-        self, sequence_BN: torch.Tensor, start: int, held: Cache | None, rows: Rows, **options
-    ) -> tuple[object, Listener]:
-        """One call of the model over a sequence, ids or embeddings, that goes on from `start` tokens in a cache."""
-        columns = sequence_BN.shape[1]
-        position_1N = torch.arange(start, start + columns, device=sequence_BN.device)[None]
-        inputs = {
-            "inputs_embeds" if sequence_BN.dim() == 3 else "input_ids": sequence_BN,
-            "position_ids": rows.positions_of(position_1N),
-            cache_name(self.known_arguments): held,
-            "use_cache": True,
-            **options,
-        }
-        inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
-        with self.tuner.gate.listen() as listener:
-            return self.model(**inputs), listener
+    @property
+    def scores(self) -> tuple[torch.Tensor, ...] | None:
+        """What a stopping criterion gets."""
+        return tuple(record.score[None] for record in self.records) if self.keeps_scores else None
 
 
-class WholeTextCache(SequenceCache):
-    """A row's whole text; the model's own cache stays empty until the end."""
+def padded_ids(sequences: list[Sequence], pad_token: int) -> torch.LongTensor:
+    """`(B, S + n)`: the ids of all rows, padded behind to the longest.
 
-    def keep(self, tokens: list[int]) -> None:
-        """Counts in the first regular columns of the last pass."""
-        accepted = max(0, tokens[0] - self._certain)
-        self.unread_BU = torch.cat([self._certain_BC, self._guesses_BK[:, :accepted]], dim=1)
-        self.rows.add(tokens)
+    Args:
+        sequences (`list[Sequence]`): Rows whose prompts are equally long.
+        pad_token (`int`): The token used to pad shorter rows.
+    """
+    rows = [sequence.ids_1S[0] for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token)
 
 
-class WholeTextStep(SequenceStep):
-    """The forward pass of a model that cannot go on from a cache by more than one token."""
+def stacked_records(sequences: list[Sequence], name: str) -> tuple | None:
+    """A field of the records in the shape that `generate` returns: per token, over rows; zeros for rows that ended.
 
-    def __call__(
-        self, regular_BT: torch.LongTensor, layout: BlockLayout, cache: WholeTextCache, logits_rows: int
-    ) -> StepOutput:
-        """Reads the text from its start. Arguments as in [`MaskedStep`]."""
-        past = list(cache.lengths)
-        certain, guesses_BK = cache.split(regular_BT, logits_rows - 1)
-        text = torch.cat([certain, guesses_BK, layout.index_BM + self.tuner.vocab_size], dim=1)
-        tokens = text.shape[1] - layout.masks
-        with self.tuner.masks_in_columns(tokens, layout.index_BM):
-            wanted = logits_rows + layout.masks
-            outputs, listener = self._read(text, 0, None, cache.rows, use_cache=False, logits_to_keep=wanted)
-        logits_BRV = outputs.logits[:, -wanted:][:, :logits_rows]
-        return StepOutput(logits_BRV, listener.states[:, tokens:], regular_BT.shape[1] - logits_rows, past)
+    Returns:
+        `tuple` per token of `torch.Tensor` of shape `(B, ...)`, or of a tuple of these per layer; `None` if nobody
+        asked for it.
+    """
+    columns = [[getattr(record, name) for record in sequence.records] for sequence in sequences]
+    longest = max(columns, key=len)
+    if not longest or longest[0] is None:
+        return None
+    return tuple(
+        _stack([column[token] if token < len(column) else None for column in columns]) for token in range(len(longest))
+    )
+
+
+def _stack(rows: list):
+    """Stacks tensors, or tuples of tensors, over rows; missing rows are zeros."""
+    there = next(row for row in rows if row is not None)
+    if isinstance(there, tuple):
+        return tuple(_stack([None if row is None else row[layer] for row in rows]) for layer in range(len(there)))
+    return torch.stack([torch.zeros_like(there) if row is None else row for row in rows])

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .outcome import Outcome
+
 
 @dataclass
 class MTPStatistics:
@@ -35,24 +37,17 @@ class MTPStatistics:
         """New tokens per forward pass and row of the batch. Plain decoding has 1."""
         return self.tokens / self.row_steps if self.row_steps else 0.0
 
-    def count_pass(
-        self, tokens: list[int], drafted: list[int], accepted: list[int], taken: list[int], calls: int = 1
-    ) -> None:
-        """Counts one step.
-
-        Args:
-            tokens (`list[int]`): New tokens that it gave to each row of the batch.
-            drafted (`list[int]`): Drafts that it verified for each row.
-            accepted (`list[int]`): How many of these were right and returned.
-            taken (`list[int]`): How many drafts were looked up: all of a row's or none.
-            calls (`int`, *optional*, defaults to 1): Forward passes that the step took.
-        """
-        self.forward_passes += calls
-        self.steps.append(sum(tokens))
-        for new, offered, right, looked_up in zip(tokens, drafted, accepted, taken, strict=True):
+    def count_pass(self, outcome: Outcome) -> None:
+        """Counts one pass of decoding."""
+        verified = outcome.verified
+        self.forward_passes += outcome.output.calls
+        self.steps.append(sum(verified.new_tokens))
+        for new, offered, right, source in zip(
+            verified.new_tokens, verified.offered, verified.accepted, outcome.source_of_row, strict=True
+        ):
             if new:
                 self._count_row(new, offered, right)
-                self.looked_up += right if looked_up else 0
+                self.looked_up += right if source > 0 else 0  # the first drafter makes drafts of masks
 
     def _count_row(self, tokens: int, drafted: int, accepted: int) -> None:
         self.row_steps += 1

@@ -6,7 +6,7 @@ from trl import SFTConfig
 
 from ..objective.losses import DIVERGENCES
 from ..objective.recipe import TARGETS, Recipe, get_recipe
-from .nonfinite import NONFINITE
+from .recovery.nonfinite import NONFINITE
 
 
 @dataclass

@@ -9,15 +9,22 @@ from peft import PeftModel
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from ..adapter.base_match import tokenizer_fingerprint
 from ..adapter.config import in_full_precision
-from ..adapter.fingerprint import tokenizer_fingerprint
-from ..base.peers import whole_adapter
-from ..base.support import unpack_for_gradients
-from ..decoding.reading import Reading, reading_of
-from ..objective.multi_token import Objective
+from ..base.distributed import whole_adapter
+from ..base.inspection import unpack_for_gradients
+from ..model import GatedLoraModel
+from ..objective.compute import Objective
 from ..objective.simulation import Walk
-from ..tuner import GatedLoraModel
-from .agreement import (
+from ..passes.speculation_mode import SpeculationMode, speculation_mode
+from .callbacks.attach import watch
+from .callbacks.deadline import TICKS, Deadline
+from .callbacks.interrupt import SaveOnInterrupt
+from .config import MTPConfig
+from .data_checks import refuse_datasets, refuse_nothing_to_learn, refuse_settings
+from .optimizer import make_muon_adamw, refuse_another_optimizer
+from .recovery.checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
+from .recovery.compatibility import (
     describe,
     describe_objective,
     describe_steps,
@@ -25,15 +32,8 @@ from .agreement import (
     refuse_to_resume,
     what_changes,
 )
-from .checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
-from .config import MTPConfig
-from .deadline import TICKS, Deadline
-from .interrupt import SaveOnInterrupt
-from .nonfinite import NonfiniteGuard
-from .optimizer import make_muon_adamw, refuse_another_optimizer
-from .rows import refuse_datasets, refuse_nothing_to_learn, refuse_settings
-from .watching import watch
-from .workers import died, explain_death
+from .recovery.nonfinite import NonfiniteGuard
+from .recovery.workers import died, explain_death
 
 logger = logging.get_logger(__name__)
 
@@ -215,7 +215,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         return (objective.loss, {"loss": objective.loss}) if return_outputs else objective.loss
 
     def _reads_branches(self) -> bool:
-        return reading_of(_gated(self.accelerator.unwrap_model(self.model))) is Reading.BRANCHES
+        return speculation_mode(_gated(self.accelerator.unwrap_model(self.model)).model) is SpeculationMode.TREE
 
     def _record(self, objective: Objective, inputs: dict) -> None:
         """Averages over the steps between two logs are made by [`~trl.SFTTrainer`]'s `log`."""

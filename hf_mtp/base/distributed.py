@@ -1,0 +1,123 @@
+"""Processes side by side, each with a part of the weights: all run the same layers, or they wait for each other."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed
+from peft.utils.integrations import gather_params_ctx
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from .inspection import weight_shape
+
+
+@contextmanager
+def whole_weight(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The weight of a layer of which each process may hold a part. All processes ask for it together.
+
+    Args:
+        layer ([`torch.nn.Module`]): One whose forward pass is not running.
+    """
+    with gather_params_ctx(layer.weight, modifier_rank=None):  # of ZeRO-3
+        yield layer.weight.full_tensor() if hasattr(layer.weight, "full_tensor") else layer.weight
+
+
+def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """State of the adapters of a model whose weights FSDP2 spreads over processes. All processes ask for it together.
+
+    Args:
+        model ([`torch.nn.Module`]): The upgraded model.
+    """
+    parts = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    return {name: part.full_tensor().cpu() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
+
+
+@torch.compiler.disable  # goes through all weights
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
+
+    Then all run the same layers in the same order, and the only backward pass is that through the whole model.
+
+    Args:
+        model ([`torch.nn.Module`]): The model or a part of it, also within a forward pass, which gathers weights.
+    """
+    is_part = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
+    return is_part or any(hasattr(m, "unshard") or is_fsdp_managed_module(m) for m in model.modules())
+
+
+@torch.compiler.disable
+def hold_in_forward(module: torch.nn.Module, layer: torch.nn.Module) -> None:
+    """Keeps the weights of a layer gathered from the start of a module's forward pass to its end, under ZeRO-3.
+
+    Args:
+        module ([`torch.nn.Module`]): The module, whose forward pass did not begin.
+        layer ([`torch.nn.Module`]): A layer in it.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        import deepspeed
+
+        for parameter in layer.parameters():
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def past_sharding(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A frozen layer as a function that may run, and whose gradient may be computed, in the middle of a forward pass.
+
+    Past the hooks that gather its weights. FSDP2 takes any backward pass through one of its layers for the model's,
+    and takes all weights apart at its end; ZeRO-3 gathers with every call, and processes differ in their calls.
+
+    Args:
+        layer ([`torch.nn.Module`]): The layer. Under ZeRO-3, [`hold_in_forward`] keeps its weights.
+    """
+
+    def call(features: torch.Tensor) -> torch.Tensor:
+        if hasattr(layer, "unshard"):
+            layer.unshard()  # until the model's own backward pass
+        is_there = layer.weight.shape == weight_shape(layer)
+        return layer.forward(features) if is_there else layer(features)
+
+    return call if hasattr(layer, "unshard") or hasattr(layer.weight, "ds_id") else layer
+
+
+def any_process_unfinished(model: torch.nn.Module, synced_gpus: bool | None) -> Callable[[bool], bool]:
+    """A function that tells whether to go on, told whether this process is done.
+
+    Args:
+        model ([`torch.nn.Module`]): The model, whose weights may be sharded over the processes.
+        synced_gpus (`bool`, *optional*): As `generate` takes it. `None`: if the weights are sharded.
+    """
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if synced_gpus is None:
+        synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    if not (synced_gpus and is_distributed and torch.distributed.get_world_size() > 1):
+        return lambda is_done: not is_done
+
+    def anyone_unfinished(is_done: bool) -> bool:
+        unfinished = torch.tensor(0.0 if is_done else 1.0, device=model.device)
+        torch.distributed.all_reduce(unfinished)
+        return unfinished.item() > 0
+
+    return anyone_unfinished
+
+
+def agreed_seconds(model: torch.nn.Module) -> Callable[[float], float]:
+    """What a pass costs by the clock of one process, for all that hold parts of the same weights.
+
+    They must run the same passes, and so decide alike what pays.
+
+    Args:
+        model ([`torch.nn.Module`]): The base.
+    """
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]  # of a DTensor
+    if not meshes:
+        return lambda seconds: seconds
+    group, device = meshes[0].get_group(), model.device
+    first = torch.distributed.get_process_group_ranks(group)[0]
+
+    def agree(seconds: float) -> float:
+        shared = torch.tensor([seconds], dtype=torch.float64, device=device)
+        torch.distributed.broadcast(shared, src=first, group=group)
+        return shared.item()
+
+    return agree

@@ -1,0 +1,124 @@
+"""Which linear layers a gate can serve: those that see one row for each column of a forward pass.
+
+Others see a selection of tokens (the experts of a mixture), the whole cache (latents that are expanded to keys and
+values), the last column only (a head), or are never called, because the model reads their weight itself. A LoRA there
+could not tell masks from regular tokens, or would do nothing.
+"""
+
+import inspect
+import re
+from collections import defaultdict
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .caches import cache_name
+from .inspection import evaluation_mode, input_device, weight_shape
+
+logger = logging.get_logger(__name__)
+
+# Two rows of two passes, the second behind the first: numbers that no selection of tokens has by chance in both.
+ROWS, PASSES = 2, (7, 5)
+
+
+def exclude_layers_out_of_reach(
+    exclude_modules: list[str] | str | None, model: PreTrainedModel
+) -> list[str] | str | None:
+    """Adds to the layers that get no LoRA those that a gate cannot serve.
+
+    Args:
+        exclude_modules (`list[str]` or `str`, *optional*): Names, or a regular expression, as in
+            [`~peft.LoraConfig`].
+        model ([`~transformers.PreTrainedModel`]): The base.
+
+    Returns:
+        The same, and more.
+
+    Raises:
+        ValueError: It can serve none.
+    """
+    unserved = layers_out_of_reach(model)
+    if unserved and len(unserved) == len(linear_layers(model)):
+        raise ValueError(
+            f"No linear layer of {type(model).__name__} sees one row per column of its input, so that none can treat "
+            "masks apart from regular tokens."
+        )
+    names = shortened(unserved, model)
+    if not names:
+        return exclude_modules
+    logger.info("No gated LoRA for %s: they do not see one row per column", ", ".join(names))
+    if isinstance(exclude_modules, str):
+        return "|".join([f"(?:{exclude_modules})", *(rf"(?:.*\.)?{re.escape(name)}" for name in names)])
+    return sorted({*(exclude_modules or ()), *names})
+
+
+@torch.no_grad()
+def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers that a gate cannot serve, found by two short forward passes.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Any. Of one without data, or that cannot be run as it is, nothing
+            is found: then the gate raises when it meets such a layer.
+    """
+    is_offloaded = bool(getattr(model, "hf_device_map", None))  # then weights come when they are needed
+    if not is_offloaded and any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return set()
+    layers = linear_layers(model)
+    served = defaultdict(list)  # whether it was, call by call
+    columns = 0
+
+    def record(name: str, layer: nn.Module, args: tuple, output) -> None:
+        shape = args[0].shape if args else ()
+        in_columns = shape[:-1] in ((ROWS, columns), (ROWS * columns,))
+        served[name].append(in_columns and isinstance(output, torch.Tensor))
+
+    hooks = [
+        layer.register_forward_hook(lambda *call, name=name: record(name, *call)) for name, layer in layers.items()
+    ]
+    known, outputs = inspect.signature(model.forward).parameters, {}
+    try:
+        for number, columns in enumerate(PASSES):
+            ids = torch.arange(1, ROWS * columns + 1, device=input_device(model)).view(ROWS, columns)
+            inputs = {"input_ids": ids % weight_shape(model.get_input_embeddings())[0], "use_cache": True}
+            inputs |= {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+            if number:
+                inputs[cache_name(known)] = outputs[cache_name(outputs)]
+            with evaluation_mode(model):
+                outputs = model(**{name: value for name, value in inputs.items() if name in known})
+    except Exception as error:  # whatever a model's code raises, what it did before counts
+        logger.debug("%s could not be run in full: %s", type(model).__name__, error)
+        if not served:
+            return set()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name in layers if not served[name] or not all(served[name])}
+
+
+def shortened(names: set[str], model: nn.Module) -> list[str]:
+    """The same layers, by the last part of their names where that means no other layer, else by their whole names."""
+    by_end = defaultdict(set)
+    for name in linear_layers(model):
+        by_end[name.rpartition(".")[2]].add(name)
+    ends = {end for end, layers in by_end.items() if layers <= names}
+    return sorted(ends | {name for name in names if name.rpartition(".")[2] not in ends})
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """By name, all but the unembedding and what belongs to an adapter."""
+    layers, inside = {}, ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        inside = (f"{name}.",) if isinstance(module, LoraLayer) else inside
+        if isinstance(module, ParamWrapper):  # around a parameter of something else
+            continue
+        if hasattr(module, "in_features") or isinstance(module, Conv1D):
+            layers[name] = module
+    unembedding = model.get_output_embeddings()
+    return {name: layer for name, layer in layers.items() if layer is not unembedding}

@@ -1,0 +1,53 @@
+"""Where the tokens of each row of a cache begin and end."""
+
+import torch
+
+
+class Rows:
+    """Where the tokens of each row begin and end; one object for all layers of a cache.
+
+    Args:
+        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
+        columns (`int`, *optional*): Fixed size of the storage. `None` lets it grow.
+    """
+
+    def __init__(self, start_B: torch.LongTensor, columns: int | None = None):
+        self.start_B = start_B
+        self.length_B = torch.zeros_like(start_B)
+        self.starts = start_B.tolist()  # the same, without asking the device
+        self.columns = columns
+        self.set_lengths([0] * len(start_B))
+        self.set_position_offset(torch.zeros_like(start_B))
+
+    def set_position_offset(self, offset_B: torch.LongTensor) -> None:
+        """Says how far each row's positions are ahead of a count from 0 at its first token.
+
+        Args:
+            offset_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models of R position ids per token).
+        """
+        self.offset_B, self.largest_offset = offset_B, int(offset_B.max())
+
+    @property
+    def positions(self) -> int:
+        """Positions that the row which is farthest has used."""
+        return self.longest + self.largest_offset
+
+    def positions_of(self, place_BN: torch.LongTensor) -> torch.LongTensor:
+        """`(B, N)` or `(R, B, N)`: position ids of columns counted from each row's first token."""
+        return place_BN + self.offset_B[..., None]
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Says how many columns each row holds, what all layers go by until the next time."""
+        self.lengths, self.longest = lengths, max(lengths)
+        self.are_equal = min(lengths) == self.longest
+
+    def next_columns(self, new: int) -> torch.LongTensor:
+        """`(B, new)`: the columns that a pass of so many writes."""
+        return self.length_B[:, None] + torch.arange(new, device=self.length_B.device)
+
+    def add(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
+        """Counts in so many columns more of each row; `tokens_B` is the same, if it is on the device already."""
+        if tokens_B is None:
+            tokens_B = torch.tensor(tokens, device=self.length_B.device)
+        self.set_lengths([length + kept for length, kept in zip(self.lengths, tokens, strict=True)])
+        self.length_B += tokens_B

@@ -1,0 +1,136 @@
+"""Refusals: what `generate(mtp=True)` cannot do exactly, said before anything is computed."""
+
+import torch
+from transformers import Cache, GenerationConfig, PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationMode
+
+from ..base.rope import rope_switches
+from .prompt import Prompt
+
+# Settings that choose another mode.
+MODE_SETTINGS = (
+    "num_beams",
+    "num_beam_groups",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "assistant_early_exit",
+    "use_mtp",
+)
+
+
+def refuse_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
+    """Raises for token ids that the base does not have."""
+    if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= vocab_size):
+        raise ValueError(
+            f"The prompt has token ids from {input_ids.min().item()} to {input_ids.max().item()}, but the vocabulary "
+            f"has ids 0 to {vocab_size - 1}. Was it tokenized with this model's own tokenizer?"
+        )
+
+
+def refuse_arguments(kwargs: dict) -> None:
+    """Refuses arguments that `generate` would use up before the decode loop could see them."""
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError("`custom_generate` and `mtp=True` are two ways to decode: pass one of them.")
+    if kwargs.get("assistant_model") is not None:
+        raise ValueError("`assistant_model` and `mtp=True` are two ways to make drafts: pass one of them.")
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "`adapter_names` chooses an adapter for each row, but all masks belong to the active adapter. Choose it "
+            "with `set_adapter`, or leave `mtp` out."
+        )
+    if kwargs.get("use_cache") is False:
+        raise ValueError("`use_cache=False` with `mtp=True`: drafts are verified against a cache. Leave it out.")
+    _refuse_quantized(kwargs.get("cache_implementation"))  # before the packages for it are asked for
+
+
+def _refuse_quantized(cache_implementation: str | None) -> None:
+    if cache_implementation == "quantized":
+        raise ValueError(
+            "cache_implementation='quantized' rounds keys and values a group of tokens at a time, and which tokens "
+            "form a group depends on how many are decoded per pass, so `mtp=True` could not return the same output. "
+            "Use 'dynamic', 'static' or 'offloaded'."
+        )
+
+
+def refuse_generation_mode(config: GenerationConfig) -> None:
+    """Refuses all modes but greedy decoding and sampling, by the final configuration, wherever it comes from.
+
+    Args:
+        config ([`~transformers.GenerationConfig`]): As `generate` prepared it.
+
+    Raises:
+        ValueError: Another mode.
+    """
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        values = {name: getattr(config, name, None) for name in MODE_SETTINGS}
+        given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value and str(value) != "1")
+        raise ValueError(
+            f"{given} asks for {mode.value.replace('_', ' ')}, which does not decode one sequence token by token, so "
+            "`mtp=True` could not return the same output. Drop these settings, or `mtp=True`."
+        )
+    _refuse_quantized(config.cache_implementation)
+
+
+def refuse_short_cache(cache: Cache | None, columns: int) -> None:
+    """Raises if a cache of fixed size cannot hold the output.
+
+    Args:
+        cache ([`~transformers.Cache`], *optional*): What `generate` was given.
+        columns (`int`): Tokens that it will hold in the end, at most.
+    """
+    for layer in cache.layers if getattr(cache, "_is_user_defined", False) else ():
+        size = layer.get_max_length()
+        if size != -1 and not layer.is_sliding and size < columns:
+            raise ValueError(
+                f"The cache that was passed has room for {size} tokens, but the prompt and its new tokens need "
+                f"up to {columns}. Make it with max_cache_len={columns}, or lower `max_new_tokens`."
+            )
+
+
+def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
+    """Raises if rotary embeddings become others on the way, which passes of a fixed shape cannot avoid to cross.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): Of the model.
+        columns (`int`): Tokens of the text in the end, at most.
+    """
+    for length in rope_switches(config.get_text_config(decoder=True)):
+        if columns >= length:
+            raise NotImplementedError(
+                f"This model's rotary embeddings change at {length} tokens, and the text may have {columns}: passes "
+                "of a fixed shape could not go on exactly. Leave out `cache_implementation` or lower `max_new_tokens`."
+            )
+
+
+def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool) -> None:
+    """Refuses what only models that take branches can do.
+
+    Args:
+        prompt ([`Prompt`]): The prompts.
+        is_static (`bool`): Whether a static cache is asked for.
+        synced_gpus (`bool`, *optional*): As passed to `generate`.
+        whole (`bool`): Whether the model must read each text from its start.
+
+    Raises:
+        NotImplementedError: A static cache, or cross-attention; in a batch also a cache that holds something, or
+            synchronised processes.
+    """
+    batch = len(prompt.rows) > 1 or bool(prompt.start_B.any())
+    for asked, what, instead in (
+        (is_static, "a static cache", "Leave `cache_implementation` out"),
+        (prompt.extra.layers, "cross-attention to an image", "Leave the image out"),
+        (whole and prompt.read, "a cache that is not empty", "Pass none"),
+        (whole and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
+        (whole and prompt.offset_B.any(), "`position_ids`", "Leave them out"),
+        (batch and prompt.read, "a batch that goes on from a cache", "Pass one sequence at a time"),
+        (batch and synced_gpus, "a batch with `synced_gpus`", "Pass one sequence at a time"),
+    ):
+        if asked:
+            raise NotImplementedError(
+                f"This model reads one plain sequence at a time, which {what} does not allow with `mtp=True`. "
+                f"{instead}, or decode with mtp=False."
+            )

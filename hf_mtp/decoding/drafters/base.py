@@ -1,0 +1,85 @@
+"""Drafts, and what the decode loop asks of those who make them.
+
+Shapes: B batch, K drafts per row.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ..outcome import Outcome
+
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Guesses at each row's next tokens.
+
+    Args:
+        token_BK (`torch.LongTensor` of shape `(B, K)`): The drafts, -1 where a row has no more.
+        confidence_BK (`torch.Tensor` of shape `(B, K)`): How likely each is to be accepted if all before it are.
+    """
+
+    token_BK: torch.LongTensor
+    confidence_BK: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.token_BK.shape[1]
+
+    @property
+    def offered_B(self) -> torch.LongTensor:
+        """`(B,)`: how many drafts each row has."""
+        return (self.token_BK != NO_TOKEN).sum(dim=1)
+
+    def select_rows(self, index: list[int]) -> "Drafts":
+        """Some rows only."""
+        return Drafts(self.token_BK[index], self.confidence_BK[index])
+
+    def where(self, wanted_BK: torch.BoolTensor) -> "Drafts":
+        """Without the drafts that are not wanted."""
+        return replace(self, token_BK=self.token_BK.where(wanted_BK, NO_TOKEN))
+
+    def padded(self, count: int) -> "Drafts":
+        """The same with K = `count`, and no draft in the new places."""
+        short = (0, count - self.count)
+        return Drafts(F.pad(self.token_BK, short, value=NO_TOKEN), F.pad(self.confidence_BK, short))
+
+    def with_rows(self, other: "Drafts") -> "Drafts":
+        """These rows, and those of `other` behind them."""
+        count = max(self.count, other.count)
+        one, two = self.padded(count), other.padded(count)
+        return Drafts(torch.cat([one.token_BK, two.token_BK]), torch.cat([one.confidence_BK, two.confidence_BK]))
+
+    def overridden_by(self, other: "Drafts") -> "Drafts":
+        """Rows of `other` where it has drafts, own ones elsewhere."""
+        count = max(self.count, other.count)
+        mine, theirs = self.padded(count), other.padded(count)
+        chosen_B1 = theirs.offered_B[:, None] > 0
+        return Drafts(
+            theirs.token_BK.where(chosen_B1, mine.token_BK), theirs.confidence_BK.where(chosen_B1, mine.confidence_BK)
+        )
+
+
+def no_drafts(batch: int, device: torch.device) -> Drafts:
+    """No draft for any of `batch` rows."""
+    none = torch.empty(batch, 0, device=device)
+    return Drafts(none.long(), none)
+
+
+class Drafter(Protocol):
+    """A source of drafts. The loop calls `observe`, `expect` and, where the schedule chose it, `propose` after each
+    pass."""
+
+    def observe(self, outcome: Outcome, is_own: list[bool]) -> None:
+        """Learns from a pass, and from the rows of it that verified this drafter's drafts."""
+
+    def expect(self, outcome: Outcome) -> list[list[float]]:
+        """For each row, how likely each draft that it could make is to be accepted if all before it are."""
+
+    def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
+        """Makes as many drafts for each row, at most as many as `expect` promised."""

@@ -1,0 +1,121 @@
+"""Logits processors and stopping criteria: in which order tokens must be verified so that these get what they know.
+
+Plain decoding calls each processor and criterion once per token, with all rows of the batch at the same length. With
+several tokens per pass, rows go on at different speeds. That makes no difference to processors that look at scores
+alone, and little to transformers' own. All others are called exactly as in plain decoding, with all rows in step.
+"""
+
+import enum
+from copy import copy
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, logits_process
+from transformers.generation import stopping_criteria as stopping_criteria_module
+
+# Processors that look at the scores alone, never at the tokens before them.
+OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) + tuple(
+    getattr(logits_process, name)
+    for name in (
+        "MinPLogitsWarper",
+        "TopHLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "LogitNormalization",
+        "InfNanRemoveLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+    )
+    if hasattr(logits_process, name)
+)
+# Criteria that depend on a token or on its place alone.
+OF_TOKENS_ALONE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
+# transformers' own processors that remember earlier calls.
+KEEPS_STATE = {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
+# Attributes of transformers' own with an entry for each row of the batch.
+PER_ROW = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
+
+
+class Order(enum.Enum):
+    """In which order the tokens of a pass are verified."""
+
+    TOGETHER = "all rows and positions at once"
+    BY_ROW = "each row by itself, position by position"
+    IN_STEP = "position by position, all rows in step"
+
+
+def order_of(processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int) -> Order:
+    """The fastest order in which every processor and criterion gives what it gives in plain decoding.
+
+    Args:
+        processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]): As
+            `generate` prepared them.
+        rows (`int`): B.
+    """
+    if all(type(p) in OF_SCORES_ALONE for p in processors) and all(type(c) in OF_TOKENS_ALONE for c in criteria):
+        return Order.TOGETHER
+    if rows == 1:
+        return Order.BY_ROW
+    is_known = all(_is_transformers_own(p, logits_process) for p in processors) and all(
+        _is_transformers_own(c, stopping_criteria_module) for c in criteria
+    )
+    keeps_state = any(type(p).__name__ in KEEPS_STATE for p in processors)
+    # Without an end-of-sequence token, rows that stopped go on until all have stopped.
+    others_go_on = not has_end_token(criteria) and any(type(c) not in OF_TOKENS_ALONE for c in criteria)
+    return Order.BY_ROW if is_known and not keeps_state and not others_go_on else Order.IN_STEP
+
+
+def _is_transformers_own(processor, module) -> bool:
+    return type(processor).__module__ == module.__name__
+
+
+def has_end_token(criteria: StoppingCriteriaList) -> bool:
+    """Whether rows that ended are padded, as plain decoding decides it."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+
+
+def end_tokens(criteria: StoppingCriteriaList) -> set[int]:
+    """Tokens that end a row."""
+    return {token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.flatten().tolist()}
+
+
+def most_new_tokens(criteria: StoppingCriteriaList, prompt: int) -> int:
+    """The shortest limit of all: new tokens behind a prompt of so many, at least one as in plain decoding.
+
+    Args:
+        criteria ([`~transformers.StoppingCriteriaList`]): One of them is a
+            [`~transformers.generation.MaxLengthCriteria`].
+        prompt (`int`): Tokens of the prompt.
+    """
+    return max(1, min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)) - prompt)
+
+
+def processors_of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
+    """transformers' own processors as one row of a batch sees them.
+
+    Args:
+        processors ([`~transformers.LogitsProcessorList`]): As prepared for the whole batch.
+        row (`int`): Number of the row.
+        rows (`int`): B.
+    """
+    return processors if rows == 1 else LogitsProcessorList(_of_row(processor, row) for processor in processors)
+
+
+def _of_row(processor, row: int):
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, prefix: allowed(row, prefix), 1)
+    own = copy(processor)
+    for name in PER_ROW & vars(own).keys():
+        value = getattr(own, name)
+        setattr(own, name, value[row : row + 1] if isinstance(value, torch.Tensor | list) else value)
+    if "batch_size" in vars(own):
+        own.batch_size = 1
+    return own

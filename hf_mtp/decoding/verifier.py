@@ -1,0 +1,130 @@
+"""Applies verification to a batch: which tokens of a pass its rows keep.
+
+Shapes: B batch, K drafts, R = K + 1 positions.
+"""
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxTimeCriteria
+
+from ..passes.decoding_pass import PassOutput
+from .batch import Batch
+from .outcome import Verified
+from .processors import Order, end_tokens, has_end_token, order_of
+from .sequence import Sequence
+from .verification import noise_of, verify_in_order, verify_together
+
+
+class Verifier:
+    """Extends the rows of a batch by the tokens that hold.
+
+    Args:
+        processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]): As
+            `generate` prepared them.
+        rows (`int`): B, at the start.
+        pad_token (`int`): The token used to pad rows that ended.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int, pad_token: int = 0):
+        self.processors, self.criteria = processors, criteria
+        self.order = order_of(processors, criteria, rows)
+        self.ends = end_tokens(criteria)
+        self.pad_token = pad_token if has_end_token(criteria) else None
+        self.clocks = [criterion for criterion in criteria if type(criterion) is MaxTimeCriteria]
+
+    @property
+    def keeps_rows_in_step(self) -> bool:
+        """Whether all rows must be decoded to the end, and equally fast."""
+        return self.order is Order.IN_STEP
+
+    def __call__(self, batch: Batch, output: PassOutput) -> Verified:
+        """Verifies the drafts of a pass.
+
+        Args:
+            batch ([`Batch`]): Its sequences are extended in place.
+            output ([`PassOutput`]): What the pass gave.
+
+        Raises:
+            FloatingPointError: The adapter made hidden states that are not finite, which reach the base's own.
+        """
+        before = [row.new_tokens for row in batch.sequences]
+        verified = (self._together if self.order is Order.TOGETHER else self._in_order)(batch, output)
+        if any(bool(clock(batch.sequences[0].ids_1S, None).all()) for clock in self.clocks):
+            for row in batch.sequences:
+                row.finish()
+        for index, row in enumerate(batch.sequences):
+            row.record_states(before[index], output.states_of_row(index))
+        return verified
+
+    def _together(self, batch: Batch, output: PassOutput) -> Verified:
+        drafts, logits_BRV = batch.drafts, output.logits_BRV
+        noise_BRV = noise_of(batch.sequences, 1 + drafts.count)
+        token_BR, accepted_B, score_BRV = verify_together(logits_BRV, drafts, noise_BRV, self.processors)
+        is_finite_B = output.masks_are_finite.expand_as(accepted_B)
+        numbers = torch.stack([accepted_B, drafts.offered_B, is_finite_B.long()], dim=1)
+        read = torch.cat([token_BR, numbers], dim=1).tolist()  # the one time that the host waits for the device
+        tokens, accepted = [], []
+        for index, row in enumerate(batch.sequences):
+            *row_tokens, right, _, is_finite = read[index]
+            _refuse_nonfinite(is_finite)
+            row_tokens = self._cut(row, row_tokens[: right + 1])
+            here = index, slice(len(row_tokens))
+            row.append(token_BR[here], logits_BRV[here], score_BRV[here])
+            tokens.append(row_tokens)
+            accepted.append(min(right, len(row_tokens)))
+        pending_B = token_BR.gather(1, accepted_B[:, None])[:, 0]
+        return Verified(tokens, [offered for *_, offered, _ in read], accepted, pending_B, accepted_B)
+
+    def _cut(self, row: Sequence, tokens: list[int]) -> list[int]:
+        """Tokens up to the first that ends the row, which is then finished."""
+        if row.is_finished:
+            return []
+        tokens = tokens[: row.remaining_tokens]
+        end = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        if end is not None:
+            tokens = tokens[: end + 1]
+        if end is not None or len(tokens) == row.remaining_tokens:
+            row.finish()
+        return tokens
+
+    def _in_order(self, batch: Batch, output: PassOutput) -> Verified:
+        _refuse_nonfinite(bool(output.masks_are_finite))
+        rows, drafts = batch.sequences, batch.drafts
+        groups = [list(range(len(rows)))] if self.keeps_rows_in_step else [[index] for index in range(len(rows))]
+        before = [row.new_tokens for row in rows]
+        for group in groups:
+            if all(rows[index].is_finished for index in group):
+                continue
+            verify_in_order(
+                [rows[index] for index in group],
+                output.logits_BRV[group],
+                drafts.select_rows(group),
+                self.processors if self.keeps_rows_in_step else rows[group[0]].processors,
+                self.criteria,
+                self.pad_token,
+            )
+        tokens = [row.ids_1S[0, row.prompt + start :].tolist() for row, start in zip(rows, before, strict=True)]
+        guesses = drafts.token_BK.tolist()
+        device = drafts.token_BK.device
+        return Verified(
+            tokens,
+            drafts.offered_B.tolist(),
+            [_agreeing(*pair) for pair in zip(tokens, guesses, strict=True)],
+            torch.cat([row.ids_1S[0, -1:] for row in rows]).to(device),
+            torch.tensor([max(0, len(row_tokens) - 1) for row_tokens in tokens], device=device),
+        )
+
+
+def _agreeing(tokens: list[int], drafts: list[int]) -> int:
+    """How many drafts are among the tokens."""
+    pairs = list(zip(tokens, drafts, strict=False))
+    return next((place for place, (token, draft) in enumerate(pairs) if token != draft), len(pairs))
+
+
+def _refuse_nonfinite(is_finite: bool) -> None:
+    if not is_finite:
+        raise FloatingPointError(
+            "The adapter computes hidden states that are NaN or infinite, which would spoil the base model's own. Its "
+            "weights are broken, or too large for this dtype. Load the model in bfloat16 or float32, or decode with "
+            "mtp=False."
+        )

@@ -1,0 +1,239 @@
+"""Decoding with and without `mtp=True`, side by side: forward passes, seconds, and whether the output is the same.
+
+What the examples and benchmarks measure with, for your own model and prompts as well. Knows upgraded models and token
+ids, nothing of data, tables or pictures.
+"""
+
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from ..base.inspection import decoder_of
+
+LIBRARIES = ("hf_mtp", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+@dataclass
+class Decoded:
+    """One answer, and what it took.
+
+    Args:
+        ids (`list[int]`): New tokens, the end token included.
+        forward_passes (`int`): Forward passes of the base model, counted at its decoder, the prompt's included.
+        seconds (`float`): Wall clock.
+        steps (`list[int]`): New tokens of each forward pass, in order; all 1 in plain decoding.
+    """
+
+    ids: list[int]
+    forward_passes: int
+    seconds: float
+    steps: list[int]
+
+
+@dataclass
+class Record:
+    """One prompt, answered twice: `plain` is without and `mtp` is with multi-token prediction."""
+
+    new_tokens: int
+    forward_passes_plain: int
+    forward_passes_mtp: int
+    seconds_plain: float
+    seconds_mtp: float
+    identical: bool
+    repeated_4grams: float
+    steps: list[int]
+    ids: list[int] = field(repr=False)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens per forward pass with `mtp=True`. Plain decoding has 1."""
+        return self.new_tokens / self.forward_passes_mtp
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than plain decoding, by the wall clock."""
+        return self.seconds_plain / self.seconds_mtp
+
+
+@contextmanager
+def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
+    """Within, the yielded function says how often the base model's decoder ran."""
+    passes = 0
+
+    def count(*_):
+        nonlocal passes
+        passes += 1
+
+    hook = decoder_of(model.get_base_model()).register_forward_pre_hook(count)
+    try:
+        yield lambda: passes
+    finally:
+        hook.remove()
+
+
+def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
+    """Answers one prompt greedily.
+
+    Args:
+        model ([`~peft.PeftModel`]): An upgraded model.
+        prompt_1T (`torch.LongTensor` of shape `(1, T)`): The prompt.
+        max_new_tokens (`int`): Length of the answer at most.
+        options: For `generate`: `mtp=True`, `mtp_k` and `mtp_strategy`, none of them for plain decoding; and others.
+    """
+    with counted_forward_passes(model) as forward_passes:
+        start = time.perf_counter()
+        output = model.generate(
+            input_ids=prompt_1T,
+            attention_mask=torch.ones_like(prompt_1T),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            **options,
+        )
+        ids = output[0, prompt_1T.shape[1] :].tolist()  # waits for a GPU to finish
+        seconds = time.perf_counter() - start
+    steps = model.base_model.mtp_statistics.steps if options.get("mtp") else [1] * len(ids)
+    return Decoded(ids, forward_passes(), seconds, steps)
+
+
+def decode_both_ways(
+    model: PeftModel,
+    prompts: list[torch.LongTensor],
+    max_new_tokens: int,
+    *,
+    on_prompt: Callable[[], None] = lambda: None,
+    **options,
+) -> list[Record]:
+    """Answers every prompt twice, right after each other, taking turns in which way comes first.
+
+    Args:
+        model ([`~peft.PeftModel`]): An upgraded model.
+        prompts (`list[torch.LongTensor]`): Each of shape `(1, T)`.
+        max_new_tokens (`int`): Length of an answer at most.
+        on_prompt (`Callable`, *optional*): Called after each prompt.
+        options: For `generate`: `mtp_k` and `mtp_strategy`, which plain decoding has no use for; and others.
+    """
+    warm_up(model, prompts[0], **options)
+    ways = [_plain(options), {"mtp": True, **options}]
+    records = []
+    for index, prompt_1T in enumerate(prompts):
+        order = (0, 1) if index % 2 == 0 else (1, 0)
+        done = {way: decode(model, prompt_1T, max_new_tokens, **ways[way]) for way in order}
+        records.append(compare(done[0], done[1]))
+        on_prompt()
+    return records
+
+
+def warm_up(model: PeftModel, prompt_1T: torch.LongTensor, **options) -> None:
+    """A few tokens both ways, so that no first prompt pays for what is set up once."""
+    decode(model, prompt_1T, 4, **_plain(options))
+    decode(model, prompt_1T, 12, mtp=True, **options)
+
+
+def _plain(options: dict) -> dict:
+    """What of these arguments of `generate` plain decoding takes too."""
+    return {name: value for name, value in options.items() if not name.startswith("mtp_")}
+
+
+def compare(plain: Decoded, fast: Decoded) -> Record:
+    """What two answers to one prompt say about each other."""
+    return Record(
+        new_tokens=len(fast.ids),
+        forward_passes_plain=plain.forward_passes,
+        forward_passes_mtp=fast.forward_passes,
+        seconds_plain=plain.seconds,
+        seconds_mtp=fast.seconds,
+        identical=plain.ids == fast.ids,
+        repeated_4grams=repeated_share(fast.ids),
+        steps=fast.steps,
+        ids=fast.ids,
+    )
+
+
+def repeated_share(ids: list[int], n: int = 4) -> float:
+    """The share of an answer's n-grams that stood in it before: a text that loops is easy to predict."""
+    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def summarize(records: list[Record]) -> dict[str, float | int]:
+    """One domain in one line.
+
+    Returns:
+        `dict`: Sums over prompts of tokens, forward passes and seconds; `tokens_per_step`, tokens over forward passes;
+        `speedup`, the median of the prompts' own, and `speedup_in_total`, all seconds without over all seconds with;
+        `identical`, the number of prompts with the same output; `repeated_4grams`, the mean share.
+    """
+    new_tokens = sum(record.new_tokens for record in records)
+    passes = sum(record.forward_passes_mtp for record in records)
+    seconds_plain = sum(record.seconds_plain for record in records)
+    seconds_mtp = sum(record.seconds_mtp for record in records)
+    return {
+        "prompts": len(records),
+        "new_tokens": new_tokens,
+        "forward_passes_plain": sum(record.forward_passes_plain for record in records),
+        "forward_passes_mtp": passes,
+        "seconds_plain": seconds_plain,
+        "seconds_mtp": seconds_mtp,
+        "tokens_per_step": new_tokens / passes,
+        "speedup": statistics.median(record.speedup for record in records),
+        "speedup_in_total": seconds_plain / seconds_mtp,
+        "identical": sum(record.identical for record in records),
+        "repeated_4grams": statistics.fmean(record.repeated_4grams for record in records),
+    }
+
+
+def decode_all(
+    model: PeftModel,
+    prompts: list[torch.LongTensor],
+    max_new_tokens: int,
+    *,
+    on_prompt: Callable[[], None] = lambda: None,
+    **mtp,
+) -> list[Decoded]:
+    """Answers every prompt once, one way. Arguments as in [`decode_both_ways`], and `mtp=True` if wanted."""
+    answers = []
+    for prompt_1T in prompts:
+        answers.append(decode(model, prompt_1T, max_new_tokens, **mtp))
+        on_prompt()
+    return answers
+
+
+def tokens_per_step(answers: list[Decoded]) -> float:
+    """New tokens per forward pass over all answers."""
+    return sum(len(answer.ids) for answer in answers) / sum(answer.forward_passes for answer in answers)
+
+
+def describe_machine() -> dict[str, str | int | dict]:
+    """Processor, cores and versions; the accelerator's name if there is one."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    description = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+    if torch.cuda.is_available():
+        description["accelerator"] = torch.cuda.get_device_name()
+    return description
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,193 @@
+"""Does multi-token prediction work with this model? A rehearsal on a tiny random one of the same kind."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..adapter.config import GatedLoraConfig
+from ..base.randomness import own_randomness
+from ..base.tiny import WINDOW, tiny_model
+from ..decoding.drafters.base import Drafts
+from ..passes.speculation_mode import SpeculationMode, speculation_mode
+
+EXACT = "exact"
+PROMPTS = (WINDOW + 5, WINDOW - 3, WINDOW + 2)  # tokens; the first is longer than any sliding window
+NEW_TOKENS, K = 24, 3
+
+
+@dataclass
+class SupportReport:
+    """What a rehearsal found.
+
+    Args:
+        model_type (`str`): The kind of model.
+        mode (`str`, *optional*): The speculation mode that it allows: `"tree"`, `"chain"`, `"chain on a copied
+            state"`, `"recomputed chain"` or `"none"`. `None` if it cannot be upgraded at all.
+        reason (`str`, *optional*): Why it cannot, or why nothing could be tried.
+        checks (`dict[str, str]`): For each way to decode `"exact"`, or what happened instead.
+    """
+
+    model_type: str
+    mode: str | None = None
+    reason: str | None = None
+    checks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def strategy(self) -> str | None:
+        """What `mtp_strategy="auto"` comes down to: `"quadratic"`, `"linear"`, `"plain"`; `None` if not upgraded."""
+        if self.mode is None:
+            return None
+        mode = SpeculationMode(self.mode)
+        return "quadratic" if mode is SpeculationMode.TREE else "linear" if mode.pays else "plain"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every way to decode that is not refused gave what plain decoding gives."""
+        return all(result == EXACT or result.startswith("refused") for result in self.checks.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.model_type}: {self.strategy or 'not supported'} (mode: {self.mode or 'none'})"]
+        if self.reason:
+            lines.append(f"  {self.reason}")
+        return "\n".join([*lines, *(f"  {name}: {result}" for name, result in self.checks.items())])
+
+
+def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
+    """Tries every way to decode on a tiny random model of the same kind, against plain decoding, in float64.
+
+    These are all strategies, a batch of prompts, a static cache and, beside the model's default, eager attention. Flex
+    attention, whose kernels take long to compile, and flash attention, which needs a GPU, are left out.
+
+    No weights are downloaded: of a Hub id, the config alone. Adapter weights are random, and drafts are right, wrong
+    and missing in turns, so that acceptance and roll-back are tried too.
+
+    Args:
+        model_or_config_or_id ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`] or `str`):
+            The model to upgrade, its config, or its Hub id or folder.
+
+    Returns:
+        [`SupportReport`]; print it.
+    """
+    with own_randomness(seed=0):
+        return _rehearse(_config_of(model_or_config_or_id))
+
+
+def _rehearse(config: PreTrainedConfig) -> SupportReport:
+    report = SupportReport(config.model_type)
+    try:
+        base = tiny_model(config)
+        prompts = [_prompt(length, seed) for seed, length in enumerate(PROMPTS)]
+        truths = [_plain(base, prompt) for prompt in prompts]
+    except Exception as error:  # a config may lead to any error of its model's code
+        report.reason = _first_line(error)
+        return report
+    try:
+        model = _randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).eval()
+    except (NotImplementedError, TypeError, ValueError) as error:
+        report.reason = _first_line(error)
+        return report
+    tuner = model.base_model
+    tuner.draft = Rehearsal(truths)  # an attribute of this one model
+    report.mode = speculation_mode(tuner.model).value
+    for strategy in ("quadratic", "linear", "auto"):
+        report.checks[strategy] = _result(model, prompts[:1], truths[:1], mtp_strategy=strategy)
+    # Plain decoding is the base's own, which may read a padded row in another way than the row alone.
+    report.checks["batch"] = _result(model, prompts, None if report.strategy == "plain" else truths)
+    report.checks["static cache"] = _result(model, prompts[:1], None, cache_implementation="static")
+    base.set_attn_implementation("eager")
+    report.checks["eager attention"] = _result(model, prompts[:1], None)
+    return report
+
+
+class Rehearsal:
+    """Stands in for an adapter's drafts: what follows a token in a known output, and now and then something else.
+
+    Args:
+        sequences (`list[torch.LongTensor]`): The outputs, `(1, S)` each.
+    """
+
+    def __init__(self, sequences: list[torch.LongTensor]):
+        self.next: dict[int, int] = {}
+        for sequence in sequences:
+            self.next.update(pairwise(sequence[0].tolist()))
+        self.calls = 0
+
+    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, noise_of=None, warpers=None) -> Drafts:
+        self.calls += 1
+        rows, wrong = [], self.calls % 4  # the place of the wrong draft; none in every fourth call
+        for token in pending_B.tolist():
+            row = []
+            for place in range(hidden_BKD.shape[1]):
+                token = self.next.get(token, token)
+                row.append(token if place + 1 != wrong else (token + 1) % len(self.next))
+            rows.append(row)
+        token_BK = torch.tensor(rows, device=pending_B.device).view(len(pending_B), -1)
+        return Drafts(token_BK, torch.full(token_BK.shape, 0.5))
+
+
+def _config_of(given: PreTrainedModel | PreTrainedConfig | str) -> PreTrainedConfig:
+    if isinstance(given, PreTrainedConfig):
+        return given
+    if isinstance(given, str):
+        return AutoConfig.from_pretrained(given)
+    config = getattr(given.get_base_model() if isinstance(given, PeftModel) else given, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"Expected a transformers model, its config, or its Hub id or folder, but got {type(given).__name__}."
+        )
+    return config
+
+
+def _prompt(length: int, seed: int) -> torch.LongTensor:
+    return torch.randint(5, 35, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _plain(model: PreTrainedModel | PeftModel, input_ids: torch.LongTensor, **arguments) -> torch.LongTensor:
+    return model.generate(
+        input_ids=input_ids,
+        **{"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **arguments},
+    )
+
+
+@torch.no_grad()
+def _randomised(model: PeftModel) -> PeftModel:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
+    return model
+
+
+def _result(
+    model: PeftModel, prompts: list[torch.LongTensor], truths: list[torch.LongTensor] | None, **arguments
+) -> str:
+    """One way to decode, tried, against the truth for each row; `None`: what plain decoding gives in the same way."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    pad = torch.nn.functional.pad
+    ids_BT = torch.cat([pad(prompt, (longest - prompt.shape[1], 0)) for prompt in prompts])
+    mask_BT = torch.cat([pad(torch.ones_like(prompt), (longest - prompt.shape[1], 0)) for prompt in prompts])
+    if truths is None:
+        try:
+            output = _plain(model, ids_BT, attention_mask=mask_BT, **{**arguments, "mtp": False})
+        except Exception as error:  # whatever the model's code raises
+            return f"refused by the base: {_first_line(error)}"
+        truths = [output[row : row + 1, longest - prompt.shape[1] :] for row, prompt in enumerate(prompts)]
+    try:
+        output = _plain(model, ids_BT, attention_mask=mask_BT, mtp=True, **arguments)
+    except (NotImplementedError, ValueError) as error:
+        return f"refused: {_first_line(error)}"
+    except Exception as error:  # whatever the model's code raises
+        return f"failed: {type(error).__name__}: {_first_line(error)}"
+    wrong = [
+        row
+        for row, (prompt, truth) in enumerate(zip(prompts, truths, strict=True))
+        if not torch.equal(output[row, longest:], truth[0, prompt.shape[1] :])
+    ]
+    return f"differs in {len(wrong)} of {len(prompts)} rows" if wrong else EXACT
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:250]

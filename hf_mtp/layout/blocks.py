@@ -1,0 +1,232 @@
+"""Where mask blocks hang: which token each mask stands for, at which position, and what it may attend to.
+
+Pure functions of integer tensors, the same for training and for decoding. Knows nothing of models, losses or configs.
+
+A forward pass has N columns: regular tokens first, then A blocks of k masks. Block a hangs on the regular token in
+column `anchor[a]`; its i-th mask (i = 1..k) stands for the token i columns after the anchor, has the position of that
+token and predicts the one after it:
+
+    columns   x1 x2 x3 x4 | m1 m2 (after x2) | m1 m2 (after x4)
+    positions  0  1  2  3 |  2  3            |  4  5
+    predicts  x2 x3 x4 x5 | x4 x5            | x6 x7
+
+Training gives every block all its k masks; decoding gives masks to the blocks that are likely to be of use.
+
+Shapes: B batch, T regular columns, A blocks (anchors) per row, k masks per block, M masks per row, N = T + M.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .mask_plan import MaskPlan
+
+IGNORE = -100  # the label of a token outside the loss, as everywhere in PyTorch and transformers
+NO_DOCUMENT = -1  # the document of padding, and of masks that no one needs
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A batch's mask blocks.
+
+    Args:
+        position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the regular tokens.
+        segment_BT (`torch.LongTensor` of shape `(B, T)`): Document of each regular token, -1 for padding.
+        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular column that each mask's block hangs on. The masks of
+            a block are neighbours.
+        step_BM (`torch.LongTensor` of shape `(B, M)`): How many columns after its anchor is the token that each mask
+            stands for: 1, 2 ... along a block.
+        alive_BM (`torch.BoolTensor` of shape `(B, M)`, *optional*): False for masks that are there to fill up a row.
+        is_chain (`bool`): Whether all masks form one block on the last regular token: a plain causal sequence.
+        weight_B (`torch.Tensor` of shape `(B,)`, *optional*): How many blocks each of a row speaks for, where blocks
+            are a sample of those that there could be.
+    """
+
+    position_BT: torch.LongTensor
+    segment_BT: torch.LongTensor
+    anchor_BM: torch.LongTensor
+    step_BM: torch.LongTensor
+    alive_BM: torch.BoolTensor | None = None
+    is_chain: bool = False
+    weight_B: torch.Tensor | None = None
+
+    @classmethod
+    def of_blocks(
+        cls, anchor_BA: torch.LongTensor, position_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int
+    ) -> "BlockLayout":
+        """A whole block of k masks on each of the regular columns `anchor_BA`, `(B, A)`."""
+        step_M = torch.arange(1, k + 1, device=anchor_BA.device).repeat(anchor_BA.shape[1])
+        return cls(position_BT, segment_BT, anchor_BA.repeat_interleave(k, dim=1), step_M.expand(len(anchor_BA), -1))
+
+    @property
+    def masks(self) -> int:
+        """M, masks per row."""
+        return self.anchor_BM.shape[1]
+
+    @property
+    def index_BM(self) -> torch.LongTensor:
+        """`(B, M)`: which mask token, 0..k-1, stands in each mask column."""
+        return self.step_BM - 1
+
+    @property
+    def stands_for_BM(self) -> torch.LongTensor:
+        """`(B, M)`: the regular column of the token that each mask stands for; T or more past the end."""
+        return self.anchor_BM + self.step_BM
+
+    @property
+    def position_BN(self) -> torch.LongTensor:
+        """`(B, N)`: position ids of all columns."""
+        if not self.masks:
+            return self.position_BT
+        position_BM = self.position_BT.gather(1, self.anchor_BM) + self.step_BM
+        return torch.cat([self.position_BT, position_BM], dim=1)
+
+    @property
+    def segment_BN(self) -> torch.LongTensor:
+        """`(B, N)`: documents of all columns, a mask's being its anchor's."""
+        segment_BM = self.segment_BT.gather(1, self.anchor_BM)
+        if self.alive_BM is not None:
+            segment_BM = segment_BM.masked_fill(~self.alive_BM, NO_DOCUMENT)
+        return torch.cat([self.segment_BT, segment_BM], dim=1)
+
+    @property
+    def reach_BN(self) -> torch.LongTensor:
+        """`(B, N)`: the last regular column that each column may attend to: itself, or its anchor."""
+        column_BT = torch.arange(self.position_BT.shape[1], device=self.position_BT.device).expand_as(self.position_BT)
+        return torch.cat([column_BT, self.anchor_BM], dim=1)
+
+    @property
+    def block_BN(self) -> torch.LongTensor:
+        """`(B, N)`: the block of each column, named by its anchor; -1 for regular tokens."""
+        return torch.cat([torch.full_like(self.position_BT, -1), self.anchor_BM], dim=1)
+
+    def without_masks(self) -> "BlockLayout":
+        """The regular tokens alone."""
+        return replace(self, anchor_BM=self.anchor_BM[:, :0], step_BM=self.step_BM[:, :0])
+
+    def parts(self, masks: int) -> list["BlockLayout"]:
+        """The same blocks, at most `masks` masks of each row at a time, which are whole blocks."""
+        return [
+            replace(self, anchor_BM=anchor_BM, step_BM=step_BM)
+            for anchor_BM, step_BM in zip(
+                self.anchor_BM.split(masks, dim=1), self.step_BM.split(masks, dim=1), strict=True
+            )
+        ]
+
+    def target_columns(self, labels_BT: torch.LongTensor) -> torch.LongTensor:
+        """The regular column of the token that each mask is to predict.
+
+        Args:
+            labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, aligned with the tokens (not shifted).
+
+        Returns:
+            `torch.LongTensor` of shape `(B, M)`, -100 where the mask has nothing to predict: past the end of the row
+            or of the document, outside the loss, or in a block whose first mask has nothing to predict.
+        """
+        in_loss_BT = (labels_BT != IGNORE) & (self.segment_BT > NO_DOCUMENT)
+        document_BM = self.segment_BT.gather(1, self.anchor_BM)
+
+        def is_target(column_BM: torch.LongTensor) -> torch.BoolTensor:
+            inside_BM, column_BM = column_BM < length, column_BM.clamp(max=length - 1)
+            same_document_BM = self.segment_BT.gather(1, column_BM) == document_BM
+            return inside_BM & same_document_BM & in_loss_BT.gather(1, column_BM)
+
+        length, column_BM = labels_BT.shape[1], self.stands_for_BM + 1
+        is_useful_BM = is_target(self.anchor_BM + 1) & is_target(self.anchor_BM + 2)
+        return torch.where(is_useful_BM & is_target(column_BM), column_BM, IGNORE)
+
+
+def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTensor) -> torch.LongTensor:
+    """Document of each token: a new one starts wherever the position does not grow by one, as in a packed row.
+
+    Args:
+        attention_mask_BT (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding.
+        position_BT (`torch.LongTensor` of shape `(B, T)`): Position ids.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, T)`: 0, 1, ... per row, -1 at padding.
+    """
+    starts_BT = torch.diff(position_BT, dim=1, prepend=position_BT[:, :1] - 1) != 1
+    segment_BT = starts_BT.long().cumsum(dim=1)
+    return segment_BT if attention_mask_BT is None else segment_BT.masked_fill(attention_mask_BT == 0, NO_DOCUMENT)
+
+
+@torch.compiler.disable  # sizes vary from batch to batch
+def training_layout(
+    labels_BT: torch.LongTensor,
+    position_BT: torch.LongTensor,
+    segment_BT: torch.LongTensor,
+    k: int,
+    anchors_per_row: int | None = None,
+    generator: torch.Generator | None = None,
+    same_in_all_rows: bool = False,
+) -> BlockLayout:
+    """Hangs a block on every token whose next token is inside the loss, or on a random sample of these per row.
+
+    The last token of a prompt is one of them: decoding hangs its first block there.
+
+    Args:
+        labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss (the prompt, padding).
+        position_BT (`torch.LongTensor` of shape `(B, T)`): Position ids.
+        segment_BT (`torch.LongTensor` of shape `(B, T)`): Documents, see [`segments`].
+        k (`int`): Masks per block.
+        anchors_per_row (`int`, *optional*): Blocks per row at most, drawn without replacement. All if `None`.
+        generator (`torch.Generator`, *optional*): Source of the draw.
+        same_in_all_rows (`bool`, *optional*, defaults to `False`): Whether blocks hang on the same columns everywhere.
+
+    Returns:
+        [`BlockLayout`] with as many blocks per row as the row that needs most; rows that need fewer get blocks on
+        other tokens, whose masks have no target. No block at all if no mask of the batch has a target.
+    """
+    # An anchor is worth a block if its first mask has something to predict: the token two columns on.
+    useful_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    useful_BT[:, :-2] = (
+        (labels_BT[:, 1:-1] != IGNORE)
+        & (labels_BT[:, 2:] != IGNORE)
+        & (segment_BT[:, :-2] == segment_BT[:, 2:])
+        & (segment_BT[:, :-2] > NO_DOCUMENT)
+    )
+    if same_in_all_rows:
+        useful_BT = useful_BT.any(dim=0, keepdim=True)
+    useful_B = useful_BT.sum(dim=1)
+    anchors, weight_B = int(useful_B.max()), None
+    if anchors_per_row is not None and anchors > anchors_per_row:
+        anchors, weight_B = anchors_per_row, (useful_B / anchors_per_row).clamp(min=1.0).expand(len(labels_BT))
+    score_BT = useful_BT.float()
+    if weight_B is not None:
+        score_BT *= 1 + torch.rand(useful_BT.shape, generator=generator, device=labels_BT.device)
+    anchor_BA = score_BT.topk(anchors, dim=1).indices.sort(dim=1).values
+    layout = BlockLayout.of_blocks(anchor_BA.expand(len(labels_BT), -1), position_BT, segment_BT, k)
+    return replace(layout, weight_B=weight_B)
+
+
+@torch.compiler.disable
+def weight_of_all_masks(
+    labels_BT: torch.LongTensor, position_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int, decay: float
+) -> torch.Tensor:
+    """What the losses of a batch are divided by, whatever sample of its blocks is computed.
+
+    Args:
+        labels_BT, position_BT, segment_BT, k: As in [`training_layout`].
+        decay (`float`): Weight of each mask of a block relative to the one before it.
+
+    Returns:
+        `torch.Tensor`, a scalar: the weights of all masks that have something to predict, with a block on every token.
+    """
+    layout = training_layout(labels_BT, position_BT, segment_BT, k)
+    weight_BM = decay ** (layout.step_BM - 1).float()
+    return (weight_BM * (layout.target_columns(labels_BT) != IGNORE)).sum()
+
+
+def decoding_layout(position_BT: torch.LongTensor, plan: MaskPlan, first: int = 0) -> BlockLayout:
+    """The masks that one decoding step computes.
+
+    Args:
+        position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the step's regular tokens, below 0 at padding.
+        plan ([`MaskPlan`]): The masks.
+        first (`int`, *optional*, defaults to 0): The regular column that the plan calls number 0.
+    """
+    segment_BT = torch.where(position_BT < 0, NO_DOCUMENT, 0)
+    return BlockLayout(
+        position_BT.clamp(min=0), segment_BT, plan.anchor_BM + first, plan.step_BM, plan.alive_BM, plan.is_chain
+    )

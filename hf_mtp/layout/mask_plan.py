@@ -1,0 +1,114 @@
+"""Which masks the next forward pass computes.
+
+A block of up to k masks can hang on each of R regular tokens. The i-th mask of a block is useful if decoding ends at
+the block's token and the drafts of the i - 1 masks before it are accepted too. A budget of M masks goes to the most
+useful of all R * k. With M = R * k this is the paper's quadratic decoding; with one block on the last token it is its
+linear decoding. (Budgeted quadratic decoding follows github.com/mandt-lab/ptp.)
+
+Pure functions of tensors. Shapes: B batch, K drafts, R = K + 1 regular tokens, k masks per block, M masks per row.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """The masks of one forward pass.
+
+    Args:
+        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular token, 0..R-1, that each mask hangs on.
+        step_BM (`torch.LongTensor` of shape `(B, M)`): Its place in its block, 1..k.
+        alive_BM (`torch.BoolTensor` of shape `(B, M)`): False for masks that only fill up a row.
+        column_BRk (`torch.LongTensor` of shape `(B, R, k)`): Place of each mask of each block among the M, -1 if
+            absent.
+        is_chain (`bool`): Whether the masks of every row form one block on the last regular token.
+    """
+
+    anchor_BM: torch.LongTensor
+    step_BM: torch.LongTensor
+    alive_BM: torch.BoolTensor
+    column_BRk: torch.LongTensor
+    is_chain: bool = False
+
+    @property
+    def masks(self) -> int:
+        """M."""
+        return self.anchor_BM.shape[1]
+
+    @property
+    def drafts_BR(self) -> torch.LongTensor:
+        """`(B, R)`: how many masks hang on each regular token."""
+        return (self.column_BRk >= 0).sum(dim=2)
+
+
+def no_masks(batch: int, regular: int, k: int, device: torch.device) -> MaskPlan:
+    """No mask after any of `regular` tokens."""
+    none = torch.empty(batch, 0, dtype=torch.long, device=device)
+    return MaskPlan(none, none, none.bool(), none.new_full((batch, regular, k), -1))
+
+
+def whole_blocks(drafts_B: torch.LongTensor, count: int, k: int, linear: bool) -> MaskPlan:
+    """Whole blocks of k masks: on every regular token of a row (quadratic decoding), or on its last one (linear).
+
+    Args:
+        drafts_B (`torch.LongTensor` of shape `(B,)`): Drafts of each row.
+        count (`int`): K, the most drafts of any row; rows are padded to it.
+        k (`int`): Masks per block; may be 0.
+        linear (`bool`): Whether blocks hang on the last token only.
+    """
+    anchor_R = torch.arange(count + 1, device=drafts_B.device)
+    wanted_BR = anchor_R == drafts_B[:, None] if linear else anchor_R <= drafts_B[:, None]
+    value_BRk = wanted_BR[:, :, None].float().expand(-1, -1, k)
+    plan = choose_masks(value_BRk, k if linear else (count + 1) * k)
+    # In a batch, rows with fewer drafts have their block before the last column.
+    return replace(plan, is_chain=plan.is_chain or (linear and len(drafts_B) == 1))
+
+
+def landing_probability(accept_BK: torch.Tensor) -> torch.Tensor:
+    """`(B, K + 1)`: the probability that exactly the first 0, 1 ... K drafts are accepted.
+
+    Args:
+        accept_BK (`torch.Tensor` of shape `(B, K)`): Probability that each draft is accepted if all before it are.
+    """
+    one_B1 = accept_BK.new_ones(accept_BK.shape[0], 1)
+    reached_BR = torch.cat([one_B1, accept_BK.cumprod(dim=1)], dim=1)
+    return reached_BR * torch.cat([1 - accept_BK, one_B1], dim=1)
+
+
+def mask_values(landing_BR: torch.Tensor, survival_k: torch.Tensor) -> torch.Tensor:
+    """`(B, R, k)`: the expected number of tokens that each mask brings.
+
+    Args:
+        landing_BR (`torch.Tensor` of shape `(B, R)`): See [`landing_probability`].
+        survival_k (`torch.Tensor` of shape `(k,)`): Probability that the first 1, 2 ... k drafts of a block are
+            accepted.
+    """
+    return landing_BR[:, :, None] * survival_k
+
+
+def choose_masks(value_BRk: torch.Tensor, budget: int) -> MaskPlan:
+    """Gives a budget to the most valuable masks of each row.
+
+    Args:
+        value_BRk (`torch.Tensor` of shape `(B, R, k)`): See [`mask_values`]. Values do not grow along a block; useless
+            masks have 0.
+        budget (`int`): M, at most R * k.
+
+    Returns:
+        [`MaskPlan`], sorted by anchor, then by step.
+    """
+    batch, regular, k = value_BRk.shape
+    if not budget:
+        return no_masks(batch, regular, k, value_BRk.device)
+    # Among equals the earlier mask of a block comes first, so that a block has no gaps.
+    order_k = 1 - 1e-4 * torch.arange(k, device=value_BRk.device, dtype=value_BRk.dtype)
+    value_BF = (value_BRk.clamp(min=0) * order_k).flatten(1)
+    flat_BM = value_BF.topk(budget, dim=1, sorted=False).indices.sort(dim=1).values
+    alive_BM = value_BF.gather(1, flat_BM) > 0
+    column_BF = flat_BM.new_full((batch, regular * k), -1)
+    column_BM = torch.arange(budget, device=flat_BM.device).expand_as(flat_BM)
+    column_BF.scatter_(1, flat_BM, torch.where(alive_BM, column_BM, -1))
+    column_BRk = column_BF.view(batch, regular, k)
+    return MaskPlan(flat_BM // k, flat_BM % k + 1, alive_BM, column_BRk, is_chain=regular == 1)

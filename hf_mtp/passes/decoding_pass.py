@@ -1,0 +1,176 @@
+"""The forward pass of decoding: regular tokens and masks in, logits of the former and states of the latter out.
+
+Knows the upgraded model and its cache. Knows nothing of strategies, of verification or of when to stop.
+
+Shapes: B batch, T regular columns, M masks, N = T + M, R positions with logits, D features, V vocabulary, H heads.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..adapter.tuner import GatedLoraTuner
+from ..base.caches import cache_name
+from ..base.inspection import mask_form
+from ..base.rope import rope_switches
+from ..cache.rollback import RollbackCache
+from ..layout.attention import attention_kinds, attention_masks
+from ..layout.blocks import NO_DOCUMENT, BlockLayout
+
+
+@dataclass(frozen=True)
+class PassOutput:
+    """What a pass gave.
+
+    Args:
+        logits_BRV (`torch.Tensor` of shape `(B, R, V)`): Of the last R regular tokens.
+        mask_BMD (`torch.Tensor` of shape `(B, M, D)`): Last hidden states of the masks.
+        before (`int`): Regular columns before the first with logits.
+        past (`list[int]`): Columns that each row had in the cache.
+        calls (`int`): How often the model was called.
+        hidden_states (`tuple` of `(B, N, D)`), attentions (`tuple` of `(B, H, N, S)`): Of all layers, if asked for.
+    """
+
+    logits_BRV: torch.Tensor
+    mask_BMD: torch.Tensor
+    before: int
+    past: list[int]
+    calls: int = 1
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def masks_are_finite(self) -> torch.Tensor:
+        """A scalar: whether no mask's state is NaN or infinite."""
+        return torch.isfinite(self.mask_BMD).all()
+
+    def block(self, column_BK: torch.LongTensor) -> torch.Tensor:
+        """`(B, K, D)`: states of the masks in these columns; of any mask, or zeros, where the column is -1."""
+        if not self.mask_BMD.shape[1]:
+            return self.mask_BMD.new_zeros(*column_BK.shape, self.mask_BMD.shape[2])
+        index = column_BK.clamp(min=0)[:, :, None].expand(-1, -1, self.mask_BMD.shape[2])
+        return self.mask_BMD.gather(1, index)
+
+    def states_of_row(self, row: int) -> list[dict]:
+        """Hidden states and attentions that led to each token, first to last, in the shape that `generate` gives."""
+        if self.hidden_states is None and self.attentions is None:
+            return []
+        entries = []
+        for position in range(self.logits_BRV.shape[1]):
+            end = self.before + position + 1
+            read = slice(0 if position == 0 else end - 1, end)  # the first token is chosen from the whole prompt
+            entry = {}
+            if self.hidden_states is not None:
+                entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
+            if self.attentions is not None:
+                keys = self.past[row] + end
+                entry["attentions"] = tuple(weights[row, :, read, :keys] for weights in self.attentions)
+            entries.append(entry)
+        return entries
+
+
+class DecodingPass:
+    """The forward pass of one upgraded model, as decoding needs it.
+
+    Args:
+        tuner ([`GatedLoraTuner`]): The upgraded model.
+        output_hidden_states, output_attentions (`bool`): Whether to return those of all layers.
+        compiled (`Callable`, *optional*): The model's compiled forward pass, for all passes but the prompt's.
+    """
+
+    def __init__(
+        self,
+        tuner: GatedLoraTuner,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        compiled: Callable | None = None,
+    ):
+        self.compiled = compiled
+        self.tuner, self.model = tuner, tuner.model
+        self.kinds = attention_kinds(self.model.config.get_text_config(decoder=True))
+        self.form = mask_form(self.model)
+        self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
+        self.known_arguments = inspect.signature(self.model.forward).parameters
+        config = self.model.config.get_text_config(decoder=True)
+        self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
+        self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
+
+    def __call__(
+        self,
+        regular_BT: torch.Tensor,
+        layout: BlockLayout,
+        cache: RollbackCache,
+        logits_rows: int,
+    ) -> PassOutput:
+        """Runs all columns and writes them behind the tokens that the cache holds.
+
+        Args:
+            regular_BT (`torch.Tensor`): Token ids of shape `(B, T)`, or embeddings of shape `(B, T, D)`.
+            layout ([`BlockLayout`]): Their positions and the masks that follow them.
+            cache ([`RollbackCache`]): All tokens before.
+            logits_rows (`int`): R, the last regular tokens whose logits are wanted.
+        """
+        regular = regular_BT.shape[1]
+        wanted = logits_rows  # of all columns, the last
+        if layout.masks:
+            wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
+        inputs = {
+            "position_ids": self._positions(layout, cache, regular, drafts=logits_rows - 1),
+            "logits_to_keep": wanted,
+            cache_name(self.known_arguments): cache,
+            "use_cache": True,
+        }
+        if regular_BT.dim() == 3:
+            masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
+            inputs["inputs_embeds"] = torch.cat([regular_BT, masks_BMD], dim=1)
+        elif layout.masks:
+            inputs["input_ids"] = torch.cat([regular_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
+        else:
+            inputs["input_ids"] = regular_BT
+        if not (cache.is_causal and (layout.masks == 0 or layout.is_chain)):  # else the model's own mask is right
+            inputs["attention_mask"] = self._attention_mask(layout, cache, regular)
+        for name, value_B1 in cache.extra_inputs.items():
+            inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])
+        inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
+        past = list(cache.lengths)
+        forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
+        with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
+            outputs = forward(**inputs, **self.outputs)
+        logits = outputs.logits
+        if "logits_to_keep" not in self.known_arguments:
+            logits = logits[:, regular - logits_rows : regular]
+        return PassOutput(
+            logits,
+            captured.states[:, regular:],
+            regular - logits_rows,
+            past,
+            hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
+            attentions=outputs.attentions if "output_attentions" in self.outputs else None,
+        )
+
+    def _attention_mask(self, layout: BlockLayout, cache: RollbackCache, regular: int):
+        """What to pass as `attention_mask`: for padded prompts alone the 2-D mask, so that memory grows as the
+        base's."""
+        if not layout.masks and not cache.rows.longest and cache.rows.columns is None:
+            return (layout.segment_BT > NO_DOCUMENT).long()
+        return attention_masks(layout, self.kinds, self.form, cache.seen_by(regular + layout.masks))
+
+    def catch_up(self, cache: RollbackCache) -> None:
+        """Reads what a cache lacks of the tokens that it counts: nothing."""
+
+    def _positions(self, layout: BlockLayout, cache: RollbackCache, regular: int, drafts: int) -> torch.LongTensor:
+        """`(B, N)`, or `(R, B, N)` for models of several position ids per token.
+
+        Columns past the last position of a table belong to drafts and masks of no use, which stay at it; rotary
+        embeddings have no last position, and drafts past the length that a model was made for may be accepted.
+        """
+        last = max(self.maximum, cache.rows.positions + regular - (0 if self.is_rotary else drafts)) - 1
+        return cache.rows.positions_of(layout.position_BN).clamp(max=last)
+
+    def positions_left(self, used: int) -> int:
+        """How many positions drafts and masks may have after the first `used`; a large number if there is no end."""
+        ends = [self.maximum, *(end for end in self.switches if used <= end)]
+        return min(ends) - used

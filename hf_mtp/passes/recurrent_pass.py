@@ -1,0 +1,91 @@
+"""Decoding for models that read plain sequences only, and keep a state that cannot be rolled back.
+
+If the model goes on from its cache by several tokens at a time, a step reads what is certain into that cache, and
+drafts and masks into a copy, which is then dropped. That takes two calls of the model; accepted drafts are read a
+second time, with the next step. If it does not, a step reads the whole text again.
+
+Shapes: one row; T regular columns, K drafts, M masks, R = K + 1 positions with logits, D features.
+"""
+
+import torch
+from transformers import Cache
+
+from ..adapter.gate import HiddenStateCapture
+from ..base.caches import cache_name, copied
+from ..cache.rows import Rows
+from ..cache.sequence import SequenceCache, TextCache
+from ..layout.blocks import BlockLayout
+from .decoding_pass import DecodingPass, PassOutput
+
+
+class RecurrentPass(DecodingPass):
+    """The forward pass of a model that reads one plain sequence at a time."""
+
+    def __init__(self, tuner, **kwargs):
+        super().__init__(tuner, **kwargs)
+        if self.outputs:
+            raise NotImplementedError(
+                f"`{next(iter(self.outputs))}` with `mtp=True`: {type(self.model).__name__} reads what is certain and "
+                "what is drafted in calls of their own. Leave it out, or decode with mtp=False."
+            )
+
+    def __call__(
+        self, regular_BT: torch.Tensor, layout: BlockLayout, cache: SequenceCache, logits_rows: int
+    ) -> PassOutput:
+        """Reads all columns. Arguments as in [`DecodingPass`]; the masks hang on the last regular token."""
+        drafts, past = logits_rows - 1, list(cache.lengths)
+        start = cache.read
+        certain, guesses_BK = cache.split(regular_BT, drafts)
+        outputs, captured = self._read(certain, start, cache.held, cache.rows, logits_to_keep=1)
+        cache.held = outputs[cache_name(outputs)]
+        logits, masks_BMD, calls = [outputs.logits[:, -1:]], captured.states[:, :0], 1
+        if drafts or layout.masks:
+            mask_ids = layout.index_BM + self.tuner.vocab_size
+            with self.tuner.masks_in_columns(drafts, layout.index_BM):
+                outputs, captured = self._read(
+                    torch.cat([guesses_BK, mask_ids], dim=1), start + certain.shape[1], copied(cache.held), cache.rows
+                )
+            logits.append(outputs.logits[:, :drafts])
+            masks_BMD, calls = captured.states[:, drafts:], 2
+        return PassOutput(torch.cat(logits, dim=1), masks_BMD, regular_BT.shape[1] - logits_rows, past, calls=calls)
+
+    def catch_up(self, cache: SequenceCache) -> None:
+        """Reads what the model's own cache lacks."""
+        if cache.unread_BU is not None and cache.unread_BU.shape[1]:
+            outputs, _ = self._read(cache.unread_BU, cache.read, cache.held, cache.rows, logits_to_keep=1)
+            cache.held, cache.unread_BU = outputs[cache_name(outputs)], None
+
+    def _read(
+        self, sequence_BN: torch.Tensor, start: int, held: Cache | None, rows: Rows, **options
+    ) -> tuple[object, HiddenStateCapture]:
+        """One call of the model over a sequence, ids or embeddings, that goes on from `start` tokens in a cache."""
+        columns = sequence_BN.shape[1]
+        position_1N = torch.arange(start, start + columns, device=sequence_BN.device)[None]
+        inputs = {
+            "inputs_embeds" if sequence_BN.dim() == 3 else "input_ids": sequence_BN,
+            "position_ids": rows.positions_of(position_1N),
+            cache_name(self.known_arguments): held,
+            "use_cache": True,
+            **options,
+        }
+        inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
+        with self.tuner.capture_hidden_states() as captured:
+            return self.model(**inputs), captured
+
+
+class RecomputePass(RecurrentPass):
+    """The forward pass of a model that cannot go on from a cache by more than one token."""
+
+    def __call__(
+        self, regular_BT: torch.LongTensor, layout: BlockLayout, cache: TextCache, logits_rows: int
+    ) -> PassOutput:
+        """Reads the text from its start. Arguments as in [`DecodingPass`]."""
+        past = list(cache.lengths)
+        certain, guesses_BK = cache.split(regular_BT, logits_rows - 1)
+        text = torch.cat([certain, guesses_BK, layout.index_BM + self.tuner.vocab_size], dim=1)
+        tokens = text.shape[1] - layout.masks
+        with self.tuner.masks_in_columns(tokens, layout.index_BM):
+            wanted = logits_rows + layout.masks
+            outputs, captured = self._read(text, 0, None, cache.rows, use_cache=False, logits_to_keep=wanted)
+        logits_BRV = outputs.logits[:, -wanted:][:, :logits_rows]
+        return PassOutput(logits_BRV, captured.states[:, tokens:], regular_BT.shape[1] - logits_rows, past)

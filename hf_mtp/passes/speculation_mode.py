@@ -1,0 +1,232 @@
+"""Which kind of speculation a base model allows. A trial finds out; the name of the architecture never decides.
+
+Speculation needs passes over several tokens that give exactly what one token at a time gives. The best mode is a tree,
+which quadratic decoding needs; then a chain, rolled back by not counting columns of the cache; a chain on a copy of a
+state that cannot be rolled back; a chain recomputed from the start of the text; or none.
+"""
+
+import enum
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..adapter.gate import HiddenStateCapture
+from ..base.caches import cache_name
+from ..base.inspection import evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
+from ..base.tiny import WINDOW, tiny_model
+from ..cache.rollback import RollbackCache
+from ..cache.sequence import SequenceCache, TextCache
+from ..layout.attention import attention_kinds, attention_masks, in_blocks
+from ..layout.blocks import BlockLayout, decoding_layout
+from ..layout.mask_plan import whole_blocks
+from .decoding_pass import DecodingPass
+from .recurrent_pass import RecomputePass, RecurrentPass
+
+logger = logging.get_logger(__name__)
+
+
+class SpeculationMode(str, enum.Enum):
+    """How a model computes several tokens in one pass with the results of one token at a time."""
+
+    TREE = "tree"
+    CHAIN = "chain"
+    CHAIN_ON_COPY = "chain on a copied state"
+    RECOMPUTE = "recomputed chain"
+    NONE = "none"
+
+    @property
+    def pays(self) -> bool:
+        """Whether a pass reads new columns only."""
+        return self not in (SpeculationMode.RECOMPUTE, SpeculationMode.NONE)
+
+
+# The pass and the cache of each mode but NONE.
+PASSES = {
+    SpeculationMode.TREE: (DecodingPass, RollbackCache),
+    SpeculationMode.CHAIN: (DecodingPass, RollbackCache),
+    SpeculationMode.CHAIN_ON_COPY: (RecurrentPass, SequenceCache),
+    SpeculationMode.RECOMPUTE: (RecomputePass, TextCache),
+}
+PROMPT = WINDOW + 3  # tokens of a trial: more than any window of a tiny model
+MASKS = 2  # per block of a trial
+
+# The mode of each model, by its attention implementation.
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, SpeculationMode]]" = weakref.WeakKeyDictionary()
+# Modes that a tiny model of the same kind allows, by config and class.
+_of_kinds: dict[tuple[str, str, type], list[SpeculationMode] | None] = {}
+
+
+class _Unadapted:
+    """A model without an adapter, in the place of an upgraded one. Ordinary tokens stand in for its masks.
+
+    So the answer depends on the model alone, not on what an adapter's weights make of masks.
+    """
+
+    vocab_size = 3  # the "mask" i is token 3 + i
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    @contextmanager
+    def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def capture_hidden_states(self) -> Iterator[HiddenStateCapture]:
+        capture = HiddenStateCapture()
+        capture.states = torch.empty(1, 0, 0)  # nobody looks at them
+        yield capture
+
+
+@torch.compiler.disable  # the models of a trial run once
+def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
+    """The best mode that a model allows.
+
+    Runs a few short passes, once per model and attention implementation: through the model itself, and through a tiny
+    random one of the same kind, whose windows are short enough to be exceeded. An error in the model itself, such as
+    one of memory, is no answer if the tiny model has none: then the result holds for this call only.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+    """
+    known = _known.setdefault(model, {})
+    implementation = str(model.config._attn_implementation)
+    if implementation in known:
+        return known[implementation]
+    of_kind = _modes_of_kind(model, implementation)
+    errors: list[SpeculationMode] = []
+    best = next(
+        mode
+        for mode in SpeculationMode
+        if mode is SpeculationMode.NONE or ((of_kind is None or mode in of_kind) and _holds(model, mode, errors))
+    )
+    if of_kind is None or not errors:
+        known[implementation] = best
+    else:
+        logger.warning(
+            f"{type(model).__name__} failed in a trial of several tokens per pass, which a tiny model of its kind "
+            f"passes. This call decodes in the mode {best.value!r}; the next one tries again."
+        )
+    return best
+
+
+def _modes_of_kind(model: PreTrainedModel, implementation: str) -> list[SpeculationMode] | None:
+    """What a tiny model of the same kind allows; `None` if none can be made."""
+    key = model.config.to_json_string(use_diff=False), implementation, type(model)
+    if key not in _of_kinds:
+        try:
+            stand_in = tiny_model(model.config, model_class=type(model))
+            if mask_form(model) not in (None, in_blocks):  # flash and flex take no float64 on a CPU
+                stand_in.set_attn_implementation(model.config._attn_implementation)
+        except Exception as error:  # a config may lead to any error of its model's code
+            logger.debug("No tiny model can stand in for %s: %s", type(model).__name__, error)
+            _of_kinds[key] = None
+        else:
+            _of_kinds[key] = [mode for mode in PASSES if _holds(stand_in, mode, [])]
+    return _of_kinds[key]
+
+
+def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[SpeculationMode]) -> bool:
+    """Whether a model allows a mode. One whose code raises does not; then the mode is added to `errors`."""
+    device_type = input_device(model).type
+    try:
+        with torch.no_grad(), torch.autocast(device_type, enabled=False), evaluation_mode(model):
+            if mode in (SpeculationMode.TREE, SpeculationMode.CHAIN) and is_recurrent(model):
+                return False
+            if mode is not SpeculationMode.TREE:
+                return _passes_equal_sequences(model, *PASSES[mode], linear=True)
+            return (
+                mask_form(model) is not None
+                and _branch_equals_sequence(model)
+                and _passes_equal_sequences(model, *PASSES[mode], linear=False, rows=2)
+            )
+    except Exception as error:
+        logger.debug("%s does not allow the mode %r: %s", type(model).__name__, mode.value, error)
+        errors.append(mode)
+        return False
+
+
+def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
+    """`(rows, count)` ids, all apart and from 0, which is often a padding token that models treat apart."""
+    vocab, total = weight_shape(model.get_input_embeddings())[0], rows * count
+    return torch.tensor([vocab * i // (total + 2) for i in range(1, total + 1)], device=input_device(model)).view(
+        rows, count
+    )
+
+
+def are_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether two results are the same but for rounding."""
+    # Some layers compute in float32 whatever the model's dtype, in sums whose order depends on the length. What is
+    # wrong is wrong by orders of magnitude.
+    tolerance = max(50 * torch.finfo(truth.dtype).eps, 500 * torch.finfo(torch.float32).eps) * truth.abs().max()
+    return bool((found - truth).abs().max() <= tolerance)
+
+
+def _plain_logits(model: PreTrainedModel, text_1T: torch.LongTensor, last: int = 5) -> torch.Tensor:
+    """`(last, V)`: what plain decoding gets at the last tokens, one at a time behind the model's own cache, if any."""
+    known = inspect.signature(model.forward).parameters
+    first, logits, past, start = text_1T.shape[1] - last + 1, [], {}, 0
+    position_1T = torch.arange(text_1T.shape[1], device=text_1T.device)[None]
+    for end in range(first, text_1T.shape[1] + 1):
+        inputs = {"input_ids": text_1T[:, start:end], "position_ids": position_1T[:, start:end], "use_cache": True}
+        outputs = model(**{name: value for name, value in inputs.items() if name in known}, **past)
+        if cache_name(outputs) in outputs:
+            past, start = {cache_name(known): outputs[cache_name(outputs)]}, end
+        logits.append(outputs.logits[0, -1:])
+    return torch.cat(logits)
+
+
+def _branch_equals_sequence(model: PreTrainedModel) -> bool:
+    """Whether a text and a branch that hangs on its last token but one give what two texts give, without masks."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    ids, text, branch = _example(model, 1, PROMPT + 2), list(range(PROMPT)), [PROMPT, PROMPT + 1]
+    column = torch.arange(PROMPT, device=ids.device)[None]
+    layout = BlockLayout.of_blocks(column[:, -2:-1], column, torch.zeros_like(column), k=2)
+    mask = attention_masks(layout, attention_kinds(model.config.get_text_config(decoder=True)), mask_form(model))
+    branched = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BN, use_cache=False).logits[0]
+    return all(
+        are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0])
+        for rows in (text, [*text[:-1], *branch])
+    )
+
+
+def _passes_equal_sequences(
+    model: PreTrainedModel, pass_type: type, cache_type: type, linear: bool, rows: int = 1
+) -> bool:
+    """Whether passes as decoding makes them, with masks and with right and wrong drafts, give each text's logits.
+
+    The second of two rows is padded, and accepts what the first rejects.
+    """
+    forward = pass_type(_Unadapted(model))
+    ids = _example(model, rows, PROMPT + 6)
+    cache = cache_type(torch.arange(rows, device=ids.device))
+    text_BT, wrong_B2 = ids[:, :-2], ids[:, -2:]
+    truth_B = [_plain_logits(model, text_BT[row : row + 1, row:]) for row in range(rows)]
+    read = [0] * rows
+    for accepted in (None, [0, 2], [2, 0]):  # after the prompt, how many of two drafts hold
+        if accepted is None:
+            regular_BT, before, drafts, kept = text_BT[:, :PROMPT], PROMPT - 1, 0, [PROMPT] * rows
+        else:
+            columns = [
+                [text_BT[row, read[row]], *(text_BT[row, read[row] + 1 : read[row] + 3] if right else wrong_B2[row])]
+                for row, right in enumerate(accepted[:rows])
+            ]
+            regular_BT = torch.tensor(columns, device=ids.device)
+            before, drafts, kept = 0, 2, [1 + right for right in accepted[:rows]]
+        positions_BT = cache.rows.next_columns(regular_BT.shape[1]) - cache.rows.start_B[:, None]
+        plan = whole_blocks(torch.full((rows,), drafts, device=ids.device), drafts, MASKS, linear)
+        layout = decoding_layout(positions_BT, plan, first=before)
+        logits_BRV = forward(regular_BT, layout, cache, logits_rows=1 + drafts).logits_BRV
+        for row in range(rows):
+            true = truth_B[row][read[row] + before - PROMPT + 1 : read[row] + kept[row] - PROMPT + 1]
+            if not are_close(logits_BRV[row, : len(true)], true):
+                return False
+        cache.keep(kept)
+        read = [tokens + new for tokens, new in zip(read, kept, strict=True)]
+    return True

@@ -1,0 +1,109 @@
+"""[`DecodingCallback`]: each evaluation decodes a few prompts as they will be served."""
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from ...base.distributed import is_sharded
+from ...base.inspection import evaluation_mode, input_device
+from ...data.prompts import Prompt, encode_prompt
+from ...data.randomness import own_randomness
+from ...evaluation.compare import Record, decode_both_ways, summarize
+
+PREFIX = "eval_decoding"
+
+
+class DecodingCallback(TrainerCallback):
+    """
+    Decodes a few prompts at each evaluation with `generate(mtp=True)`, and plainly, and logs how they compare.
+
+    `eval_tokens_per_step` is computed on the text of the evaluation dataset; these are measured on what the model says
+    itself, by the code that will serve it:
+
+    - `eval_decoding/tokens_per_step`: new tokens per forward pass, over all prompts;
+    - `eval_decoding/tokens_per_second`, and `eval_decoding/speedup` over plain decoding, by the wall clock;
+    - `eval_decoding/identical`: the share of prompts with the same output as plain decoding, which should be 1;
+    - `eval_decoding/sample`: the first prompt's response.
+
+    They go where the trainer logs (TensorBoard, trackio, wandb ...) and into the metrics of the evaluation, so that
+    `metric_for_best_model="decoding/tokens_per_step"` works. Training goes on exactly as without. Decodes greedily, in
+    the first process, or in all where each holds a part of the weights.
+
+    Args:
+        prompts (`list[str]` or `list[list[dict]]`):
+            What to decode: texts, or conversations for the tokenizer's chat template. A few are enough, unlike the
+            training data.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Length of a response at most.
+        generate_kwargs:
+            Everything else that `generate` takes, such as `mtp_strategy` and `mtp_k`, except sampling.
+
+    Raises:
+        ValueError: No prompts, an empty one, or sampling.
+
+    Example:
+
+    ```python
+    >>> from hf_mtp import DecodingCallback, MTPConfig, MTPTrainer
+
+    >>> trainer = MTPTrainer(
+    ...     model=model,
+    ...     args=MTPConfig(output_dir="out", eval_strategy="steps", eval_steps=500),
+    ...     train_dataset=dataset,
+    ...     eval_dataset=held_out,
+    ...     callbacks=[DecodingCallback(["What is the capital of France?"], max_new_tokens=64)],
+    ... )
+    ```
+    """
+
+    def __init__(self, prompts: list[Prompt], max_new_tokens: int = 128, **generate_kwargs):
+        if isinstance(prompts, str) or not prompts or not all(prompts):
+            raise ValueError(f"`prompts` must be a list of one or more prompts, none of them empty, got {prompts!r}.")
+        if generate_kwargs.get("do_sample"):
+            raise ValueError(
+                "DecodingCallback decodes greedily, so that it can say whether the output is the same as without "
+                "`mtp=True`: leave `do_sample` out."
+            )
+        generate_kwargs.pop("do_sample", None)
+        self.prompts, self.max_new_tokens, self.generate_kwargs = prompts, max_new_tokens, generate_kwargs
+        self.trainer: Trainer | None = None  # set by MTPTrainer, through which it logs
+        self._decoded_at: int | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._decoded_at = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._decoded_at = None
+
+    def on_evaluate(self, args, state, control, metrics, model, processing_class, **kwargs):
+        if self.trainer is None:
+            raise ValueError("DecodingCallback logs through its trainer: pass it to `MTPTrainer(callbacks=[...])`.")
+        if self._decoded_at == state.global_step:  # once, also if there are several evaluation datasets
+            return
+        self._decoded_at = state.global_step if self.trainer.is_in_train else None
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        found = [None]
+        if state.is_world_process_zero or is_sharded(model):
+            with evaluation_mode(model), own_randomness(model, seed=0):
+                found = [self._decode(model, tokenizer)]
+        (found,) = broadcast_object_list(found)  # all processes must choose the same best checkpoint
+        metrics.update({name: value for name, value in found.items() if isinstance(value, float)})
+        self.trainer.log(found)
+
+    def _decode(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
+        device = input_device(model)
+        prompts = [torch.tensor([encode_prompt(prompt, tokenizer)], device=device) for prompt in self.prompts]
+        records = decode_both_ways(model, prompts, self.max_new_tokens, **self.generate_kwargs)
+        return {f"{PREFIX}/{name}": value for name, value in _measures(records, tokenizer).items()}
+
+
+def _measures(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
+    total = summarize(records)
+    return {
+        "tokens_per_step": total["tokens_per_step"],
+        "tokens_per_second": total["new_tokens"] / total["seconds_mtp"],
+        "speedup": total["speedup"],
+        "identical": total["identical"] / total["prompts"],
+        "sample": tokenizer.decode(records[0].ids),
+    }
