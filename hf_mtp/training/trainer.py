@@ -131,7 +131,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         chosen = given or self.args.optim != MTPConfig.__dataclass_fields__["optim"].default
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return self.args.muon and not chosen and not is_sharded and hasattr(torch.optim, "Muon")
+        return self.args.muon and not chosen and not is_sharded
 
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
         if not self.has_muon:
