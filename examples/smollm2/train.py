@@ -115,7 +115,7 @@ def make_trainer(
     seed: int = 0,
 ) -> MTPTrainer:
     """A trainer that the clock ends."""
-    # On Hopper GPUs cuDNN's backward pass of masked attention gives NaN now and then: pytorch/pytorch#196678.
+    # On Hopper GPUs cuDNN's backward pass of masked attention gives NaN for some lengths: pytorch/pytorch#196678.
     torch.backends.cuda.enable_cudnn_sdp(False)
     config = {"save_steps": 500, "save_total_limit": 1, "report_to": [], "num_train_epochs": 1000} | settings
     return MTPTrainer(
