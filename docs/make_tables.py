@@ -165,7 +165,7 @@ def sampling() -> str:
     ways = list(dict.fromkeys(row["way"] for row in report["rates"]))
     places = sorted({(temperature, mask) for temperature, mask, _ in found})
     head = ["", *(f"T = {temperature}, mask {mask}" for temperature, mask in places)]
-    rows = [[way, *(f"{found[*place, way]:.3f}" for place in places)] for way in ways]
+    rows = [[way, *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
     note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
     return table(head, rows) + note
 
