@@ -11,7 +11,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from hf_mtp import DecodingCallback
 from hf_mtp.evaluation.compare import decode_both_ways
-from hf_mtp.training import curves, decoding_callback
+from hf_mtp.training.callbacks import curves
+from hf_mtp.training.callbacks import decoding as decoding_callback
 from hf_mtp.training.callbacks.curves import TrainingCurves, draw_training_curves
 from hf_mtp.training.callbacks.plotting import spread
 from hf_mtp.training.callbacks.progress import MTPProgressCallback

@@ -127,14 +127,15 @@ class GatedVariant(LoraVariant):
             return result
         if module.training:
             masks_x = module.lora_dropout[active_adapter](masks_x)
-        masks_y.add_(lora_B(lora_A(masks_x)), alpha=module.scaling[active_adapter])
+        masks_y.add_(lora_B(lora_A(masks_x) * module.scaling[active_adapter]))  # scaled where it is small
         return result
 
     @staticmethod
     def _mask_rows(x: torch.Tensor, columns: MaskColumns) -> torch.Tensor:
         """The mask rows of `(B, N, D)`, or of `(B * N, D)` as mixture-of-experts layers pass it: a view of `x`."""
         if x.dim() == 3 and x.shape[1] == columns.length:  # by far the usual case
-            return x[:, columns.first :]
+            # Training reads masks alone. Autograd copies what is written to through a view, of whatever size.
+            return x[:, columns.first :] if columns.first else x
         batch, length = columns.shape
         if x.dim() == 2 and x.shape[0] == batch * length:
             x = x.view(batch, length, -1)

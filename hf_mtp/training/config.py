@@ -77,8 +77,7 @@ class MTPConfig(SFTConfig):
             Initial learning rate of AdamW.
         muon (`bool`, *optional*, defaults to `True`):
             Whether Muon trains LoRA's matrices, and AdamW the rest. AdamW trains everything if parameters are sharded
-            (DeepSpeed, FSDP) or torch is older than 2.9. `optim`, or an optimizer passed to the trainer, overrides
-            both.
+            (DeepSpeed, FSDP). `optim`, or an optimizer passed to the trainer, overrides both.
         muon_learning_rate (`float`, *optional*, defaults to `5e-3`):
             Initial learning rate of Muon. Both rates follow the same schedule.
 

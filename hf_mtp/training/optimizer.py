@@ -1,14 +1,79 @@
 """Muon for the LoRA matrices, AdamW for the rest.
 
-Muon works on matrices only and orthogonalizes their updates (Jordan et al., 2024,
-kellerjordan.github.io/posts/muon). torch has it since 2.9.
+Muon works on matrices only and orthogonalizes their updates (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
+An adapter has hundreds of small matrices of a few shapes. `torch.optim.Muon` updates them one by one, which leaves a GPU
+idle. Here all matrices of one shape are updated together.
+
+Shapes: N matrices, each of R rows and C columns.
 """
+
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from transformers import Trainer
 
 from .config import MTPConfig
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum. Scales updates to the size of AdamW's, and computes as `torch.optim.Muon` does.
+
+    Args:
+        params (`Iterable[torch.nn.Parameter]`): Matrices.
+        lr (`float`): Learning rate.
+        weight_decay (`float`, *optional*, defaults to 0): Decoupled, as in AdamW.
+        momentum (`float`, *optional*, defaults to 0.95): Decay of the moving average of gradients.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape[matrix.shape].append(matrix)
+            for matrices in by_shape.values():
+                self._update(matrices, group["lr"], group["weight_decay"], group["momentum"])
+        return loss
+
+    def _update(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
+        gradients = [matrix.grad for matrix in matrices]
+        averages = [self._average(matrix) for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        update_NRC = orthogonalized(torch.stack(torch._foreach_lerp(gradients, averages, momentum)))
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        size = 0.2 * max(matrices[0].shape) ** 0.5  # root mean square of AdamW's updates
+        torch._foreach_add_(matrices, list(update_NRC.to(matrices[0].dtype).unbind()), alpha=-lr * size)
+
+    def _average(self, matrix: nn.Parameter) -> torch.Tensor:
+        """The moving average of a matrix's gradients."""
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        return state["momentum_buffer"]
+
+
+def orthogonalized(matrix_NRC: torch.Tensor) -> torch.Tensor:
+    """`(N, R, C)`, bfloat16: the matrices with all singular values moved near 1 by Newton-Schulz iteration."""
+    a, b, c = COEFFICIENTS
+    is_tall = matrix_NRC.shape[1] > matrix_NRC.shape[2]
+    x = (matrix_NRC.mT if is_tall else matrix_NRC).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # makes all singular values at most 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -37,7 +102,7 @@ class MuonAdamW(torch.optim.Optimizer):
         others = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if not matrix]
         self.optimizers = [  # AdamW first: transformers logs the learning rate of the first group
             torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True),
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
         ]
         super().__init__([{"params": others}, {"params": matrices}], {"lr": lr})
         # The same group objects, so that a schedule that sets `lr` here also sets it there.
@@ -67,7 +132,7 @@ def uses_muon(trainer: Trainer) -> bool:
     args, default = trainer.args, MTPConfig.__dataclass_fields__["optim"].default
     has_other = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    return args.muon and not has_other and args.optim == default and not is_sharded and hasattr(torch.optim, "Muon")
+    return args.muon and not has_other and args.optim == default and not is_sharded
 
 
 def make_muon_adamw():

@@ -118,8 +118,9 @@ class NonfiniteGuard:
             return
         raise FloatingPointError(
             message + f"The step was not taken, and the checkpoints in {self.trainer.args.output_dir} are unchanged. "
-            "Check these rows; try a lower `learning_rate` or `max_grad_norm`, or `bf16=True` instead of float16; or "
-            "set `nonfinite='skip'` to skip such steps."
+            "Check these rows; try a lower `learning_rate` or `max_grad_norm`, or `bf16=True` instead of float16; on "
+            "a Hopper GPU `torch.backends.cuda.enable_cudnn_sdp(False)`, because cuDNN's backward pass of attention "
+            "gives NaN for some lengths (pytorch/pytorch#196678); or set `nonfinite='skip'` to skip such steps."
         )
 
 
