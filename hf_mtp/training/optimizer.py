@@ -1,8 +1,8 @@
 """Muon for the LoRA matrices, AdamW for the rest.
 
 Muon works on matrices only and orthogonalizes their updates (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
-An adapter has hundreds of small matrices of a few shapes. `torch.optim.Muon` updates them one by one, which leaves a GPU
-idle. Here all matrices of one shape are updated together.
+An adapter has hundreds of small matrices of a few shapes. `torch.optim.Muon` updates them one by one, which leaves a
+GPU idle. Here all matrices of one shape are updated together.
 
 Shapes: N matrices, each of R rows and C columns.
 """
