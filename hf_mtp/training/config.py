@@ -1,8 +1,10 @@
-"""[`MTPConfig`]: training settings and their checks. Knows nothing of models or data."""
+"""[`MTPConfig`]: training settings and their checks. Knows nothing of data or losses."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -242,3 +244,14 @@ class MTPConfig(SFTConfig):
             position_decay=self.position_decay,
             divergence=self.divergence,
         )
+
+
+@contextmanager
+def router_config_restored(model: PreTrainedModel | str) -> Iterator[None]:
+    """Restores the router settings in the base's config, where TRL switches the router loss off."""
+    config = None if isinstance(model, str) else model.config.get_text_config()
+    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
+    before = [getattr(config, name) for name in names]
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(config, name, value)

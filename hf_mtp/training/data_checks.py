@@ -36,9 +36,7 @@ def refuse_unreadable_rows(dataset, name: str, text_field: str) -> None:
             "Rename one with `dataset.rename_column`, or pass `formatting_func`."
         )
     # As TRL does: it decides on tokens and prompts by the column, on chats by the first row.
-    chosen = next(
-        (column for column in formats if column not in CHAT_COLUMNS or dataset[0][column] is not None), formats[0]
-    )
+    chosen = next((name for name in formats if name not in CHAT_COLUMNS or dataset[0][name] is not None), formats[0])
     empty = first_empty_row(dataset, chosen)
     if empty is None:
         return
@@ -64,10 +62,10 @@ def refuse_datasets(
 ) -> None:
     """Raises for datasets on which TRL would fail without naming the cause."""
     if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        several = isinstance(eval_dataset, dict)
-        evaluated = {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()} if several else {}
-        evaluated = evaluated or {"eval_dataset": eval_dataset}
-        for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        if isinstance(eval_dataset, dict):
+            datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+        for name, dataset in datasets.items():
             refuse_unreadable_rows(dataset, name, args.dataset_text_field)
     if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
         raise ValueError(
@@ -141,9 +139,7 @@ def refuse_model(args: MTPConfig, model, peft_config=None) -> None:
     if peft_config is None:
         return refuse_parameters(tuner_of(model))
     if not isinstance(peft_config, GatedLoraConfig):
-        raise ValueError(
-            f"`peft_config` must be `peft_config=GatedLoraConfig(...)`, but got {type(peft_config).__name__}."
-        )
+        raise ValueError(f"MTPTrainer needs `peft_config=GatedLoraConfig(...)`, but got {type(peft_config).__name__}.")
     if args.chat_template_path and not args.chat_template_path.endswith((".jinja", ".j2")):
         raise ValueError(
             f"`chat_template_path={args.chat_template_path!r}` is a tokenizer: TRL adds its tokens to the base and "

@@ -1,7 +1,5 @@
 """[`MTPTrainer`]: TRL's supervised fine-tuning with the multi-token objective."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from .batches import objective_inputs
 from .callbacks.attach import attach_callbacks
 from .callbacks.deadline import SCHEDULE_STEPS, Deadline
 from .callbacks.interrupt import SaveOnInterrupt
-from .config import MTPConfig
+from .config import MTPConfig, router_config_restored
 from .data_checks import (
     refuse_datasets,
     refuse_model,
@@ -111,10 +109,10 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         refuse_datasets(args, train_dataset, **kwargs)
         refuse_model(args, model, kwargs.get("peft_config"))
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
-        with _router_config_restored(model):
+        with router_config_restored(model):
             super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.uses_muon = uses_muon(self)
-        tuner = tuner_of(self.model)
+        tuner = self.tuner
         unpack_for_gradients(self.model)
         refuse_parameters(tuner)  # again, because TRL may have changed them
         refuse_settings(args, tuner)
@@ -134,8 +132,13 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             self.add_callback(self.deadline)
         attach_callbacks(self, curves=args.training_curves)
 
+    @property
+    def tuner(self) -> GatedLoraModel:
+        """The tuner inside the model, however the model is wrapped."""
+        return tuner_of(self.accelerator.unwrap_model(self.model))
+
     def _describe_training(self, tuner: GatedLoraModel) -> None:
-        """Records facts for the model card and for loading in the adapter's config."""
+        """Stores what the model card and a later load need in the adapter's config."""
         config = tuner.active_mtp_config
         record_tokenizer(config, self._tokenizer, tuner.model)
         config.base_vocab_size = tuner.vocab_size  # may have grown since the upgrade
@@ -173,7 +176,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, and the weight of all their masks, which divides their loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        k = tuner_of(self.accelerator.unwrap_model(self.model)).active_mtp_config.k
+        k = self.tuner.active_mtp_config.k
         inputs = [objective_inputs(batch, self.model.config) for batch in batches]
         weights = [batch_weight(batch, k, self.recipe.position_decay) for batch in inputs]
         if not weights:
@@ -190,9 +193,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
     def checkpoint_facts(self) -> dict:
         """Facts about the adapter, the size of steps and the optimizer, for [`MTPTrainer.before_resuming`]."""
-        args = self.args
-        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = describe_steps(args.world_size, sequences)
+        sequences = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        steps = describe_steps(self.args.world_size, sequences)
         return {"adapter": self._adapter, "steps": steps, "muon": self.uses_muon}
 
     def before_resuming(self, checkpoint: Path) -> None:
@@ -231,8 +233,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         args, anchors, generator, total = self.args, self.args.anchors_per_sequence, None, None
         if not self.model.training:
             generator = torch.Generator(batch["input_ids"].device).manual_seed(EVAL_SEED)
-            tuner = tuner_of(self.accelerator.unwrap_model(self.model))
-            if args.eval_anchors_per_sequence is not None or speculation_mode(tuner.model) is SpeculationMode.TREE:
+            takes_branches = speculation_mode(self.tuner.model) is SpeculationMode.TREE
+            if takes_branches or args.eval_anchors_per_sequence is not None:
                 anchors = args.eval_anchors_per_sequence
         elif num_items_in_batch is not None:  # DDP averages gradients over processes
             total = num_items_in_batch / (self.accelerator.num_processes if self._averages_over_processes else 1)
@@ -267,7 +269,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         return loss, outputs.logits, inputs.get("labels")
 
     def _save_checkpoint(self, model, trial):
-        with in_full_precision(tuner_of(self.model).active_mtp_config):  # whatever `save_dtype` says
+        with in_full_precision(self.tuner.active_mtp_config):  # whatever `save_dtype` says
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -282,19 +284,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Writes the adapter's model card into `output_dir`. Takes the arguments of TRL's trainers."""
         if not self.is_world_process_zero():
             return
-        config = tuner_of(self.model).active_mtp_config
+        config = self.tuner.active_mtp_config
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
         tags = [tags] if isinstance(tags, str) else tags
         config.write_model_card(self.args.output_dir, repo=self.hub_model_id or model_name, tags=tags)
-
-
-@contextmanager
-def _router_config_restored(model) -> Iterator[None]:
-    """Restores the router settings in the base's config after TRL has switched the router loss off there."""
-    config = None if isinstance(model, str) else model.config.get_text_config()
-    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
-    before = [getattr(config, name) for name in names]
-    yield
-    for name, value in zip(names, before, strict=True):
-        setattr(config, name, value)
