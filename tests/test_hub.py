@@ -18,7 +18,8 @@ from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.adapter.base_match import tokenizer_fingerprint
+from hf_mtp.adapter.base_identity import tokenizer_fingerprint
+from hf_mtp.adapter.card import write_model_card
 from hf_mtp.adapter.card import MARK
 
 TESTS = Path(__file__).parent
@@ -295,7 +296,7 @@ def test_a_card_without_measurements_says_so(folder):
 def test_a_card_has_a_table_of_what_was_measured(folder):
     config = GatedLoraConfig.from_pretrained(folder / "adapter")
     config.tokens_per_step = {"maths": 3.0, "code": 2.352}
-    config.write_model_card(folder / "adapter", repo="me/named")
+    write_model_card(config, folder / "adapter", repo="me/named")
     card = card_of(folder)
     assert "| domain | tokens per step |\n|---|---|\n| maths | 3.00 |\n| code | 2.35 |" in card
     assert 'from_pretrained("me/named")' in card

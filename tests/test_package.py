@@ -23,7 +23,7 @@ ORDER = """
 layout: mask_plan blocks attention
 base: caches inspection rope randomness tiny distributed lora_layers
 cache: rows rollback sequence protocol
-adapter: peft_type card hub config gate parameters stacked sampler base_match weights tuner
+adapter: peft_type loading config base_identity card hub gate parameters stacked sampler mask_input tuner
 passes: decoding_pass recurrent_pass speculation_mode training_pass
 data: prompts randomness shard survey answers responses
 objective: losses recipe simulation chunked_backward compute

@@ -9,7 +9,8 @@ from peft import PeftModel
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from ..adapter.base_match import tokenizer_fingerprint
+from ..adapter.base_identity import record_tokenizer
+from ..adapter.card import write_model_card
 from ..adapter.config import in_full_precision
 from ..base.distributed import whole_adapter
 from ..base.inspection import unpack_for_gradients
@@ -120,7 +121,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def _describe_training(self, tuner: GatedLoraModel) -> None:
         """Records in the adapter's config what its card and a later load need to know."""
         config = tuner.active_mtp_config
-        config.tokenizer_fingerprint = tokenizer_fingerprint(self._tokenizer)
+        record_tokenizer(config, self._tokenizer, tuner.model)
         config.recipe = self.args.recipe
         name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
         if name and name not in config.train_datasets:
@@ -257,7 +258,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the adapter's own model card into `output_dir`."""
         if self.is_world_process_zero():
-            _gated(self.model).active_mtp_config.write_model_card(self.args.output_dir, repo=self.hub_model_id)
+            write_model_card(_gated(self.model).active_mtp_config, self.args.output_dir, repo=self.hub_model_id)
 
 
 def _objective_inputs(inputs: dict) -> dict[str, torch.Tensor | None]:

@@ -1,0 +1,96 @@
+"""Which base an adapter was made for: sizes, and the tokenizer."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..base.inspection import weight_shape
+from .config import GatedLoraConfig
+
+logger = logging.get_logger(__name__)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
+    """16 hexadecimal digits that change with any token or its id, and with nothing else.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Whose tokens.
+        size (`int`, *optional*): Tokens of this id and above do not count; somebody may have added them.
+    """
+    known = (item for item in tokenizer.get_vocab().items() if size is None or item[1] < size)
+    return hashlib.sha256(json.dumps(sorted(known), ensure_ascii=True).encode()).hexdigest()[:16]
+
+
+def record_base(config: GatedLoraConfig, model: PreTrainedModel) -> None:
+    """Writes into an adapter's config which sizes its base has.
+
+    Args:
+        config ([`GatedLoraConfig`]): Its `base_hidden_size` and `base_vocab_size` are filled in.
+        model ([`~transformers.PreTrainedModel`]): The base.
+    """
+    config.base_vocab_size, config.base_hidden_size = weight_shape(model.get_output_embeddings())
+
+
+def record_tokenizer(config: GatedLoraConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Writes into an adapter's config which tokens its base has. A tokenizer that only adds some agrees with it.
+
+    Args:
+        config ([`GatedLoraConfig`]): Its `tokenizer_fingerprint` and `tokenizer_size` are filled in.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the training.
+        model ([`~transformers.PreTrainedModel`]): The base, whose own tokenizer counts if it is at hand.
+    """
+    own, vocabulary = _tokenizer_of(model) or tokenizer, tokenizer.get_vocab()
+    other = [token for token, index in own.get_vocab().items() if vocabulary.get(token, index) != index]
+    if other:
+        logger.warning(
+            f"The tokenizer of this training gives {len(other)} tokens other ids than the one of {_name(model)} does, "
+            f"such as {other[0]!r}. The adapter learns from texts that its base reads otherwise."
+        )
+    config.tokenizer_fingerprint = tokenizer_fingerprint(own)
+    config.tokenizer_size = max(own.get_vocab().values(), default=-1) + 1
+
+
+def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel) -> None:
+    """Raises if a base is not the one that an adapter was trained for.
+
+    Args:
+        config ([`GatedLoraConfig`]): What it records of the base counts.
+        model ([`~transformers.PreTrainedModel`]): The base.
+
+    Raises:
+        ValueError: The base has another hidden size, vocabulary or tokenizer than the adapter was trained for.
+    """
+    tokenizer = _tokenizer_of(model) if config.tokenizer_fingerprint is not None else None
+    found = None if tokenizer is None else tokenizer_fingerprint(tokenizer, config.tokenizer_size)
+    vocab_size, hidden_size = weight_shape(model.get_output_embeddings())
+    recorded = {"hidden size": (config.base_hidden_size, hidden_size)}
+    if found is None:  # else the tokens tell more than the number of rows, some of which may be spare ones
+        recorded["vocabulary size"] = config.base_vocab_size, vocab_size
+    for meaning, (expected, actual) in recorded.items():
+        if expected not in (None, actual):
+            raise ValueError(
+                f"This adapter was trained for a base of {meaning} {expected}, but {_name(model)} has {actual}. Load "
+                f"it on the base it was trained for: {config.base_model_name_or_path}."
+            )
+    if found not in (None, config.tokenizer_fingerprint):
+        raise ValueError(
+            f"This adapter was trained with a tokenizer of fingerprint {config.tokenizer_fingerprint}, but the one of "
+            f"{_name(model)} has {found}: its token ids mean other text. Load the adapter on the base it was trained "
+            f"for: {config.base_model_name_or_path}."
+        )
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer if it is at hand: in a local folder or in the local cache of the Hub."""
+    try:
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # the base was made in memory or comes without a tokenizer
+
+
+def _name(model: PreTrainedModel) -> str:
+    name = model.config._name_or_path
+    return Path(name).name if name else type(model).__name__
