@@ -1,4 +1,4 @@
-"""Bases of every kind: a class or a config that is no causal language model, code from the base's own folder,
+"""Bases of every kind: a class or a config that is not a causal language model, code from the base's own folder,
 embeddings tied or not, an embedding with more rows than the tokenizer has words."""
 
 import pytest
@@ -43,7 +43,7 @@ def assert_exact(model: PeftModel, ids: torch.LongTensor) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_class_that_is_no_causal_language_model(auto_class, config, name):
-    with pytest.raises(ValueError, match=f"{name} is no causal language model.*Load it with AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match=f"{name} is not a causal language model.*Load it with AutoModelForCausalLM"):
         get_peft_model(auto_class.from_config(config), GatedLoraConfig(k=2))
 
 

@@ -38,6 +38,7 @@ training: config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress plotting curves attach
 training: trainer
 cli: regenerate
+: regenerate
 """
 MODULES = [
     f"{room}.{name}".lstrip(".")

@@ -12,7 +12,8 @@ from tiny_models import generate, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from transformers import AutoModelForCausalLM
 
-from hf_mtp import GatedLoraModel, MTPConfig, MTPTrainer, regenerate, regenerate_responses
+from hf_mtp import GatedLoraModel, MTPConfig, MTPTrainer, regenerate_responses
+from hf_mtp.cli import regenerate
 from hf_mtp.data import answers, responses, survey
 from hf_mtp.data.prompts import decode_response, encode_prompt
 from hf_mtp.data.shard import Shard

@@ -5,9 +5,10 @@
     python examples/benchmarks/measure_gpu.py --shape tiny --device cpu           # does the script run?
 
 First correctness: a small float32 model decodes the same tokens with and without masks, static cache, compiled. Then
-one quadratic pass (verification and drafting included) against one plain pass, both over a static cache and compiled,
-batch 1; then whole decodings in which drafts are accepted at the rates of the paper's table, whatever they are.
-Prints a table; the last line is one JSON document.
+one pass with masks (verification and drafting included) against one plain pass, both over a static cache and compiled,
+batch 1: with all masks of quadratic decoding, and with the 2k that are most useful. Then whole decodings in which
+drafts are accepted at given rates: those of the paper's table, and `--rates`. Prints a table; the last line is one
+JSON document.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCac
 from hf_mtp import GatedLoraConfig
 from hf_mtp.base.caches import cache_name
 from hf_mtp.cache.rollback import RollbackCache
-from hf_mtp.decoding.drafters.masks import no_drafts
-from hf_mtp.decoding.schedule.adaptive import Whole
+from hf_mtp.decoding.drafters.base import no_drafts
 from hf_mtp.decoding.verification import verify_together
 from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.layout.blocks import decoding_layout
+from hf_mtp.layout.mask_plan import choose_masks
 from hf_mtp.passes.decoding_pass import DecodingPass
 
 SHAPES = {
@@ -58,7 +59,7 @@ PAPER = {
     "chat": {4: 2.31, 8: 2.52},
     "safety": {4: 2.52, 8: 2.79},
 }
-WARM_UP, REPEATS = 5, 30
+WARM_UP, REPEATS, CHECKS = 5, 30, 2
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,6 +69,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, default=1024, help="tokens before the measured passes")
     parser.add_argument("--new-tokens", type=int, default=256, help="length of the decodings at the paper's rates")
     parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument(
+        "--passes",
+        type=lambda text: tuple(map(int, text.split(":"))),
+        nargs="*",
+        default=[(8, 16), (8, 72), (4, 8), (4, 20)],
+        help="k and masks of the passes to measure, such as 8:16",
+    )
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="further tokens per pass to replay")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     return parser.parse_args()
 
@@ -86,9 +95,9 @@ def compile_config(device: str) -> CompileConfig:
 
 
 def check_exactness(device: str) -> int:
-    """Compares greedy outputs with and without masks. Returns how many were the same, of four; they must all be."""
+    """Compares greedy outputs with and without masks. Returns how many were the same, of `CHECKS`; they must all be."""
     same = 0
-    for seed in range(4):
+    for seed in range(CHECKS):
         model = make_model("tiny", device, torch.float32, k=8, rank=4)
         prompt = torch.randint(0, 97, (1, 11), generator=torch.Generator().manual_seed(seed)).to(device)
         arguments = {"max_new_tokens": 40, "do_sample": False}
@@ -139,29 +148,37 @@ class PlainDecoding:
 
 
 class MaskedDecoding:
-    """Quadratic passes over a static cache, in which as many drafts count as accepted as the caller says."""
+    """Passes over a static cache, in which as many drafts count as accepted as the caller says.
 
-    def __init__(self, model, prefix: torch.LongTensor, k: int, new_tokens: int, device: str):
+    Args:
+        masks (`int`): Masks of each pass but the first; (k + 1) * k in quadratic decoding.
+    """
+
+    def __init__(self, model, prefix: torch.LongTensor, k: int, masks: int, new_tokens: int, device: str):
         tuner = model.base_model
-        tuner.model.get_compiled_call(None)
-        self.k, self.pace = k, Whole(linear=False)
+        self.k, self.masks = k, masks
         columns = prefix.shape[1] + new_tokens + (k + 1) ** 2 + k
         self.cache = RollbackCache(torch.zeros(1, dtype=torch.long, device=prefix.device), columns=columns)
-        self.step = DecodingPass(tuner, compiled=tuner.model.get_compiled_call(compile_config(device)))
+        self.forward = DecodingPass(tuner, compiled=tuner.model.get_compiled_call(compile_config(device)))
         self.drafts, self.regular = no_drafts(1, prefix.device), prefix
         self(accepted=0)
 
     def __call__(self, accepted: int, keep: bool = True) -> None:
+        accepted = min(accepted, self.drafts.count)
         first = self.regular.shape[1] - 1 - self.drafts.count
-        slots = self.pace.slots(self.drafts, self.k)
-        layout = decoding_layout(self.cache.rows.next_columns(self.regular.shape[1]), slots, first=first)
-        output = self.step(self.regular, layout, self.cache, logits_rows=1 + self.drafts.count)
+        # The block on the token where decoding ends is whole, so that there are always k drafts.
+        value_BRk = torch.rand(1, 1 + self.drafts.count, self.k, device=self.regular.device) / 2
+        value_BRk[:, accepted] = 1
+        plan = choose_masks(value_BRk, self.masks if self.drafts.count else self.k)
+        layout = decoding_layout(self.cache.rows.next_columns(self.regular.shape[1]), plan, first=first)
+        output = self.forward(self.regular, layout, self.cache, logits_rows=1 + self.drafts.count)
         tokens, _, _ = verify_together(output.logits_BRV, self.drafts, None, [])
         tokens.tolist()  # where decoding waits for the device
         if keep:
             self.cache.keep([first + 1 + accepted])
-        column = slots.column_BRk[:, min(accepted, self.drafts.count)]
-        self.drafts = self.step.draft(tokens[:, min(accepted, self.drafts.count)], output.block(column), None)
+        column = plan.column_BRk[:, accepted]
+        states, logits = output.block(column), output.block_logits(column)
+        self.drafts = self.forward.tuner.draft(tokens[:, accepted], states, logits_BKV=logits)
         self.regular = torch.cat([tokens[:, :1], self.drafts.token_BK], dim=1)
 
 
@@ -178,12 +195,28 @@ def at_rate(decoding: MaskedDecoding, tokens_per_pass: float, new_tokens: int, d
             return time.perf_counter() - start, passes
 
 
+def measure(args: argparse.Namespace, model, prefix: torch.LongTensor, k: int, masks: int, plain: float) -> dict:
+    """What passes with so many masks cost, and what they bring at several tokens per pass."""
+    torch._dynamo.reset()
+    decoding = MaskedDecoding(model, prefix, k, masks, args.new_tokens, args.device)
+    masked = seconds_of(lambda: decoding(accepted=0, keep=False), args.device)
+    speedups = {}
+    for rate in sorted({*(rates[k] for rates in PAPER.values()), *args.rates}):
+        if rate > k + 1:
+            continue
+        decoding = MaskedDecoding(model, prefix, k, masks, args.new_tokens + 2 * k, args.device)
+        decoding(accepted=0)
+        seconds, passes = at_rate(decoding, rate, args.new_tokens, args.device)
+        speedups[rate] = plain * args.new_tokens / seconds
+    return {"milliseconds": 1000 * masked, "cost": masked / plain, "speedups": speedups}
+
+
 @torch.inference_mode()
 def main() -> None:
     args = parse_args()
     same = check_exactness(args.device)
-    print(f"correctness: {same}/4 outputs identical", flush=True)
-    if same < 4:
+    print(f"correctness: {same}/{CHECKS} outputs identical", flush=True)
+    if same < CHECKS:
         raise SystemExit("Outputs differ: no speed counts.")
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = make_model(args.shape, args.device, dtype, k=8, rank=args.rank)
@@ -192,26 +225,16 @@ def main() -> None:
         "machine": describe_machine(),
         "arguments": {name: value for name, value in vars(args).items() if name != "output"},
         "identical": same,
-        "k": {},
+        "passes": {},
     }
     plain = seconds_of(PlainDecoding(model, prefix, args.new_tokens, args.device), args.device)
     report["plain_milliseconds"] = 1000 * plain
-    for k in (4, 8):
-        torch._dynamo.reset()
-        decoding = MaskedDecoding(model, prefix, k, args.new_tokens, args.device)
-        masked = seconds_of(lambda: decoding(accepted=0, keep=False), args.device)  # noqa: B023
-        speedups = {}
-        for domain, rates in PAPER.items():
-            decoding = MaskedDecoding(model, prefix, k, args.new_tokens + 2 * k, args.device)
-            decoding(accepted=0)
-            seconds, passes = at_rate(decoding, rates[k], args.new_tokens, args.device)
-            speedups[domain] = {"passes": passes, "speedup": plain * args.new_tokens / seconds}
-        report["k"][k] = {"milliseconds": 1000 * masked, "cost": masked / plain, "speedups": speedups}
-        print(
-            f"k={k}: a pass costs {masked / plain:.2f} plain ones ({1000 * masked:.2f} ms against {1000 * plain:.2f})"
-        )
-        for domain, row in speedups.items():
-            print(f"  {domain:10} {row['speedup']:.2f}x at the paper's {PAPER[domain][k]} tokens per pass")
+    for k, masks in args.passes:
+        name = f"k={k}, {masks} masks"
+        report["passes"][name] = row = measure(args, model, prefix, k, masks, plain)
+        print(f"{name}: a pass costs {row['cost']:.2f} plain ones ({row['milliseconds']:.2f} ms)", flush=True)
+        for rate, speedup in row["speedups"].items():
+            print(f"  {speedup:.2f}x at {rate} tokens per pass", flush=True)
     finish(report, args.output)
 
 

@@ -181,10 +181,12 @@ def add_to_masks(layer: LoraLayer, columns: MaskColumns, x: torch.Tensor, result
         lora_A, lora_B = layer.lora_A[columns.adapter], layer.lora_B[columns.adapter]
         is_plain = type(lora_A.weight) is type(lora_B.weight) is torch.nn.Parameter and lora_B.bias is None
         is_plain = is_plain and lora_A.weight.dim() == 2  # ZeRO-3 leaves nothing until the layer is called
-        if is_plain and lora_A.weight.dtype == x.dtype == result.dtype and not layer.training:
-            masks = result[:, columns.first :]  # a view
-            low_rank = F.linear(x[:, columns.first :], lora_A.weight)
-            masks.baddbmm_(low_rank, lora_B.weight.mT.expand(len(x), -1, -1), alpha=layer.scaling[columns.adapter])
+        if is_plain and not layer.training and not torch.is_autocast_enabled(x.device.type):
+            # Two matrices: of a 3-D slice, torch would multiply in batches.
+            masks_x, masks_y = x[:, columns.first :].flatten(0, 1), result[:, columns.first :]
+            low_rank = F.linear(masks_x.to(lora_A.weight.dtype), lora_A.weight)
+            change = F.linear(low_rank, lora_B.weight).view(masks_y.shape)
+            masks_y.add_(change, alpha=layer.scaling[columns.adapter])
             return result
     return variant.forward(layer, columns.adapter, x, result)
 

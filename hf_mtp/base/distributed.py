@@ -1,4 +1,4 @@
-"""Processes side by side, each with a part of the weights: all run the same layers, or they wait for each other."""
+"""Several processes that share one model. Where each holds a part of the weights, all must run the same layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +14,17 @@ from .inspection import weight_shape
 
 @contextmanager
 def whole_weight(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The weight of a layer of which each process may hold a part. All processes ask for it together.
+    """The whole weight of a layer of which each process may hold a part. All processes must call this together.
 
     Args:
-        layer ([`torch.nn.Module`]): One whose forward pass is not running.
+        layer ([`torch.nn.Module`]): A layer whose forward pass is not running.
     """
     with gather_params_ctx(layer.weight, modifier_rank=None):  # of ZeRO-3
         yield layer.weight.full_tensor() if hasattr(layer.weight, "full_tensor") else layer.weight
 
 
 def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """State of the adapters of a model whose weights FSDP2 spreads over processes. All processes ask for it together.
+    """State dict of the adapters of a model that FSDP2 shards. All processes must call this together.
 
     Args:
         model ([`torch.nn.Module`]): The upgraded model.
@@ -37,10 +37,11 @@ def whole_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether each process holds a part of the weights (FSDP, DeepSpeed ZeRO-3, tensor parallelism).
 
-    Then all run the same layers in the same order, and the only backward pass is that through the whole model.
+    If so, all processes must run the same layers in the same order, and the only backward pass is the one through the
+    whole model.
 
     Args:
-        model ([`torch.nn.Module`]): The model or a part of it, also within a forward pass, which gathers weights.
+        model ([`torch.nn.Module`]): The model or a part of it. A forward pass may be running.
     """
     is_part = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
     return is_part or any(hasattr(m, "unshard") or is_fsdp_managed_module(m) for m in model.modules())
@@ -48,10 +49,10 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 @torch.compiler.disable
 def hold_in_forward(module: torch.nn.Module, layer: torch.nn.Module) -> None:
-    """Keeps the weights of a layer gathered from the start of a module's forward pass to its end, under ZeRO-3.
+    """Under ZeRO-3, keeps the weights of a layer gathered during the whole forward pass of a module.
 
     Args:
-        module ([`torch.nn.Module`]): The module, whose forward pass did not begin.
+        module ([`torch.nn.Module`]): The module, before its forward pass.
         layer ([`torch.nn.Module`]): A layer in it.
     """
     if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
@@ -62,10 +63,10 @@ def hold_in_forward(module: torch.nn.Module, layer: torch.nn.Module) -> None:
 
 
 def past_sharding(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A frozen layer as a function that may run, and whose gradient may be computed, in the middle of a forward pass.
+    """A frozen layer as a function that can be called and differentiated in the middle of a forward pass.
 
-    Past the hooks that gather its weights. FSDP2 takes any backward pass through one of its layers for the model's,
-    and takes all weights apart at its end; ZeRO-3 gathers with every call, and processes differ in their calls.
+    It bypasses the hooks that gather the weights. FSDP2 mistakes any backward pass through one of its layers for the
+    model's and reshards all weights at its end. ZeRO-3 gathers at every call, but processes differ in their calls.
 
     Args:
         layer ([`torch.nn.Module`]): The layer. Under ZeRO-3, [`hold_in_forward`] keeps its weights.
@@ -81,11 +82,11 @@ def past_sharding(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tens
 
 
 def any_process_unfinished(model: torch.nn.Module, synced_gpus: bool | None) -> Callable[[bool], bool]:
-    """A function that tells whether to go on, told whether this process is done.
+    """A function that says whether to go on. Its argument says whether this process is done.
 
     Args:
         model ([`torch.nn.Module`]): The model, whose weights may be sharded over the processes.
-        synced_gpus (`bool`, *optional*): As `generate` takes it. `None`: if the weights are sharded.
+        synced_gpus (`bool`, *optional*): As in `generate`. `None` means: if the weights are sharded.
     """
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if synced_gpus is None:
@@ -102,9 +103,9 @@ def any_process_unfinished(model: torch.nn.Module, synced_gpus: bool | None) -> 
 
 
 def agreed_seconds(model: torch.nn.Module) -> Callable[[float], float]:
-    """What a pass costs by the clock of one process, for all that hold parts of the same weights.
+    """A function that replaces a time measured here by the one that the first process measured.
 
-    They must run the same passes, and so decide alike what pays.
+    Processes that hold parts of the same weights must run the same passes, so all must decide by the same times.
 
     Args:
         model ([`torch.nn.Module`]): The base.

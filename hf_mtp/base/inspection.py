@@ -1,4 +1,4 @@
-"""Which base models there is no way to upgrade, and what their attention takes."""
+"""What has to be known of a base model: whether it can be upgraded, where it computes, what its attention accepts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ _ATTENTION_KINDS = {AttentionKind().name, "sliding_attention", "chunked_attentio
 
 
 def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raises for what is no decoder-only causal language model.
+    """Raises unless the model is a decoder-only causal language model.
 
     Raises:
-        TypeError: The model is no transformers model.
-        ValueError: The model is an encoder-decoder, looks ahead, or has no embeddings to take masks or to unembed.
+        TypeError: It is not a transformers model.
+        ValueError: It is an encoder-decoder, attends to later tokens, or has no input or output embeddings.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -32,18 +32,18 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         )
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{name} is no causal language model: it does not generate text, or has no layer that turns hidden states "
-            "into logits. Load it with AutoModelForCausalLM.from_pretrained."
+            f"{name} is not a causal language model: it does not generate text, or no layer turns hidden states into "
+            "logits. Load it with AutoModelForCausalLM.from_pretrained."
         )
     if getattr(model.config, "is_decoder", None) is False and hasattr(model.config, "add_cross_attention"):
         raise ValueError(
-            f"{name} looks ahead: its config says is_decoder=False, so it is an encoder. Load it with "
+            f"{name} attends to later tokens: its config says is_decoder=False, so it is an encoder. Load it with "
             "AutoModelForCausalLM.from_pretrained(..., is_decoder=True) if it was trained to predict next tokens."
         )
 
 
 def refuse_attention_without_masks(model: PreTrainedModel) -> None:
-    """Raises if the attention implementation in use takes no mask that says who attends to whom.
+    """Raises if the attention implementation in use accepts no 4-D attention mask.
 
     Raises:
         ValueError: It is flash attention.
@@ -51,18 +51,18 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
     if mask_form(model) is None:
         raise ValueError(
             f"The base model uses attn_implementation={model.config._attn_implementation!r}, which takes no 4-D "
-            "attention mask, but masks that hang on several tokens need one. Call "
+            "attention mask, but blocks of masks on several tokens need one. Call "
             "`model.set_attn_implementation('sdpa')`, or decode with "
             "mtp_strategy='linear'."
         )
 
 
 def mask_form(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Callable | None:
-    """The form in which the attention implementation in use takes the rule of who attends to whom; `None` if in none.
+    """The form in which the attention implementation in use accepts an attention mask; `None` if it accepts none.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
-        dtype (`torch.dtype`, *optional*): What attention computes in; the model's own if `None`.
+        dtype (`torch.dtype`, *optional*): The dtype that attention computes in; the model's own if `None`.
     """
     implementation = model.config._attn_implementation or "eager"
     if "flash" in implementation:
@@ -71,7 +71,7 @@ def mask_form(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Calla
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal language model that gives the last hidden states; most models say so themselves.
+    """The part of a causal language model that returns the last hidden states. Most models name it themselves.
 
     Raises:
         ValueError: There is none.
@@ -80,16 +80,16 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel) and part is not model:
             return part
     raise ValueError(
-        f"{type(model).__name__} has no decoder of its own beside the layer that makes logits of hidden states, so "
-        "there is no place where masks could be read. It does not follow the interfaces of transformers."
+        f"{type(model).__name__} has no decoder apart from the layer that turns hidden states into logits, so the "
+        "hidden states of masks cannot be read. It does not follow the interfaces of transformers."
     )
 
 
 def refuse_without_weights(model: PreTrainedModel) -> None:
-    """Raises if there is nothing to compute with.
+    """Raises if the model has no weights.
 
     Raises:
-        ValueError: The model is on the meta device, and nothing will bring its weights when they are needed.
+        ValueError: It is on the meta device, and nothing loads its weights when they are needed.
     """
     if input_device(model).type == "meta":
         raise ValueError(
@@ -99,26 +99,26 @@ def refuse_without_weights(model: PreTrainedModel) -> None:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model wants its token ids, and where all that the upgrade adds to it computes."""
+    """Where a model expects its token ids, and where the adapter's own modules compute."""
     return device_of(model.get_input_embeddings())
 
 
 def device_of(layer: torch.nn.Module) -> torch.device:
-    """Where a layer computes, also if its weights wait elsewhere until they are needed (accelerate's hooks)."""
+    """Where a layer computes, even if accelerate keeps its weights elsewhere until they are needed."""
     waiting = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return layer.weight.device if waiting is None else torch.device(waiting)
 
 
 def weight_shape(layer: torch.nn.Module) -> torch.Size:
-    """Shape of a layer's whole weight, which DeepSpeed ZeRO-3 takes away from each process while it is not needed."""
+    """Shape of a layer's whole weight. DeepSpeed ZeRO-3 empties the weight itself while it is not needed."""
     return getattr(layer.weight, "ds_shape", layer.weight.shape)
 
 
 def unpack_for_gradients(model: torch.nn.Module) -> None:
-    """Makes 4-bit layers of bitsandbytes ready for training on a CPU.
+    """Prepares 4-bit layers of bitsandbytes for training on a CPU.
 
-    Evaluation packs their weights for a kernel that passes no gradient on and does not say so. Unpacking is not exact,
-    so that a layer that was packed computes with slightly other weights from then on.
+    In evaluation, bitsandbytes packs their weights for a kernel that silently drops gradients. Unpacking is not
+    exact: a layer that was packed computes with slightly different weights afterwards.
     """
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
@@ -127,14 +127,14 @@ def unpack_for_gradients(model: torch.nn.Module) -> None:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether the model says that it keeps a state, which, unlike keys and values, cannot be cut short."""
+    """Whether the model says that it keeps a recurrent state. Unlike keys and values, a state cannot be cropped."""
     kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}
     return bool(kinds - _ATTENTION_KINDS) or bool(getattr(model, "_is_stateful", False))
 
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Within, no module drops anything out; afterwards each is as it was."""
+    """Puts all modules in evaluation mode, and each back in its own mode on exit."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -146,5 +146,5 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:
-    """Whether layers run again in the backward pass."""
+    """Whether gradient checkpointing runs layers again in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

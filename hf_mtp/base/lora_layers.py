@@ -1,8 +1,8 @@
-"""Which linear layers a gate can serve: those that see one row for each column of a forward pass.
+"""Which linear layers can have a gated LoRA: those whose input has one row for each column of the forward pass.
 
-Others see a selection of tokens (the experts of a mixture), the whole cache (latents that are expanded to keys and
-values), the last column only (a head), or are never called, because the model reads their weight itself. A LoRA there
-could not tell masks from regular tokens, or would do nothing.
+Other layers get a selection of tokens (experts of a mixture), the whole cache (latents that are expanded to keys and
+values) or the last column only (a head), or the model reads their weight without calling them. A LoRA in such a layer
+could not tell masks from regular tokens, or would have no effect.
 """
 
 import inspect
@@ -23,14 +23,14 @@ from .inspection import evaluation_mode, input_device, weight_shape
 
 logger = logging.get_logger(__name__)
 
-# Two rows of two passes, the second behind the first: numbers that no selection of tokens has by chance in both.
+# Two rows, in two passes, the second behind the first: no selection of tokens has these sizes by chance in both.
 ROWS, PASSES = 2, (7, 5)
 
 
 def exclude_layers_out_of_reach(
     exclude_modules: list[str] | str | None, model: PreTrainedModel
 ) -> list[str] | str | None:
-    """Adds to the layers that get no LoRA those that a gate cannot serve.
+    """Adds the layers that cannot have a gated LoRA to those that the user excludes.
 
     Args:
         exclude_modules (`list[str]` or `str`, *optional*): Names, or a regular expression, as in
@@ -41,56 +41,56 @@ def exclude_layers_out_of_reach(
         The same, and more.
 
     Raises:
-        ValueError: It can serve none.
+        ValueError: No layer can have one.
     """
     unserved = layers_out_of_reach(model)
     if unserved and len(unserved) == len(linear_layers(model)):
         raise ValueError(
-            f"No linear layer of {type(model).__name__} sees one row per column of its input, so that none can treat "
-            "masks apart from regular tokens."
+            f"No linear layer of {type(model).__name__} gets one row per column of the model's input, so none can "
+            "tell masks from regular tokens."
         )
     names = shortened(unserved, model)
     if not names:
         return exclude_modules
-    logger.info("No gated LoRA for %s: they do not see one row per column", ", ".join(names))
+    logger.info("No gated LoRA for %s: their inputs do not have one row per column", ", ".join(names))
     if isinstance(exclude_modules, str):
         return "|".join([f"(?:{exclude_modules})", *(rf"(?:.*\.)?{re.escape(name)}" for name in names)])
     return sorted({*(exclude_modules or ()), *names})
 
 
 def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> None:
-    """Raises if an adapter is to have LoRA in layers that a gate cannot serve.
+    """Raises if an adapter targets layers that cannot have a gated LoRA.
 
     Args:
         config ([`~peft.LoraConfig`]): Its `target_modules` and `exclude_modules` count.
         model ([`~transformers.PreTrainedModel`]): The base.
 
     Raises:
-        ValueError: A target sees other rows than the columns of its input, or is the unembedding.
+        ValueError: A target gets other rows than the columns of the model's input, or is the unembedding.
     """
     heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
     refused = [name for name in heads | layers_out_of_reach(model) if check_target_module_exists(config, name)]
     if refused:
         raise ValueError(
             f"`target_modules={config.target_modules!r}` includes {', '.join(shortened(set(refused), model))}, which "
-            "do not see one row per column of the input, so that a gate cannot tell masks from regular tokens there. "
+            "do not get one row per column of the model's input, so a gate could not tell masks from regular tokens. "
             "Leave them out, or use target_modules='all-linear'."
         )
 
 
 @torch.no_grad()
 def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers that a gate cannot serve, found by two short forward passes.
+    """Names of the linear layers that cannot have a gated LoRA, found by two short forward passes.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Any. Of one without data, or that cannot be run as it is, nothing
-            is found: then the gate raises when it meets such a layer.
+        model ([`~transformers.PreTrainedModel`]): Any. If it has no weights or cannot run as it is, nothing is found,
+            and the gate raises at the first such layer.
     """
     is_offloaded = bool(getattr(model, "hf_device_map", None))  # then weights come when they are needed
     if not is_offloaded and any(parameter.device.type == "meta" for parameter in model.parameters()):
         return set()
     layers = linear_layers(model)
-    served = defaultdict(list)  # whether it was, call by call
+    served = defaultdict(list)  # call by call, whether its input has one row per column
     columns = 0
 
     def record(name: str, layer: nn.Module, args: tuple, output) -> None:
@@ -122,7 +122,7 @@ def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
 
 
 def shortened(names: set[str], model: nn.Module) -> list[str]:
-    """The same layers, by the last part of their names where that means no other layer, else by their whole names."""
+    """The same layers, by the last part of their names where no other layer shares it, else by their whole names."""
     by_end = defaultdict(set)
     for name in linear_layers(model):
         by_end[name.rpartition(".")[2]].add(name)
@@ -131,7 +131,7 @@ def shortened(names: set[str], model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """By name, all but the unembedding and what belongs to an adapter. Those beneath an adapter have its name."""
+    """By name, all linear layers but the unembedding and those of adapters; the base's own beneath an adapter."""
     layers, inside, unembedding = {}, (), model.get_output_embeddings()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):

@@ -4,10 +4,10 @@ from transformers import PreTrainedConfig
 
 
 def rope_switches(config: PreTrainedConfig) -> list[int]:
-    """Lengths at which rotary embeddings become others: once ("longrope"), or with every token from there ("dynamic").
+    """Lengths at which rotary embeddings change: once ("longrope"), or with every token from there on ("dynamic").
 
-    They take the length from the last position of a pass. A pass across such a length would not give what one token
-    at a time gives, nor would any pass of several tokens behind one of the second kind.
+    They depend on the last position of a pass. So a pass across such a length differs from one token at a time, and so
+    does any pass over several tokens beyond a length of the second kind.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): Of the text model.

@@ -1,4 +1,4 @@
-"""A batch of prompts in, the model's responses out."""
+"""Answers a batch of prompts by the model's own responses."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ STOP, LENGTH = "stop", "length"  # finish_reason, in the words of serving engine
 
 
 class Answer(NamedTuple):
-    """A row with the model's response, and the length of that."""
+    """A row with the model's response, and the length of the response in tokens."""
 
     row: dict
     tokens: int
@@ -31,11 +31,11 @@ def answer(
 
     Args:
         rows (`list[dict]`): The rows.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What answers.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that answers.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         prompt_tokens (`int`, *optional*): How many tokens of a plain text are the prompt.
         mtp (`bool`): Whether to decode by multi-token prediction.
-        options (`dict`): What `generate` takes: `eos_token_id`, a list, `pad_token_id`, `max_new_tokens` and others.
+        options (`dict`): Arguments of `generate`: `eos_token_id`, a list, `pad_token_id`, `max_new_tokens` and others.
     """
     questions = [question_of(row, tokenizer, prompt_tokens) for row in rows]
     prompts = [encode_prompt(question.prompt, tokenizer, row) for question, row in zip(questions, rows, strict=True)]
@@ -57,7 +57,7 @@ def answer(
 
 
 def _padded_left(prompts: list[list[int]], pad: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """`(B, T)` ids that end together, and which of them are not padding."""
+    """`(B, T)` ids, padded on the left, and their attention mask."""
     length = max(map(len, prompts))
     ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])

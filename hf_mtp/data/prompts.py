@@ -1,4 +1,5 @@
-"""What a row of a dataset asks, and the same row with another response: in every form with a prompt that TRL takes."""
+"""The prompt of a dataset row, and the same row with another response, in every form with a prompt that TRL
+accepts."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,18 +9,18 @@ from trl import maybe_convert_to_chatml
 
 FORMS = ("prompt", "messages", "conversations", "text")  # in the order in which TRL looks for them
 
-Prompt = str | list[dict]  # a text, or the turns of a conversation
+TextOrTurns = str | list[dict]  # a text, or the turns of a conversation
 
 
 class Question(NamedTuple):
-    """A prompt, and what makes a row out of a response to it.
+    """A prompt, and a function that makes a row of a response to it.
 
     Args:
         prompt (`str` or `list[dict]`): Text, or the turns of a conversation.
-        with_response (`Callable`): From a response to the row that has it.
+        with_response (`Callable`): Takes a response and returns the row with it.
     """
 
-    prompt: Prompt
+    prompt: TextOrTurns
     with_response: Callable[[str], dict]
 
 
@@ -39,10 +40,11 @@ def form_of(columns: list[str]) -> str:
 
 
 def question_of(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None = None) -> Question:
-    """Cuts the response off a row.
+    """Separates the prompt of a row from its response.
 
     Args:
-        row (`dict`): A row in one of [`FORMS`]. A conversation asks with all turns before a last one of the assistant.
+        row (`dict`): A row in one of [`FORMS`]. The prompt of a conversation is all turns before a final one
+            of the assistant.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         prompt_tokens (`int`, *optional*): How many tokens of a plain text are the prompt.
     """
@@ -65,12 +67,12 @@ def _turn(response: str) -> dict:
 
 
 def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
-    """The start of a text, without the bytes of a character that the cut goes through."""
+    """The first tokens of a text. A character that the cut would split is left out."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text if len(ids) <= count else _decode(ids[:count], tokenizer).rstrip("\ufffd")
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, row: dict | None = None) -> list[int]:
+def encode_prompt(prompt: TextOrTurns, tokenizer: PreTrainedTokenizerBase, row: dict | None = None) -> list[int]:
     """Token ids as TRL makes them, ready to be answered: none for a prompt that is empty.
 
     Args:

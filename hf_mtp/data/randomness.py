@@ -1,4 +1,4 @@
-"""Chance of one's own: what is drawn within leaves what is drawn outside as it would have been."""
+"""Runs a block under its own seed, then restores torch's global random state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ import torch
 
 @contextmanager
 def own_randomness(model: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Within, torch draws from `seed` on; afterwards it goes on where it was.
+    """Seeds torch's global random state, and restores it on exit.
 
     Args:
-        model (`torch.nn.Module`): Its devices are those that draw.
-        seed (`int`): Where to start.
+        model (`torch.nn.Module`): The devices of its parameters are seeded.
+        seed (`int`): The seed.
     """
     devices = {parameter.device for parameter in model.parameters()}
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]

@@ -1,4 +1,4 @@
-"""Data from the model itself: [`regenerate_responses`] replaces a dataset's responses by the model's own."""
+"""[`regenerate_responses`] replaces the responses of a dataset by the model's own."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from .answers import answer, end_tokens, pad_token
 from .prompts import form_of
 from .randomness import own_randomness
 from .shard import Shard
-from .survey import room, survey
+from .survey import context_length, survey
 
 logger = logging.get_logger(__name__)
 
@@ -49,25 +49,25 @@ def regenerate_responses(
     do_sample: bool = False,
     **generate_kwargs,
 ) -> Dataset:
-    """Replaces the responses of a dataset by what the model itself says.
+    """Replaces the responses of a dataset by the model's own.
 
-    Drafts are accepted when they match the base, not the data, so what the base says is what they learn most from. The
-    result goes into [`MTPTrainer`] as it is.
+    A draft is accepted if it matches the base, not the data, so an adapter learns most from the base's own text. Pass
+    the result to [`MTPTrainer`] as it is.
 
-    Rows are answered in batches of about equal length, the longest first. Every batch is on disk as soon as it is
-    there: after an interruption, the same call goes on where it was and ends with the same file. Under
-    `accelerate launch`, each process answers its own part of the rows.
+    Rows are answered in batches of about equal length, the longest first. Each batch is written to disk at once. After
+    an interruption, the same call resumes and ends with the same file. Under `accelerate launch`, each process answers
+    its own part of the rows.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The base, or an upgraded model, which says the same.
+            The base, or an upgraded model, whose responses are the same.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer, with a chat template if the prompts are conversations.
         dataset ([`~datasets.Dataset`]):
             Rows with a prompt, in any of TRL's forms: `prompt`, a text or a conversation, whose `completion` is
             replaced or added; `messages` (or `conversations`), whose last turn of the assistant is replaced or added;
             or plain `text`, of which `prompt_tokens` are kept. All other columns stay, and `finish_reason` is added:
-            `"stop"` if the model came to an end, `"length"` if `max_new_tokens` did not suffice.
+            `"stop"` if the model ended its response, `"length"` if `max_new_tokens` cut it off.
         output (`str` or `Path`):
             Folder for the result, JSON Lines that `load_dataset(output)` reads.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -75,14 +75,14 @@ def regenerate_responses(
         max_new_tokens (`int`, *optional*, defaults to `512`):
             Length of a response at most.
         prompt_tokens (`int`, *optional*):
-            How many tokens of each plain `text` are the prompt. For no other form.
+            How many tokens of each plain `text` are the prompt. Other forms ignore it.
         seed (`int`, *optional*, defaults to `0`):
-            Where sampling starts. Each batch draws by itself, so that an interruption changes nothing; another batch
-            size or number of processes does.
+            The seed of sampling. Each batch has its own random numbers, so an interruption changes nothing. Another
+            batch size or number of processes changes the responses.
         mtp (`bool`, *optional*, defaults to `False`):
-            Whether to decode by multi-token prediction: the same responses, sooner. For an upgraded model only.
+            Whether to decode by multi-token prediction, which needs an upgraded model: the same responses, sooner.
         do_sample (`bool`, *optional*, defaults to `False`):
-            Whether to sample, as the model's generation config or `temperature`, `top_p` and so on say.
+            Whether to sample, with the settings of the model's generation config or `temperature`, `top_p` and so on.
         generate_kwargs:
             Everything else that `generate` takes.
 
@@ -91,8 +91,8 @@ def regenerate_responses(
 
     Raises:
         ValueError: A dataset that is empty, has no prompts, is a stream or a dictionary of splits; conversations
-            without a chat template; `mtp=True` for a model that was not upgraded; an output folder that holds what
-            other arguments made.
+            without a chat template; `mtp=True` for a model that was not upgraded; an output folder with rows that
+            were made with other arguments.
 
     Example:
 
@@ -109,7 +109,7 @@ def regenerate_responses(
     _refuse_dataset(dataset, tokenizer, prompt_tokens, processes.num_processes)
     _refuse_arguments(model, batch_size, max_new_tokens, mtp, generate_kwargs)
     rows = dataset.shard(processes.num_processes, processes.process_index, contiguous=True)
-    asked = survey(rows, tokenizer, prompt_tokens, room(model) - max_new_tokens, processes)
+    asked = survey(rows, tokenizer, prompt_tokens, context_length(model) - max_new_tokens, processes)
     options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **generate_kwargs}
     options["eos_token_id"] = end_tokens(model, tokenizer, generate_kwargs.get("eos_token_id"))
     options.setdefault("pad_token_id", pad_token(tokenizer))
@@ -193,7 +193,7 @@ def _refuse_arguments(
 
 
 def _as_json(value):
-    """An argument as JSON gives it back; of what JSON has not, the type."""
+    """An argument as JSON returns it. Values that JSON has no type for become the name of their type."""
     try:
         return json.loads(json.dumps(value))
     except TypeError:
@@ -201,7 +201,7 @@ def _as_json(value):
 
 
 class _Progress:
-    """A bar of rows with the tokens per second."""
+    """A progress bar over rows, with tokens per second."""
 
     def __init__(self, rows: int, done: int, processes: PartialState):
         quiet = not processes.is_local_main_process

@@ -1,4 +1,5 @@
-"""One process's part of a dataset on disk: a JSON Lines file that grows in batches and appears when it is whole."""
+"""One process's part of a dataset on disk: a JSON Lines file that grows in batches and becomes visible when
+complete."""
 
 import json
 import os
@@ -9,11 +10,11 @@ from typing import BinaryIO
 
 class Shard:
     """
-    Rows that are computed in an order of their own and kept in the dataset's.
+    Rows are computed in any order and stored in the dataset's order.
 
-    Batches go to a hidden file, so that nobody reads half a dataset. Once the last is there it becomes
-    `train-00000-of-00001.jsonl`, the name by which `load_dataset` knows a split's shards. Whatever interrupts this,
-    what was computed stays.
+    Batches go to a hidden file, so that nobody reads half a dataset. After the last batch the file becomes
+    `train-00000-of-00001.jsonl`, the name by which `load_dataset` finds the shards of a split. An interruption loses
+    nothing that was computed.
 
     Args:
         folder (`Path`): Where all shards are.
@@ -33,13 +34,14 @@ class Shard:
         return self.path.is_file()
 
     def claim(self, arguments: dict) -> None:
-        """Makes sure that what is in the folder, and what will be, comes from the same arguments.
+        """Makes sure that all rows in the folder come from the same arguments.
 
         Args:
-            arguments (`dict`): All that rows depend on, as JSON has it.
+            arguments (`dict`): Everything that the rows depend on, in types that JSON has.
 
         Raises:
-            ValueError: The folder holds rows of other arguments, of another number of processes, or of unknown origin.
+            ValueError: The folder holds rows made with other arguments, by another number of processes, or of unknown
+            origin.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers()
@@ -73,7 +75,7 @@ class Shard:
             raise ValueError(f"{self.path} is of unknown origin. Use another output folder.")
 
     def resume(self, batch_size: int) -> int:
-        """Drops what an interrupted write left.
+        """Drops what an interrupted write left unfinished.
 
         Args:
             batch_size (`int`): Rows that [`append`] gets at a time; the last batch may be smaller.
@@ -93,14 +95,14 @@ class Shard:
         return batches
 
     def append(self, rows: list[dict]) -> None:
-        """Adds a batch, which has reached the disk when this returns."""
+        """Adds a batch and waits until it is on the disk."""
         with self._part.open("ab") as file:
             file.write(b"".join(to_json(row) + b"\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, order: list[int]) -> None:
-        """Makes the visible file, in the dataset's order.
+        """Writes the visible file, in the dataset's order.
 
         Args:
             order (`list[int]`): For each row that was appended, its place in the dataset.
@@ -118,7 +120,7 @@ def to_json(row: dict) -> bytes:
     """A row as JSON, on one line.
 
     Raises:
-        ValueError: A column holds what JSON cannot, such as an image.
+        ValueError: A column holds a value that JSON has no type for, such as an image.
     """
     try:
         return json.dumps(row, ensure_ascii=False).encode()

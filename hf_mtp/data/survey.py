@@ -1,4 +1,4 @@
-"""A look at all rows before the first is answered."""
+"""Checks all rows before the first one is answered."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Survey:
-    """What a look at all rows found: which can be answered, the longest prompt first, and a digest of the rows."""
+    """What was found: the rows that can be answered, longest prompt first, and a digest of all rows."""
 
     order: list[int]
     digest: str
@@ -30,7 +30,7 @@ def survey(
     longest: float,
     processes: PartialState,
 ) -> Survey:
-    """Reads every row once, so that nothing in them ends a run of many hours.
+    """Reads every row once, so that no bad row ends a run after hours.
 
     Args:
         rows ([`~datasets.Dataset`]): This process's rows.
@@ -62,7 +62,7 @@ def survey(
     return Survey(sorted(lengths, key=lengths.__getitem__, reverse=True), digest.hexdigest()[:16])
 
 
-def room(model: PreTrainedModel | PeftModel) -> float:
-    """Tokens that the model was made for."""
+def context_length(model: PreTrainedModel | PeftModel) -> float:
+    """The most tokens that the model was made for."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return float("inf") if not limit else limit

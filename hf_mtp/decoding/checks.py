@@ -67,7 +67,7 @@ def refuse_generation_mode(config: GenerationConfig) -> None:
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         values = {name: getattr(config, name, None) for name in MODE_SETTINGS}
-        given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value not in (None, 1, 0, False))
+        given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value and str(value) != "1")
         raise ValueError(
             f"{given} asks for {mode.value.replace('_', ' ')}, which does not decode one sequence token by token, so "
             "`mtp=True` could not return the same output. Drop these settings, or `mtp=True`."

@@ -144,12 +144,14 @@ class GenerationMixin:
         """What automatic schedules learned about this model."""
         return self.__dict__.setdefault("_schedules", ScheduleStore())
 
-    def draft(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, noise_of=None, warpers=None) -> Drafts:
+    def draft(
+        self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, noise_of=None, warpers=None, logits_BKV=None
+    ) -> Drafts:
         """What the active adapter drafts from the states of one block of masks per row.
 
         Arguments are those of [`~hf_mtp.decoding.drafters.masks.draft`].
         """
-        return draft(self, pending_B, hidden_BKD, noise_of, warpers)
+        return draft(self, pending_B, hidden_BKD, noise_of, warpers, logits_BKV)
 
 
 def _first_given(value, name: str, configs: list):

@@ -155,5 +155,7 @@ class DecodingLoop:
         output = self.forward(regular_BT, decoding_layout(places_BT, plan), batch.cache, logits_rows=1 + drafted)
         last = output.logits_BRV.argmax(dim=-1)
         if with_masks:
-            last = self.forward.tuner.draft(pending_B, output.mask_BMD[:, : self.k]).token_BK
+            column_BK = plan.column_BRk[:, 0, : min(self.k, plan.masks)]
+            states, logits = output.block(column_BK), output.block_logits(column_BK)
+            last = self.forward.tuner.draft(pending_B, states, logits_BKV=logits).token_BK
         last.tolist()  # waits for the device

@@ -1,7 +1,7 @@
-"""Decoding with and without `mtp=True`, side by side: forward passes, seconds, and whether the output is the same.
+"""Compares decoding with and without `mtp=True`: forward passes, seconds, and whether the output is the same.
 
-What the examples and benchmarks measure with, for your own model and prompts as well. Knows upgraded models and token
-ids, nothing of data, tables or pictures.
+The examples and benchmarks measure with it, and you can use it with your own model and prompts. It knows upgraded
+models and token ids, and nothing of data, tables or pictures.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ LIBRARIES = ("hf_mtp", "torch", "transformers", "peft", "trl", "accelerate", "da
 
 @dataclass
 class Decoded:
-    """One answer, and what it took.
+    """One answer, and what it cost.
 
     Args:
         ids (`list[int]`): New tokens, the end token included.
@@ -65,7 +65,7 @@ class Record:
 
 @contextmanager
 def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
-    """Within, the yielded function says how often the base model's decoder ran."""
+    """Yields a function that returns how often the base model's decoder has run since."""
     passes = 0
 
     def count(*_):
@@ -111,7 +111,7 @@ def decode_both_ways(
     on_prompt: Callable[[], None] = lambda: None,
     **options,
 ) -> list[Record]:
-    """Answers every prompt twice, right after each other, taking turns in which way comes first.
+    """Answers every prompt twice in a row, once each way. The two ways take turns in coming first.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
@@ -132,18 +132,18 @@ def decode_both_ways(
 
 
 def warm_up(model: PeftModel, prompt_1T: torch.LongTensor, **options) -> None:
-    """A few tokens both ways, so that no first prompt pays for what is set up once."""
+    """Decodes a few tokens both ways, so that one-time costs do not count for the first prompt."""
     decode(model, prompt_1T, 4, **_plain(options))
     decode(model, prompt_1T, 12, mtp=True, **options)
 
 
 def _plain(options: dict) -> dict:
-    """What of these arguments of `generate` plain decoding takes too."""
+    """Those of these arguments of `generate` that plain decoding takes, too."""
     return {name: value for name, value in options.items() if not name.startswith("mtp_")}
 
 
 def compare(plain: Decoded, fast: Decoded) -> Record:
-    """What two answers to one prompt say about each other."""
+    """Compares two answers to one prompt."""
     return Record(
         new_tokens=len(fast.ids),
         forward_passes_plain=plain.forward_passes,
@@ -158,13 +158,13 @@ def compare(plain: Decoded, fast: Decoded) -> Record:
 
 
 def repeated_share(ids: list[int], n: int = 4) -> float:
-    """The share of an answer's n-grams that stood in it before: a text that loops is easy to predict."""
+    """The share of an answer's n-grams that occurred in it before. A text that loops is easy to predict."""
     grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def summarize(records: list[Record]) -> dict[str, float | int]:
-    """One domain in one line.
+    """Sums up the records of one domain.
 
     Returns:
         `dict`: Sums over prompts of tokens, forward passes and seconds; `tokens_per_step`, tokens over forward passes;

@@ -115,7 +115,7 @@ class Rehearsal:
             self.next.update(pairwise(sequence[0].tolist()))
         self.calls = 0
 
-    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, noise_of=None, warpers=None) -> Drafts:
+    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *_, **__) -> Drafts:
         self.calls += 1
         rows, wrong = [], self.calls % 4  # the place of the wrong draft; none in every fourth call
         for token in pending_B.tolist():

@@ -1,7 +1,7 @@
-"""Who attends to whom, in the forms that attention layers take.
+"""Attention masks: who attends to whom, in the forms that attention layers accept.
 
-Pure functions of a layout. Knows nothing of models; of a model's config it reads only which kinds of attention its
-layers have (`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
+Pure functions of a layout. They know nothing of models. Of a model's config they read only the kinds of attention of
+its layers (`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
 
 Shapes: B batch, Q query columns, N = T + M columns of this pass, S key columns: those in a cache, which are all
 regular and of the same document, and those of this pass.
@@ -56,7 +56,7 @@ class CachedColumns:
     Args:
         start_B (`torch.LongTensor` of shape `(B,)`): First column that is no padding; it has position 0.
         length_B (`torch.LongTensor` of shape `(B,)`): Columns held, padding included.
-        columns (`int`): S, key columns that attention sees; those past a row's own are of no meaning.
+        columns (`int`): S, key columns that attention sees; those past a row's own have no meaning.
     """
 
     start_B: torch.LongTensor
@@ -96,7 +96,7 @@ def allowed_attention(
     to_own_block = (block_BN[:, None, :] == block_BN[:, q, None]) & (column_N <= column_N[q, None])
     same_document = (segment_BN[:, None, :] == segment_BN[:, q, None]) & (segment_BN[:, None, :] > NO_DOCUMENT)
     allowed = torch.where(block_BN[:, None, :] < 0, to_regular, to_own_block) & same_document
-    # Padding may attend to itself: a query that may attend to nothing turns into NaN in some kernels.
+    # Padding attends to itself: in some kernels a query that may attend to nothing becomes NaN.
     allowed |= column_N == column_N[q, None]
     key_position_BS = position_BN
     if cached is not None:
@@ -109,7 +109,8 @@ def allowed_attention(
 def _behind_cache(
     allowed_BQN: torch.BoolTensor, position_BN: torch.LongTensor, cached: CachedColumns
 ) -> tuple[torch.BoolTensor, torch.LongTensor]:
-    """The rule, `(B, Q, S)`, and the keys' positions, `(B, S)`, with a row's columns behind what its cache holds."""
+    """The rule, `(B, Q, S)`, and the keys' positions, `(B, S)`, where each row's columns follow what its cache
+    holds."""
     queries, new = allowed_BQN.shape[1:]
     column_S = torch.arange(cached.columns, device=position_BN.device)
     own_BS = column_S - cached.length_B[:, None]  # number among this pass's columns, below 0 in the cache
@@ -157,7 +158,7 @@ def attention_masks(
     Args:
         layout ([`BlockLayout`]): The blocks.
         kinds (`list[AttentionKind]`): See [`attention_kinds`].
-        form (`Callable`): What attention layers take the rule as, [`additive`] or [`in_blocks`].
+        form (`Callable`): The form that attention layers accept, [`additive`] or [`in_blocks`].
         cached ([`CachedColumns`], *optional*): The tokens before.
         queries (`int`, *optional*): Q, the last columns that attend; all N if `None`.
 

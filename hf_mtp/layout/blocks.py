@@ -1,4 +1,4 @@
-"""Where mask blocks hang: which token each mask stands for, at which position, and what it may attend to.
+"""Where blocks of masks hang: which token each mask stands for, its position, and what it may attend to.
 
 Pure functions of integer tensors, the same for training and for decoding. Knows nothing of models, losses or configs.
 
@@ -10,7 +10,7 @@ token and predicts the one after it:
     positions  0  1  2  3 |  2  3            |  4  5
     predicts  x2 x3 x4 x5 | x4 x5            | x6 x7
 
-Training gives every block all its k masks; decoding gives masks to the blocks that are likely to be of use.
+In training every block has k masks. In decoding only the blocks that are likely to be useful have masks.
 
 Shapes: B batch, T regular columns, A blocks (anchors) per row, k masks per block, M masks per row, N = T + M.
 """
@@ -22,7 +22,7 @@ import torch
 from .mask_plan import MaskPlan
 
 IGNORE = -100  # the label of a token outside the loss, as everywhere in PyTorch and transformers
-NO_DOCUMENT = -1  # the document of padding, and of masks that no one needs
+NO_DOCUMENT = -1  # the document of padding, and of masks that only fill up a row
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class BlockLayout:
         position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the regular tokens.
         segment_BT (`torch.LongTensor` of shape `(B, T)`): Document of each regular token, -1 for padding.
         anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular column that each mask's block hangs on. The masks of
-            a block are neighbours.
+            a block are adjacent.
         step_BM (`torch.LongTensor` of shape `(B, M)`): How many columns after its anchor is the token that each mask
             stands for: 1, 2 ... along a block.
-        alive_BM (`torch.BoolTensor` of shape `(B, M)`, *optional*): False for masks that are there to fill up a row.
+        alive_BM (`torch.BoolTensor` of shape `(B, M)`, *optional*): False for masks that only fill up a row.
         is_chain (`bool`): Whether all masks form one block on the last regular token: a plain causal sequence.
-        weight_B (`torch.Tensor` of shape `(B,)`, *optional*): How many blocks each of a row speaks for, where blocks
-            are a sample of those that there could be.
+        weight_B (`torch.Tensor` of shape `(B,)`, *optional*): How many blocks each block of a row represents, where
+            blocks are a sample.
     """
 
     position_BT: torch.LongTensor
@@ -105,7 +105,7 @@ class BlockLayout:
         return replace(self, anchor_BM=self.anchor_BM[:, :0], step_BM=self.step_BM[:, :0])
 
     def parts(self, masks: int) -> list["BlockLayout"]:
-        """The same blocks, at most `masks` masks of each row at a time, which are whole blocks."""
+        """The same blocks in parts of at most `masks` masks per row. Parts are whole blocks."""
         return [
             replace(self, anchor_BM=anchor_BM, step_BM=step_BM)
             for anchor_BM, step_BM in zip(
@@ -120,8 +120,8 @@ class BlockLayout:
             labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, aligned with the tokens (not shifted).
 
         Returns:
-            `torch.LongTensor` of shape `(B, M)`, -100 where the mask has nothing to predict: past the end of the row
-            or of the document, outside the loss, or in a block whose first mask has nothing to predict.
+            `torch.LongTensor` of shape `(B, M)`, -100 where the mask has no target: past the end of the row or of the
+            document, outside the loss, or in a block whose first mask has no target.
         """
         in_loss_BT = (labels_BT != IGNORE) & (self.segment_BT > NO_DOCUMENT)
         document_BM = self.segment_BT.gather(1, self.anchor_BM)
@@ -137,7 +137,7 @@ class BlockLayout:
 
 
 def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTensor) -> torch.LongTensor:
-    """Document of each token: a new one starts wherever the position does not grow by one, as in a packed row.
+    """Document of each token. As in a packed row, a new one starts wherever the position does not grow by one.
 
     Args:
         attention_mask_BT (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding.
@@ -163,7 +163,7 @@ def training_layout(
 ) -> BlockLayout:
     """Hangs a block on every token whose next token is inside the loss, or on a random sample of these per row.
 
-    The last token of a prompt is one of them: decoding hangs its first block there.
+    The last token of a prompt is among them, since decoding hangs its first block there.
 
     Args:
         labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss (the prompt, padding).

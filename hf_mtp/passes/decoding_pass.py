@@ -19,6 +19,8 @@ from ..cache.rollback import RollbackCache
 from ..layout.attention import attention_kinds, attention_masks
 from ..layout.blocks import NO_DOCUMENT, BlockLayout
 
+FEW_MASKS = 16  # whose logits are computed with those of the regular tokens
+
 
 @dataclass(frozen=True)
 class PassOutput:
@@ -27,6 +29,8 @@ class PassOutput:
     Args:
         logits_BRV (`torch.Tensor` of shape `(B, R, V)`): Of the last R regular tokens.
         mask_BMD (`torch.Tensor` of shape `(B, M, D)`): Last hidden states of the masks.
+        mask_logits_BMV (`torch.Tensor` of shape `(B, M, V)`, *optional*): What the base's unembedding makes of these,
+            if they are few: reading its weights a second time costs more.
         before (`int`): Regular columns before the first with logits.
         past (`list[int]`): Columns that each row had in the cache.
         calls (`int`): How often the model was called.
@@ -38,6 +42,7 @@ class PassOutput:
     before: int
     past: list[int]
     calls: int = 1
+    mask_logits_BMV: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -50,8 +55,12 @@ class PassOutput:
         """`(B, K, D)`: states of the masks in these columns; of any mask, or zeros, where the column is -1."""
         if not self.mask_BMD.shape[1]:
             return self.mask_BMD.new_zeros(*column_BK.shape, self.mask_BMD.shape[2])
-        index = column_BK.clamp(min=0)[:, :, None].expand(-1, -1, self.mask_BMD.shape[2])
-        return self.mask_BMD.gather(1, index)
+        return _in_columns(self.mask_BMD, column_BK)
+
+    def block_logits(self, column_BK: torch.LongTensor) -> torch.Tensor | None:
+        """`(B, K, V)`: logits of the masks in these columns; of any mask where the column is -1; `None` if not
+        computed."""
+        return None if self.mask_logits_BMV is None else _in_columns(self.mask_logits_BMV, column_BK)
 
     def states_of_row(self, row: int) -> list[dict]:
         """Hidden states and attentions that led to each token, first to last, in the shape that `generate` gives."""
@@ -69,6 +78,11 @@ class PassOutput:
                 entry["attentions"] = tuple(weights[row, :, read, :keys] for weights in self.attentions)
             entries.append(entry)
         return entries
+
+
+def _in_columns(value_BMx: torch.Tensor, column_BK: torch.LongTensor) -> torch.Tensor:
+    """`(B, K, ...)`: what is in these columns."""
+    return value_BMx.gather(1, column_BK.clamp(min=0)[:, :, None].expand(-1, -1, value_BMx.shape[2]))
 
 
 class DecodingPass:
@@ -115,7 +129,9 @@ class DecodingPass:
         """
         regular = regular_BT.shape[1]
         wanted = logits_rows  # of all columns, the last
-        if layout.masks:
+        if 0 < layout.masks <= FEW_MASKS:
+            wanted += layout.masks
+        elif layout.masks:
             wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
         inputs = {
             "position_ids": self._positions(layout, cache, regular, drafts=logits_rows - 1),
@@ -141,12 +157,14 @@ class DecodingPass:
             outputs = forward(**inputs, **self.outputs)
         logits = outputs.logits
         if "logits_to_keep" not in self.known_arguments:
-            logits = logits[:, regular - logits_rows : regular]
+            logits = logits[:, regular - logits_rows :]
+        has_masks = logits.shape[1] > logits_rows
         return PassOutput(
-            logits,
+            logits[:, :logits_rows],
             captured.states[:, regular:],
             regular - logits_rows,
             past,
+            mask_logits_BMV=logits[:, logits_rows:] if has_masks else None,
             hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
             attentions=outputs.attentions if "output_attentions" in self.outputs else None,
         )

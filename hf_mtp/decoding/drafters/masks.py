@@ -61,9 +61,15 @@ class MaskDrafter:
         rows, accepted_B = torch.arange(len(counts)), outcome.verified.accepted_B
         column_BK = outcome.plan.column_BRk[rows, accepted_B, : max(counts)]
         wanted_BK = torch.arange(column_BK.shape[1]) < torch.tensor(counts)[:, None]
-        hidden_BKD = outcome.output.block(column_BK)
+        output = outcome.output
         noise_of = None if outcome.sequences[0].noise is None else _noise_of(outcome.sequences)
-        drafts = self.tuner.draft(outcome.verified.pending_B, hidden_BKD, noise_of, self.warpers)
+        drafts = self.tuner.draft(
+            outcome.verified.pending_B,
+            output.block(column_BK),
+            noise_of,
+            self.warpers,
+            output.block_logits(column_BK),
+        )
         if noise_of is not None:  # how likely the noise made a draft says little about whether it is accepted
             rates_K = torch.tensor(self.acceptance.rates[: drafts.count], device=column_BK.device)
             drafts = Drafts(drafts.token_BK, rates_K.expand_as(drafts.confidence_BK))
@@ -76,6 +82,7 @@ def draft(
     hidden_BKD: torch.Tensor,
     noise_of: Callable[[int, torch.LongTensor], torch.Tensor] | None = None,
     warpers: LogitsProcessorList | None = None,
+    logits_BKV: torch.Tensor | None = None,
 ) -> Drafts:
     """A token for each mask of a block, each given the one before.
 
@@ -86,17 +93,19 @@ def draft(
         hidden_BKD (`torch.Tensor` of shape `(B, K, D)`): Last hidden states of the blocks' masks, in order.
         noise_of (`Callable`, *optional*): Samples: the noise, `(B, C)`, of the K-th draft's candidates `(B, C)`.
         warpers ([`~transformers.LogitsProcessorList`], *optional*): Processors that look at the scores alone.
+        logits_BKV (`torch.Tensor` of shape `(B, K, V)`, *optional*): What the unembedding makes of the states, if that
+            is known.
     """
     if not hidden_BKD.shape[1]:
         return no_drafts(len(pending_B), pending_B.device)
     embedding, unembedding, sampler = tuner.model.get_input_embeddings(), tuner.unembedding(), tuner.sampler_head()
-    score_BKV = unembedding(hidden_BKD).float()
-    score_BKC, candidate_BKC = score_BKV.topk(min(SHORTLIST, score_BKV.shape[-1]), dim=-1)
+    logits_BKV = unembedding(hidden_BKD.contiguous()) if logits_BKV is None else logits_BKV
+    score_BKC, candidate_BKC = logits_BKV.topk(min(SHORTLIST, logits_BKV.shape[-1]), dim=-1)
     if sampler is not None:
         refine, rescore = sampler.given(hidden_BKD), _shortlisted(unembedding, candidate_BKC)
     tokens, confidences = [], []
     for step, candidate_BC in enumerate(candidate_BKC.unbind(dim=1)):
-        score_BC = score_BKC[:, step] if sampler is None else rescore(step, refine(step, embedding(pending_B)))
+        score_BC = score_BKC[:, step].float() if sampler is None else rescore(step, refine(step, embedding(pending_B)))
         if noise_of is not None:
             score_BC = warpers(None, score_BC) + noise_of(step, candidate_BC)
         best_B1 = score_BC.argmax(dim=-1, keepdim=True)

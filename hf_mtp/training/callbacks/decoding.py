@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ...base.distributed import is_sharded
 from ...base.inspection import evaluation_mode, input_device
-from ...data.prompts import Prompt, encode_prompt
+from ...data.prompts import TextOrTurns, encode_prompt
 from ...data.randomness import own_randomness
 from ...evaluation.compare import Record, decode_both_ways, summarize
 
@@ -57,7 +57,7 @@ class DecodingCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, prompts: list[Prompt], max_new_tokens: int = 128, **generate_kwargs):
+    def __init__(self, prompts: list[TextOrTurns], max_new_tokens: int = 128, **generate_kwargs):
         if isinstance(prompts, str) or not prompts or not all(prompts):
             raise ValueError(f"`prompts` must be a list of one or more prompts, none of them empty, got {prompts!r}.")
         if generate_kwargs.get("do_sample"):
