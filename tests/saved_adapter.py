@@ -1,7 +1,7 @@
 """A small adapter that an earlier version saved, and what it drafts: adapters load for ever.
 
-`python tests/saved_adapter.py` writes `tests/data/saved_adapter`. It was run once, on commit 1cae296. Run it again only
-for a version whose adapters hold something new.
+`python tests/saved_adapter.py` writes `tests/data/saved_adapter`. It was run once, on commit 1cae296. Run it again
+only for a version whose adapters hold something new.
 """
 
 from pathlib import Path

@@ -180,7 +180,8 @@ def add_to_masks(layer: LoraLayer, columns: MaskColumns, x: torch.Tensor, result
     if variant.inner is None and not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == columns.length:
         lora_A, lora_B = layer.lora_A[columns.adapter], layer.lora_B[columns.adapter]
         is_plain = type(lora_A.weight) is type(lora_B.weight) is torch.nn.Parameter and lora_B.bias is None
-        is_plain = is_plain and lora_A.weight.dim() == 2  # ZeRO-3 leaves nothing until the layer is called
+        # ZeRO-3 leaves nothing until the layer is called, and offloading a shape.
+        is_plain = is_plain and lora_A.weight.dim() == 2 and not lora_A.weight.is_meta
         if is_plain and not layer.training and not torch.is_autocast_enabled(x.device.type):
             # Two matrices: of a 3-D slice, torch would multiply in batches.
             masks_x, masks_y = x[:, columns.first :].flatten(0, 1), result[:, columns.first :]

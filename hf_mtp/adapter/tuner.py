@@ -70,7 +70,11 @@ class GatedLoraTuner(MaskInput, LoraModel):
         record_base(config, model)
         if is_first:
             self._begin(model, is_stacked)
-        super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        except Exception:
+            self._withdraw(adapter_name, is_first)
+            raise
         if is_first and is_stacked:
             model.requires_grad_(False)  # PEFT lets a second adapter train with the first
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
@@ -100,7 +104,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         is_new = True
         if self.is_stacked:
             parent = branch(self.lora_layers, current_key.rpartition(".")[0])
-            is_new = target_name not in parent._modules
+            is_new = parent._modules.get(target_name) is None
             target = innermost(target) if is_new else getattr(parent, target_name)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
@@ -112,6 +116,16 @@ class GatedLoraTuner(MaskInput, LoraModel):
             gate_lora_layer(layer, adapter_name, self.gate, name=current_key)
         if self.is_stacked and is_new:
             self._hooks.append(run_beside(layer, self.gate))
+
+    def _withdraw(self, adapter_name: str, is_first: bool) -> None:
+        """Removes an adapter that could not be added to all of its layers."""
+        for name, layer in reversed(self.gated_layers().items()):
+            layer.delete_adapter(adapter_name)
+            if not layer.scaling:
+                parent, _, child = name.rpartition(".")
+                setattr(self._tree.get_submodule(parent), child, None if self.is_stacked else layer.base_layer)
+        for hook in self._hooks if is_first else ():
+            hook.remove()
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
         """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""
