@@ -55,7 +55,7 @@ def try_one(model_type: str, settings: dict, variant: str) -> dict:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    row = {"model_type": model_type, "variant": variant, "reading": None, "strategy": None, "checks": {}}
+    row = {"model_type": model_type, "variant": variant, "mode": None, "strategy": None, "checks": {}}
     try:
         report = check_support(CONFIG_MAPPING[model_type](**settings))
     except Exception as error:  # some configs cannot even be made without arguments
@@ -66,7 +66,7 @@ def try_one(model_type: str, settings: dict, variant: str) -> dict:
         }
     return {
         **row,
-        "reading": report.reading,
+        "mode": report.mode,
         "strategy": report.strategy,
         "reason": report.reason,
         "checks": report.checks,

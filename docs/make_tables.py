@@ -311,9 +311,9 @@ def support_counts() -> str:
         ("`auto` is linear", sum(row["strategy"] == "linear" for row in types)),
         (
             "`auto` is plain, `linear` reads the whole text again",
-            sum(row["reading"] == "whole texts" for row in types),
+            sum(row["mode"] == "recomputed chain" for row in types),
         ),
-        ("plain only", sum(row["reading"] == "single tokens" for row in types)),
+        ("plain only", sum(row["mode"] == "none" for row in types)),
         ("refused", sum(row["strategy"] is None for row in types)),
         ("all", len(types)),
         ("output differs from plain decoding anywhere", sum(not row["is_exact"] for row in report["rows"])),
@@ -328,8 +328,8 @@ def support() -> str:
     for row in load("support")["rows"]:
         if row["strategy"] is not None:
             cells = (_support_cell(row["checks"][check]) for check in SUPPORT_CHECKS)
-            rows.append([_support_name(row), row["strategy"], row["reading"], *cells])
-    return table(["model type", "`auto`", "reads", *SUPPORT_CHECKS], rows)
+            rows.append([_support_name(row), row["strategy"], row["mode"], *cells])
+    return table(["model type", "`auto`", "mode", *SUPPORT_CHECKS], rows)
 
 
 def refused() -> str:

@@ -1,11 +1,11 @@
-"""Drafts whose rightness a test decides, and what decoding must then do."""
+"""Drafts whose rightness a test decides, and slow references of what decoding must then do."""
 
 import torch
 from tiny_models import VOCAB
-from transformers.generation.streamers import BaseStreamer
 
-from hf_mtp import GatedLoraModel
-from hf_mtp.decoding.drafters.masks import Drafts
+from hf_mtp.decoding.drafters.base import Drafts
+from hf_mtp.decoding.drafters.masks import MaskDrafter
+from hf_mtp.decoding.noise import PositionNoise, draw_seed
 
 RIGHT = {
     "never": lambda position: False,
@@ -14,36 +14,29 @@ RIGHT = {
 }
 
 
-class Oracle(BaseStreamer):
-    """Stands in for an adapter's `draft`. Pass it as `streamer` too, so that it knows the output so far.
+class Oracle:
+    """Stands in for the drafts of all masks.
 
     Args:
         monkeypatch: Puts it in place.
-        sequence: `(1, S)`, the prompt and what plain decoding makes of it.
-        right: Whether the draft for the token at this index of the sequence is right.
+        sequences: `(B, S)`, the prompts and what plain decoding makes of them.
+        right: Whether the draft for the token at this index of a sequence is right.
     """
 
-    def __init__(self, monkeypatch, sequence, right):
-        self.sequence, self.right = sequence[0], right
-        self.streamed, self.ends = [], 0
-        monkeypatch.setattr(GatedLoraModel, "draft", self.draft)
+    def __init__(self, monkeypatch, sequences, right):
+        self.sequences, self.right = sequences, right
+        monkeypatch.setattr(MaskDrafter, "propose", lambda drafter, outcome, counts: self.propose(outcome, counts))
 
-    def put(self, value):
-        assert not self.ends
-        self.streamed += value.flatten().tolist()
-
-    def end(self):
-        self.ends += 1
-
-    def draft(self, pending, hidden_BKD, draw=None):
-        known = len(self.streamed)
-        assert pending.tolist() == self.streamed[-1:]
-        assert known < len(self.sequence), "drafts for a finished output"
-        positions = range(known, known + hidden_BKD.shape[1])
-        tokens = [self.sequence[p].item() if p < len(self.sequence) else 0 for p in positions]
-        drafts = [token if self.right(p) else (token + 1) % VOCAB for p, token in zip(positions, tokens, strict=True)]
-        tokens = torch.tensor([drafts], dtype=torch.long)
-        return Drafts(tokens, torch.full(tokens.shape, 0.5), torch.zeros(1, dtype=torch.bool))
+    def propose(self, outcome, counts):
+        tokens = torch.full((len(counts), max(counts)), -1)
+        for index, (row, count) in enumerate(zip(outcome.sequences, counts, strict=True)):
+            truth, known = self.sequences[row.row], row.prompt + row.new_tokens
+            assert row.ids_1S[0].tolist() == truth[:known].tolist()
+            assert not count or known < len(truth), "drafts for a finished output"
+            for place in range(count):
+                token = truth[known + place].item() if known + place < len(truth) else 0
+                tokens[index, place] = token if self.right(known + place) else (token + 1) % VOCAB
+        return Drafts(tokens, torch.full(tokens.shape, 0.5))
 
 
 def expected_steps(right, start: int, new_tokens: int, k: int, strategy: str) -> list[tuple[int, int]]:
@@ -61,3 +54,25 @@ def expected_steps(right, start: int, new_tokens: int, k: int, strategy: str) ->
         all_right = accepted == steps[-1][0]
         drafts = [right(start + done + i) for i in range(masks)] if strategy == "quadratic" or all_right else []
     return steps
+
+
+@torch.no_grad()
+def sampled_text(base, ids_1S: torch.LongTensor, seed: int, row: int, new_tokens: int, **options) -> list[int]:
+    """Slow reference of sampling: the new tokens of a row of a call, one token at a time without a cache.
+
+    Args:
+        base: The base model.
+        ids_1S: The row's prompt, without padding.
+        seed: Of the generator that the call is given.
+        row: Its number in the call.
+        options: Settings of `generate` that make processors.
+    """
+    config, _ = base._prepare_generation_config(None, do_sample=True, max_new_tokens=new_tokens, **options)
+    length = ids_1S.shape[1]
+    processors = base._get_logits_processor(config, input_ids_seq_length=length, encoder_input_ids=ids_1S)
+    noise = PositionNoise(draw_seed(torch.Generator().manual_seed(seed)), row, base.config.vocab_size, ids_1S.device)
+    for position in range(new_tokens):
+        score_1V = processors(ids_1S, base(input_ids=ids_1S).logits[:, -1].float())
+        token_1 = (score_1V + noise.at(position)).argmax(dim=-1)
+        ids_1S = torch.cat([ids_1S, token_1[:, None]], dim=1)
+    return ids_1S[0, length:].tolist()

@@ -3,13 +3,6 @@
 import pytest
 import torch
 from tiny_models import CACHE, CONFIGS, WITHOUT_BRANCHES, generate, prompt, tiny_base, upgraded
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    SynthIDTextWatermarkLogitsProcessor,
-)
 
 STRATEGIES = ("quadratic", "linear", "auto")
 PAD = 0
@@ -79,13 +72,6 @@ def test_processors_see_the_prefix_of_their_row(options):
         assert torch.equal(output, model.generate(**inputs, **options))
 
 
-def test_a_processor_with_a_state_over_rows_is_refused():
-    model = upgraded(tiny_base("llama", vocab_size=SMALL), k=3)
-    watermark = SynthIDTextWatermarkLogitsProcessor(2, [1, 2], 64, 0, 4, torch.device("cpu"))
-    with pytest.raises(ValueError, match="SynthIDTextWatermarkLogitsProcessor keeps a state.*one sequence at a time"):
-        model.generate(**padded(), mtp=True, max_new_tokens=4, logits_processor=LogitsProcessorList([watermark]))
-
-
 def test_num_return_sequences():
     model = upgraded(tiny_base("llama", vocab_size=SMALL), k=3)
     output = model.generate(prompt(6) % SMALL, mtp=True, do_sample=True, num_return_sequences=6, max_new_tokens=10)
@@ -142,42 +128,3 @@ def test_a_row_of_padding_is_refused():
     inputs["attention_mask"][2] = 0
     with pytest.raises(ValueError, match="Row 2 of the batch is all padding"):
         model.generate(**inputs, mtp=True, max_new_tokens=3)
-
-
-class Counts(LogitsProcessor):
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, input_ids, scores):
-        self.calls += 1
-        return scores
-
-
-class Bans(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        scores[:, 1] = -torch.inf
-        return scores
-
-
-def test_a_processor_with_a_state_is_refused_in_a_batch_only():
-    model = upgraded(tiny_base("llama", vocab_size=SMALL), k=3)
-    arguments = {"mtp": True, "max_new_tokens": 5, "do_sample": False}
-    with pytest.raises(ValueError, match="Counts keeps a state of its own"):
-        model.generate(**padded(), logits_processor=LogitsProcessorList([Counts()]), **arguments)
-    model.generate(prompt() % SMALL, logits_processor=LogitsProcessorList([Counts()]), **arguments)
-    banned = {**padded(), "logits_processor": LogitsProcessorList([Bans()])}
-    expected = model.generate(**banned, max_new_tokens=5, do_sample=False)
-    assert torch.equal(model.generate(**banned, **arguments), expected)
-
-
-class StopsRowOne(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        return (input_ids[:, -1] == 3) & (input_ids.shape[1] > 12)
-
-
-def test_custom_criteria_stop_single_rows():
-    model = upgraded(tiny_base("llama", vocab_size=SMALL), k=3)
-    inputs = padded((9, 9, 9)) | {"do_sample": False, "max_new_tokens": 20}
-    criteria = StoppingCriteriaList([StopsRowOne()])
-    expected = model.generate(**inputs, stopping_criteria=criteria)
-    assert torch.equal(model.generate(**inputs, stopping_criteria=criteria, mtp=True), expected)

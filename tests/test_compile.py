@@ -6,8 +6,6 @@ from test_generation import small_model, small_prompt
 from tiny_models import generate
 from transformers import CompileConfig
 
-from hf_mtp.decoding.schedule.adaptive import Pacer
-
 COMPILED = []
 
 
@@ -50,11 +48,3 @@ def test_without_compile_config_a_cpu_runs_the_same_shapes_uncompiled(graphs):
     output = generate(model, small_prompt(), 30, cache_implementation="static", mtp=True)
     assert torch.equal(output, generate(model, small_prompt(), 30))
     assert len(graphs) == 0
-
-
-def test_automatic_decoding_of_fixed_shape_has_two_shapes():
-    pacer = Pacer(k=3, fixed_budget=6)
-    assert pacer.fixed_drafts(3) == 0
-    pacer.resting = 0
-    assert pacer.fixed_drafts(3) == 3
-    assert pacer._budgets() == [6]

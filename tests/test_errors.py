@@ -144,27 +144,35 @@ def test_ids_outside_the_vocabulary(bad):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        {"num_beams": 4},
-        {"penalty_alpha": 0.6, "top_k": 4},
-        {"prompt_lookup_num_tokens": 3},
-        {"guidance_scale": 1.5},
-        {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=5)},
+        ({"num_beams": 4}, "num_beams=4 asks for beam search"),
+        ({"num_beams": 4, "do_sample": True}, "num_beams=4 asks for beam sample"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6 asks for contrastive search"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 asks for assisted generation"),
+        ({"generation_config": GenerationConfig(num_beams=2, max_new_tokens=5)}, "num_beams=2 asks for beam search"),
     ],
 )
-def test_modes_that_are_not_token_by_token(arguments):
-    name = next(iter(arguments)) if "generation_config" not in arguments else "num_beams"
-    with pytest.raises(ValueError, match=f"{name}.*(Drop `{name}`, or `mtp=True`|two ways)"):
-        upgraded("llama").generate(prompt(), mtp=True, **{"max_new_tokens": 5, **arguments})
+@pytest.mark.parametrize("strategy", ["quadratic", "linear", "auto"])
+def test_modes_that_are_not_token_by_token(arguments, message, strategy):
+    with pytest.raises(ValueError, match=f"{message}.*Drop these settings, or `mtp=True`"):
+        upgraded("llama").generate(
+            prompt(), mtp=True, mtp_strategy=strategy, **{"max_new_tokens": 5, "do_sample": False, **arguments}
+        )
 
 
-@pytest.mark.parametrize("strategy", ["quadratic", "linear"])
-def test_beams_of_the_models_own_generation_config(strategy):
+def test_beams_of_the_models_own_generation_config():
     base = tiny_base("llama")
     base.generation_config.num_beams = 3
-    with pytest.raises(ValueError, match="`num_beams=3`"):
-        upgraded(base).generate(prompt(), mtp=True, mtp_strategy=strategy, max_new_tokens=5)
+    with pytest.raises(ValueError, match="num_beams=3 asks for beam search"):
+        upgraded(base).generate(prompt(), mtp=True, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("setting", [{"force_words_ids": [[5]]}, {"dola_layers": "low"}, {"use_mtp": True}])
+def test_what_plain_generate_refuses_is_refused(setting):
+    for how in ({}, {"mtp": True}):
+        with pytest.raises((ValueError, NotImplementedError), match=next(iter(setting)) if how else ""):
+            generate(upgraded("llama"), prompt(), 5, **setting, **how)
 
 
 def test_two_ways_to_draft():
@@ -220,7 +228,7 @@ def test_plain_lora_knows_no_mtp():
 
 def test_base_without_branches_names_the_way_out():
     with pytest.raises(
-        NotImplementedError, match="BloomForCausalLM reads sequences.*no branches.*Use mtp_strategy='auto'"
+        NotImplementedError, match="quadratic decoding of BloomForCausalLM.*mode 'chain' only.*mtp_strategy='auto'"
     ):
         generate(upgraded("bloom"), prompt(), mtp=True, mtp_strategy="quadratic")
 

@@ -13,7 +13,6 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextStreamer,
 )
 
 PROMPT = 11
@@ -39,8 +38,8 @@ def test_architectures(architecture, k, strategy, monkeypatch):
     assert decoded_tokens_repeat_little(expected)
     model = upgraded(architecture, k)
     assert torch.equal(generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy), expected)
-    oracle = Oracle(monkeypatch, expected, RIGHT["sometimes"])
-    output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle)
+    Oracle(monkeypatch, expected, RIGHT["sometimes"])
+    output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy)
     assert torch.equal(output, expected)
     assert 0 < model.mtp_statistics.accepted < model.mtp_statistics.drafted
 
@@ -50,8 +49,8 @@ def test_architectures_in_float64(architecture, monkeypatch):
     expected = plain_output(architecture, torch.float64)
     model = upgraded(architecture, k=3, dtype=torch.float64)
     for strategy in STRATEGIES:
-        oracle = Oracle(monkeypatch, expected, RIGHT["sometimes"])
-        output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle)
+        Oracle(monkeypatch, expected, RIGHT["sometimes"])
+        output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy)
         assert torch.equal(output, expected)
 
 
@@ -60,8 +59,8 @@ def test_architectures_in_float64(architecture, monkeypatch):
 def test_architectures_without_branches_decode_linearly(architecture, strategy, monkeypatch):
     expected = plain_output(architecture, torch.float32)
     model = upgraded(architecture, k=3)
-    oracle = Oracle(monkeypatch, expected, RIGHT["sometimes"])
-    output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle)
+    Oracle(monkeypatch, expected, RIGHT["sometimes"])
+    output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy)
     assert torch.equal(output, expected)
     steps = expected_steps(RIGHT["sometimes"], PROMPT, 20, k=3, strategy="linear")
     assert model.mtp_statistics.steps == [accepted + 1 for _, accepted in steps]
@@ -71,10 +70,8 @@ def test_architectures_without_branches_decode_linearly(architecture, strategy, 
 def test_auto_is_exact_whatever_it_chooses(right, monkeypatch):
     model, expected = upgraded("llama", k=8), plain_output("llama", torch.float32, 60)
     for _ in range(5):  # it goes on learning from call to call
-        oracle = Oracle(monkeypatch, expected, RIGHT[right])
-        assert torch.equal(
-            generate(model, prompt(PROMPT), 60, mtp=True, mtp_strategy="auto", streamer=oracle), expected
-        )
+        Oracle(monkeypatch, expected, RIGHT[right])
+        assert torch.equal(generate(model, prompt(PROMPT), 60, mtp=True, mtp_strategy="auto"), expected)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "gpt_oss", "mistral", "starcoder2"])
@@ -82,10 +79,8 @@ def test_output_many_windows_long(architecture, monkeypatch):
     expected = plain_output(architecture, torch.float32, new_tokens=40)
     for right in RIGHT.values():
         model = upgraded(architecture, k=8)
-        oracle = Oracle(monkeypatch, expected, right)
-        assert torch.equal(
-            generate(model, prompt(PROMPT), 40, mtp=True, mtp_strategy="quadratic", streamer=oracle), expected
-        )
+        Oracle(monkeypatch, expected, right)
+        assert torch.equal(generate(model, prompt(PROMPT), 40, mtp=True, mtp_strategy="quadratic"), expected)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
@@ -129,8 +124,8 @@ def test_statistics(right, strategy, k, new_tokens, monkeypatch):
     passes = []
     model.get_base_model().register_forward_hook(lambda *args: passes.append(1))
     expected = plain_output("llama", torch.float32)[:, : PROMPT + new_tokens]
-    oracle = Oracle(monkeypatch, expected, RIGHT[right])
-    output = generate(model, prompt(PROMPT), new_tokens, mtp=True, mtp_strategy=strategy, mtp_k=k, streamer=oracle)
+    Oracle(monkeypatch, expected, RIGHT[right])
+    output = generate(model, prompt(PROMPT), new_tokens, mtp=True, mtp_strategy=strategy, mtp_k=k)
     assert torch.equal(output, expected)
     steps = expected_steps(RIGHT[right], PROMPT, new_tokens, k, strategy)
     statistics = model.mtp_statistics
@@ -147,8 +142,8 @@ def test_statistics(right, strategy, k, new_tokens, monkeypatch):
 
 def test_right_drafts_give_k_plus_one_tokens_per_pass(monkeypatch):
     model = upgraded("llama", k=4)
-    oracle = Oracle(monkeypatch, plain_output("llama", torch.float32), RIGHT["always"])
-    generate(model, prompt(PROMPT), 16, mtp=True, mtp_strategy="quadratic", streamer=oracle)
+    Oracle(monkeypatch, plain_output("llama", torch.float32), RIGHT["always"])
+    generate(model, prompt(PROMPT), 16, mtp=True, mtp_strategy="quadratic")
     assert model.mtp_statistics.steps == [1, 5, 5, 5]
     assert model.mtp_statistics.accepted_per_position == [3, 3, 3, 3]
 
@@ -157,8 +152,8 @@ def test_quadratic_needs_no_more_passes_than_linear(monkeypatch):
     passes = {}
     for strategy in STRATEGIES:
         model = upgraded("llama", k=4)
-        oracle = Oracle(monkeypatch, plain_output("llama", torch.float32), RIGHT["sometimes"])
-        generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle)
+        Oracle(monkeypatch, plain_output("llama", torch.float32), RIGHT["sometimes"])
+        generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy)
         passes[strategy] = model.mtp_statistics.forward_passes
     assert passes["quadratic"] < passes["linear"] < 20
 
@@ -240,8 +235,8 @@ def test_arguments_of_generate(name, strategy, monkeypatch):
     model = upgraded("llama", k=4)
     expected = model.generate(prompt(PROMPT), **arguments(name))
     for right in RIGHT.values():
-        oracle = Oracle(monkeypatch, expected, right)
-        output = model.generate(prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle, **arguments(name))
+        Oracle(monkeypatch, expected, right)
+        output = model.generate(prompt(PROMPT), mtp=True, mtp_strategy=strategy, **arguments(name))
         assert torch.equal(output, expected)
 
 
@@ -260,8 +255,8 @@ def test_state_of_processors_and_criteria_is_as_after_plain_decoding(monkeypatch
         for _ in range(2)
     )
     expected = generate(model, prompt(PROMPT), logits_processor=plain[0], stopping_criteria=plain[1])
-    oracle = Oracle(monkeypatch, expected, RIGHT["sometimes"])
-    generate(model, prompt(PROMPT), mtp=True, streamer=oracle, logits_processor=fast[0], stopping_criteria=fast[1])
+    Oracle(monkeypatch, expected, RIGHT["sometimes"])
+    generate(model, prompt(PROMPT), mtp=True, logits_processor=fast[0], stopping_criteria=fast[1])
     assert vars(plain[0][0]) == vars(fast[0][0])
     assert vars(plain[1][0]) == vars(fast[1][0])
 
@@ -270,8 +265,8 @@ def test_eos_amid_accepted_drafts_ends_the_output(monkeypatch):
     model = upgraded("llama", k=8)
     expected = plain_output("llama", torch.float32)
     eos = expected[0, PROMPT + 4].item()
-    oracle = Oracle(monkeypatch, expected, RIGHT["always"])
-    output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy="quadratic", eos_token_id=eos, streamer=oracle)
+    Oracle(monkeypatch, expected, RIGHT["always"])
+    output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy="quadratic", eos_token_id=eos)
     assert output.tolist() == expected[:, : PROMPT + 5].tolist()
     assert (model.mtp_statistics.steps, model.mtp_statistics.accepted) == ([1, 4], 4)
 
@@ -307,8 +302,8 @@ def test_returned_dict(architecture, strategy, monkeypatch):
         "repetition_penalty": 1.5,
     }
     plain = generate(model, prompt(PROMPT), **wanted)
-    oracle = Oracle(monkeypatch, plain.sequences, RIGHT["sometimes"])
-    fast = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle, **wanted)
+    Oracle(monkeypatch, plain.sequences, RIGHT["sometimes"])
+    fast = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, **wanted)
     assert torch.equal(fast.sequences, plain.sequences)
     for name in ("scores", "logits"):
         assert len(fast[name]) == len(plain[name]) == 20
@@ -330,30 +325,12 @@ def test_returned_dict_has_only_what_was_asked_for():
 def test_returned_cache_is_that_of_plain_decoding(strategy, right, monkeypatch):
     model = upgraded("llama", k=3, dtype=torch.float64)
     plain = generate(model, prompt(PROMPT), return_dict_in_generate=True)
-    oracle = Oracle(monkeypatch, plain.sequences, RIGHT[right])
-    fast = generate(
-        model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=oracle, return_dict_in_generate=True
-    )
+    Oracle(monkeypatch, plain.sequences, RIGHT[right])
+    fast = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, return_dict_in_generate=True)
     assert fast[CACHE].get_seq_length() == plain[CACHE].get_seq_length() == PROMPT + 19
     for fast_layer, plain_layer in zip(fast[CACHE].layers, plain[CACHE].layers, strict=True):
         torch.testing.assert_close(fast_layer.keys, plain_layer.keys)
         torch.testing.assert_close(fast_layer.values, plain_layer.values)
-
-
-@pytest.mark.parametrize("right", RIGHT)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_streamer_receives_every_token_once_and_in_order(strategy, right, monkeypatch):
-    model = upgraded("llama", k=3)
-    streamer = Oracle(monkeypatch, plain_output("llama", torch.float32), RIGHT[right])
-    output = generate(model, prompt(PROMPT), mtp=True, mtp_strategy=strategy, streamer=streamer)
-    assert streamer.streamed == output[0].tolist()
-    assert streamer.ends == 1
-
-
-def test_text_streamer_prints_the_text(capsys):
-    model, tokenizer = upgraded("llama", k=3), tiny_tokenizer(VOCAB)
-    output = generate(model, prompt(PROMPT), mtp=True, streamer=TextStreamer(tokenizer, skip_prompt=True))
-    assert capsys.readouterr().out.split() == tokenizer.decode(output[0, PROMPT:]).split()
 
 
 @pytest.mark.parametrize("beyond", [0, 1])
@@ -366,8 +343,8 @@ def test_up_to_the_last_learned_position(architecture, beyond, monkeypatch):
     expected = generate(model, prompt(PROMPT), new_tokens)
     for strategy in STRATEGIES:
         for right in RIGHT.values():
-            oracle = Oracle(monkeypatch, expected, right)
-            output = generate(model, prompt(PROMPT), new_tokens, mtp=True, mtp_strategy=strategy, streamer=oracle)
+            Oracle(monkeypatch, expected, right)
+            output = generate(model, prompt(PROMPT), new_tokens, mtp=True, mtp_strategy=strategy)
             assert torch.equal(output, expected)
 
 

@@ -7,7 +7,7 @@ given is tested here; the computation is torch's own reference, which is not com
 import pytest
 import torch
 from layouts import cached_columns, masked_states, step_layout
-from test_masks import packed_batch
+from test_attention import packed_batch
 from tiny_models import generate, prompt, tiny_base, upgraded
 
 from hf_mtp.evaluation.support import Rehearsal
@@ -95,5 +95,5 @@ def test_a_kernel_that_fails_is_not_used(monkeypatch):
     monkeypatch.setattr(host, "compile_friendly_flex_attention", no_kernel)
     assert speculation_mode(model.base_model.model) is SpeculationMode.RECOMPUTE
     assert torch.equal(generate(model, prompt(), mtp=True), plain)
-    with pytest.raises(NotImplementedError, match="no branches.*mtp_strategy='auto'"):
+    with pytest.raises(NotImplementedError, match="mode 'recomputed chain' only.*mtp_strategy='auto'"):
         generate(model, prompt(), mtp=True, mtp_strategy="quadratic")

@@ -12,7 +12,6 @@ from transformers import (
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -181,16 +180,6 @@ def test_max_time():
     model = small_model(max_position_embeddings=4096)
     output = generate(model, small_prompt(), 3000, mtp=True, max_time=0.2)
     assert 11 < output.shape[1] < 3011
-
-
-def test_iterator_streamer_gives_text_as_it_is_accepted():
-    model, tokenizer = upgraded("llama", k=3), tiny_tokenizer(97)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
-    thread = Thread(target=generate, args=(model, prompt()), kwargs={"mtp": True, "streamer": streamer})
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert text.split() == tokenizer.decode(generate(model, prompt())[0, 11:]).split()
 
 
 # ---------------------------------------------------------------- what goes wrong midway

@@ -21,7 +21,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 layout: mask_plan blocks attention
-base: caches inspection rope randomness tiny distributed lora_layers
+base: caches inspection head rope randomness sizes tiny distributed lora_layers
 cache: rows rollback sequence protocol
 adapter: peft_type loading config base_identity card hub gate parameters stacked sampler mask_input tuner
 passes: decoding_pass recurrent_pass speculation_mode training_pass

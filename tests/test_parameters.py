@@ -10,7 +10,8 @@ from tiny_models import VOCAB, adapter_parameters, checkpoint_layers, generate, 
 from transformers import CONFIG_MAPPING, CompileConfig
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.base import tiny
+from hf_mtp.base.sizes import VOCAB as TINY_VOCAB
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
 
@@ -134,10 +135,10 @@ def test_one_compiled_graph():
 
 
 def test_experts_that_read_a_selection_are_refused():
-    base = tiny.tiny_model(CONFIG_MAPPING["llama4_text"]())
+    base = tiny_model(CONFIG_MAPPING["llama4_text"]())
     model = upgraded(base, K, target_parameters=["experts.gate_up_proj"]).double()
     with pytest.raises(ValueError, match="`target_parameters` got an input of shape.*Leave `target_parameters` out"):
-        ids = torch.tensor([[1, 2, 3, 4, tiny.VOCAB, tiny.VOCAB + 1]])
+        ids = torch.tensor([[1, 2, 3, 4, TINY_VOCAB, TINY_VOCAB + 1]])
         model(ids)
 
 

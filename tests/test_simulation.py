@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, generate, prompt, upgraded
 
-from hf_mtp.decoding import drafting
+from hf_mtp.decoding.drafters import masks
 from hf_mtp.layout.blocks import IGNORE
 from hf_mtp.objective.recipe import Recipe
 from hf_mtp.objective.simulation import Walk, mean_tokens_per_step, walk_through
@@ -40,7 +40,7 @@ def test_a_walk_by_hand():
 @pytest.mark.parametrize("config", [{}, {"sampler": False}, {"sampler_recurrent": True}])
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_walk_through_the_bases_own_text_is_quadratic_decoding(k, config, trained, monkeypatch):
-    monkeypatch.setattr(drafting, "SHORTLIST", VOCAB)  # else decoding looks for drafts among the likeliest tokens only
+    monkeypatch.setattr(masks, "SHORTLIST", VOCAB)  # else decoding looks for drafts among the likeliest tokens only
     model, new_tokens = trained(k, config), 40
     for seed in range(4):
         ids = prompt(6, seed=seed)

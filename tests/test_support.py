@@ -53,13 +53,24 @@ SLICE = [
 ]
 
 
+def without_reasons(checks: dict[str, str]) -> dict[str, str]:
+    return {name: result.partition(":")[0] for name, result in checks.items()}
+
+
 @pytest.mark.parametrize("model_type", [name for name in SLICE if name in CONFIG_MAPPING])
 def test_a_type_is_as_the_matrix_says(model_type):
     report = check_support(CONFIG_MAPPING[model_type]())
     assert report.is_exact, str(report)
     if IS_SAME_RELEASE:
         row = ROWS[model_type, ""]
-        assert (report.reading, report.strategy, report.checks) == (row["reading"], row["strategy"], row["checks"])
+        assert (report.mode, report.strategy) == (row["mode"], row["strategy"])
+        assert without_reasons(report.checks) == without_reasons(row["checks"])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "rembert"])
+def test_encoders_as_decoders(model_type):
+    report = check_support(CONFIG_MAPPING[model_type](is_decoder=True))
+    assert report.strategy == "quadratic" and set(report.checks.values()) == {"exact"}, str(report)
 
 
 def test_the_matrix_has_no_mismatch_and_enough_types():
@@ -74,7 +85,7 @@ def test_a_model_that_is_given():
 
     assert check_support(tiny_base("llama")).strategy == "quadratic"
     report = check_support(upgraded("llama"))
-    assert str(report).startswith("llama: quadratic (reads branches)\n  quadratic: exact\n  linear: exact")
+    assert str(report).startswith("llama: quadratic (mode: tree)\n  quadratic: exact\n  linear: exact")
 
 
 def test_a_folder(tmp_path):

@@ -95,7 +95,8 @@ def compile_config(device: str) -> CompileConfig:
 
 
 def check_exactness(device: str) -> int:
-    """Compares greedy outputs with and without masks. Returns how many were the same, of `CHECKS`; they must all be."""
+    """Compares greedy outputs with and without masks. Returns how many were the same, of `CHECKS`; they must all
+    be."""
     same = 0
     for seed in range(CHECKS):
         model = make_model("tiny", device, torch.float32, k=8, rank=4)

@@ -24,14 +24,15 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None =
     return hashlib.sha256(json.dumps(sorted(known), ensure_ascii=True).encode()).hexdigest()[:16]
 
 
-def record_base(config: GatedLoraConfig, model: PreTrainedModel) -> None:
+def record_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_size: int) -> None:
     """Writes into an adapter's config which sizes its base has.
 
     Args:
         config ([`GatedLoraConfig`]): Its `base_hidden_size` and `base_vocab_size` are filled in.
         model ([`~transformers.PreTrainedModel`]): The base.
+        hidden_size (`int`): Of the states that the base's prediction head reads.
     """
-    config.base_vocab_size, config.base_hidden_size = weight_shape(model.get_output_embeddings())
+    config.base_hidden_size, config.base_vocab_size = hidden_size, _rows(model)
 
 
 def record_tokenizer(config: GatedLoraConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -53,22 +54,22 @@ def record_tokenizer(config: GatedLoraConfig, tokenizer: PreTrainedTokenizerBase
     config.tokenizer_size = max(own.get_vocab().values(), default=-1) + 1
 
 
-def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel) -> None:
+def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_size: int) -> None:
     """Raises if a base is not the one that an adapter was trained for.
 
     Args:
         config ([`GatedLoraConfig`]): What it records of the base counts.
         model ([`~transformers.PreTrainedModel`]): The base.
+        hidden_size (`int`): Of the states that the base's prediction head reads.
 
     Raises:
         ValueError: The base has another hidden size, vocabulary or tokenizer than the adapter was trained for.
     """
     tokenizer = _tokenizer_of(model) if config.tokenizer_fingerprint is not None else None
     found = None if tokenizer is None else tokenizer_fingerprint(tokenizer, config.tokenizer_size)
-    vocab_size, hidden_size = weight_shape(model.get_output_embeddings())
     recorded = {"hidden size": (config.base_hidden_size, hidden_size)}
     if found is None:  # else the tokens tell more than the number of rows, some of which may be spare ones
-        recorded["vocabulary size"] = config.base_vocab_size, vocab_size
+        recorded["vocabulary size"] = config.base_vocab_size, _rows(model)
     for meaning, (expected, actual) in recorded.items():
         if expected not in (None, actual):
             raise ValueError(
@@ -89,6 +90,10 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # the base was made in memory or comes without a tokenizer
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return weight_shape(model.get_output_embeddings())[0]
 
 
 def _name(model: PreTrainedModel) -> str:

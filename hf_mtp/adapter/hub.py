@@ -45,7 +45,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         names = [name for name in configs if selected_adapters is None or name in selected_adapters]
         for name in names:
             configs[name].check()
-            record_base(configs[name], self.get_base_model())  # which may have been resized since the upgrade
+            # The base may have been resized since the upgrade.
+            record_base(configs[name], self.get_base_model(), configs[name].base_hidden_size)
         super().save_pretrained(
             save_directory,
             selected_adapters=selected_adapters,

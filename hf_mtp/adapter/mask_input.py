@@ -7,12 +7,14 @@ Shapes: B batch, N columns (regular tokens, then M masks), D hidden size, E size
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..base.distributed import hold_in_forward, past_sharding
+from ..base.head import PredictionHead
 from ..base.inspection import decoder_of, device_of, input_device, weight_shape
 from .config import GatedLoraConfig
 from .gate import Gate, HiddenStateCapture, MaskColumns
@@ -28,6 +30,7 @@ class MaskInput:
     """
 
     gate: Gate
+    head: PredictionHead
     lora_mask_embeddings: nn.ModuleDict
     lora_sampler_heads: nn.ModuleDict
 
@@ -54,11 +57,15 @@ class MaskInput:
         return self.lora_mask_embeddings[self.active_adapters[0]](index_BM)
 
     def unembedding(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The base's output layer, `(..., D)` to `(..., V)`; its result is where the rest of ours computes."""
-        layer = self.model.get_output_embeddings()
-        if device_of(layer) == input_device(self.model):
-            return past_sharding(layer)
-        return lambda hidden: layer(hidden).to(hidden.device)
+        """The base's prediction head, `(..., D)` to `(..., V)`. Its result is where the rest of ours computes."""
+        layers, dtype = self.head.layers(self.model), None
+        if not self.head.names:
+            weight = layers[0].weight
+            if weight.is_floating_point() and weight.dtype.itemsize > self.model.dtype.itemsize:
+                dtype = weight.dtype  # some models keep their unembedding in float32
+            elif device_of(layers[0]) == input_device(self.model):
+                return past_sharding(layers[0])
+        return lambda hidden: reduce(lambda states, layer: layer(states), layers, hidden.to(dtype)).to(hidden.device)
 
     @contextmanager
     def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
@@ -104,13 +111,13 @@ class MaskInput:
 
     def _hook_base(self, model: nn.Module) -> list[RemovableHandle]:
         """Makes the base take masks."""
-        embedding = model.get_input_embeddings()
-        others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+        embedding, decoder = model.get_input_embeddings(), decoder_of(model)
+        around = [part for part in model.modules() if part is not model and decoder in part.modules()]
         return [
             embedding.register_forward_pre_hook(self._embed_regular_ids),
             embedding.register_forward_hook(self._append_mask_embeddings),
-            *(other.register_forward_pre_hook(self._drop_mask_ids) for other in others),
-            decoder_of(model).register_forward_hook(self._keep_last_states),
+            *(part.register_forward_pre_hook(self._hide_mask_ids, with_kwargs=True) for part in around),
+            decoder.register_forward_hook(self._keep_last_states),
             self.register_forward_pre_hook(self._hold_unembedding),
         ]
 
@@ -119,11 +126,16 @@ class MaskInput:
         columns = self.gate.columns
         return None if columns is None else (args[0][:, : columns.first], *args[1:])
 
-    def _drop_mask_ids(self, table: nn.Embedding, args: tuple) -> tuple | None:
-        """Forward pre-hook of other tables that a model may have for the same ids: masks are read as id 0 there."""
-        if self.gate.columns is None or not isinstance(args[0], torch.Tensor):
+    def _hide_mask_ids(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Forward pre-hook: the base's code, which may have other tables of ids, gets an ordinary id for each mask."""
+        if self.gate.columns is None:
             return None
-        return (args[0].where(args[0] < table.num_embeddings, 0), *args[1:])
+        is_padding = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None) == 0
+        ids_BN = args[0] if args else kwargs.get("input_ids")
+        if ids_BN is None:
+            return None
+        ids_BN = ids_BN.where(ids_BN < self.vocab_size, int(is_padding))
+        return ((ids_BN, *args[1:]), kwargs) if args else ((), {**kwargs, "input_ids": ids_BN})
 
     def _append_mask_embeddings(self, embedding: nn.Module, args: tuple, regular: torch.Tensor) -> torch.Tensor | None:
         """Forward hook: the masks' own embeddings follow."""
@@ -141,4 +153,5 @@ class MaskInput:
 
     def _hold_unembedding(self, *_) -> None:
         """Forward pre-hook: training unembeds more often than the base does."""
-        hold_in_forward(self, self.model.get_output_embeddings())
+        for layer in self.head.layers(self.model):
+            hold_in_forward(self, layer)

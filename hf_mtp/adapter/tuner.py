@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from ..base.distributed import whole_weight
+from ..base.head import PredictionHead, prediction_head
 from ..base.inspection import input_device, is_checkpointing, refuse_unsupported, weight_shape
 from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, refuse_layers_out_of_reach, shortened
 from .base_identity import record_base, refuse_other_base
@@ -61,15 +62,16 @@ class GatedLoraTuner(MaskInput, LoraModel):
         config: GatedLoraConfig = self.peft_config[adapter_name]
         config.check()
         refuse_unsupported(model)
-        refuse_other_base(config, model)
         is_first = "gate" not in self.__dict__
+        head = prediction_head(model) if is_first else self.head
+        refuse_other_base(config, model, head.hidden_size)
         is_stacked = has_adapters(model) if is_first else self.is_stacked
         if is_stacked:
             refuse_parameters(config)
         self._resolve_targets(config, model, is_stacked)
-        record_base(config, model)
+        record_base(config, model, head.hidden_size)
         if is_first:
-            self._begin(model, is_stacked)
+            self._begin(model, head, is_stacked)
         try:
             super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         except Exception:
@@ -83,9 +85,9 @@ class GatedLoraTuner(MaskInput, LoraModel):
         if is_checkpointing(model):  # switched on before the upgrade: once more, with the gate
             self.activation_checkpointing_enable()
 
-    def _begin(self, model: nn.Module, is_stacked: bool) -> None:
+    def _begin(self, model: nn.Module, head: PredictionHead, is_stacked: bool) -> None:
         """Makes what all adapters of this model share."""
-        self.gate = Gate()
+        self.gate, self.head = Gate(), head
         self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
         self.lora_layers = nn.Module() if is_stacked else None
         self._hooks = self._hook_base(model)

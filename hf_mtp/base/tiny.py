@@ -12,45 +12,25 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .randomness import own_randomness
+from .sizes import EXPERTS, HEAD_WIDTH, HEADS, SPECIAL, SmallSizes
 
-VOCAB = 40
-LAYERS, POSITIONS, WINDOW = 2, 128, 8
-WIDTH, HEADS, KEY_VALUE_HEADS, HEAD_WIDTH = 64, 4, 2, 16
+LAYERS = 2
 MOST_PARAMETERS = 5_000_000
 
-# The first pattern that matches the whole name of an integer sets it, unless it is smaller.
-_SIZES = {
-    r".*vocab.*": VOCAB,
-    r"linear_num_(key|value)_heads|linear_num_heads": HEADS,
-    r"mamba_n_heads|mamba_num_heads|n_mamba_heads": 8,
-    r".*(key_value|kv)_heads|num_query_groups": KEY_VALUE_HEADS,
-    r"qk_head_dim": 2 * HEAD_WIDTH,
-    r"attention_head_dim": 2 * HEAD_WIDTH,  # of a shared block, which reads the embeddings too
-    r"rotary_dim|kv_channels|.*head_dim|dim_head|.*d_head|.*headdim|attention_head_size": HEAD_WIDTH,
-    r".*heads?": HEADS,
-    r"mamba_d_ssm": WIDTH,
-    r".*_(period|interval|pattern)": 2,
-    r".*_offset": 1,
-    r".*(experts|expert_num)": 4,
-    r"num_experts_per_tok(en)?|moe_topk|moe_k|.*top_k": 2,
-    r"n_group|topk_group|num_expert_group|o_groups|.*n_groups|.*ngroups": 1,
-    r".*rank": 8,
-    r".*(d_state|state_size)": 8,
-    r".*(chunk|block|window)_size|sliding_window|local_attention": WINDOW,
-    r"(.*hidden|.*embedding|word_embed_proj)_(size|dim)|d_model|n_embd|emb_dim|embed_dim|dim|lru_width|d_inner": WIDTH,
-    r".*intermediate_size.*|.*ffn_dim|ffn_hidden_size|inner_dim|dim_ff|dff|feed_forward_size|n_inner": WIDTH,
-}
 _LAYERS = re.compile(r"(num_|n_)?((hidden|decoder|encoder)_)?layers?|num_(en|de)coder_layers|num_blocks")
-_LAYER_IDS = re.compile(r".*layer_(ids|indices|idxs)|.*attn_idxs")
-_POSITIONS = re.compile(r"max_position_embeddings|n_positions|max_seq_len|context_length|model_max_length|n_ctx")
+_LAYER_IDS = re.compile(r".*layer_(ids|indices|idxs)|.*attn_idxs|(mlp_only|moe|cross_attention)_layers")
+# The first of these layers are of one kind, the others of another.
+_FIRST_LAYERS = re.compile(
+    r"first_k_dense_replace|num_dense_layers|max_window_layers|.*layer_((start|end)_index|index_(start|end))"
+)
 _TOKENS = re.compile(r".*_(token_id|token_index|token_ids)")
 # Sizes that some configs leave open.
 _OPEN = {
     "head_dim": HEAD_WIDTH,
-    "num_key_value_heads": KEY_VALUE_HEADS,
+    "num_key_value_heads": HEADS // 2,
     "num_experts_per_tok": 2,
-    "n_routed_experts": 4,
-    "num_experts": 4,
+    "n_routed_experts": EXPERTS,
+    "num_experts": EXPERTS,
     "n_shared_experts": 1,
 }
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -85,14 +65,14 @@ def tiny_model(
 
 
 def tiny_config(config: PreTrainedConfig, fill: bool = False, of_each_kind: int = 1) -> PreTrainedConfig:
-    """The same config with small sizes.
+    """The same config with small sizes, which compare as its own do: see [`SmallSizes`].
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): Stays as it is.
         fill (`bool`, *optional*, defaults to `False`): Whether sizes that it leaves open are set.
         of_each_kind (`int`, *optional*, defaults to 1): How many layers of each kind stay.
     """
-    return type(config).from_dict(_shrunk(config, fill, of_each_kind))
+    return type(config).from_dict(_shrunk(config, SmallSizes(config), fill, of_each_kind))
 
 
 def _random_model(
@@ -113,7 +93,7 @@ def _random_model(
     return model
 
 
-def _shrunk(config: PreTrainedConfig, fill: bool, of_each_kind: int) -> dict:
+def _shrunk(config: PreTrainedConfig, sizes: SmallSizes, fill: bool, of_each_kind: int) -> dict:
     """The values of a small config, and of the configs within it."""
     values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
     depth = next((values[name] for name in _DEPTHS if isinstance(values.get(name), int)), None)
@@ -122,49 +102,41 @@ def _shrunk(config: PreTrainedConfig, fill: bool, of_each_kind: int) -> dict:
     for name, value in values.items():
         part = config.__dict__.get(name)
         if isinstance(part, PreTrainedConfig):
-            value = _shrunk(part, fill, of_each_kind)
-        elif isinstance(value, list) and depth and len(value) == depth:
-            value = [_small(name, value[layer], values, kept) for layer in kept]
+            value = _shrunk(part, sizes, fill, of_each_kind)
         elif _LAYER_IDS.fullmatch(name) and value:
             value = [place for place, layer in enumerate(kept) if layer in value]
+        elif isinstance(value, list) and depth and len(value) == depth:
+            value = [_small(name, value[layer], values, kept, sizes) for layer in kept]
         elif name == "per_layer_config" and value:
             value = {
                 f"{place:02}": {
-                    key: _small(key, size, {**values, **value[f"{layer:02}"]}, kept)
+                    key: _small(key, size, {**values, **value[f"{layer:02}"]}, kept, sizes)
                     for key, size in value[f"{layer:02}"].items()
                 }
                 for place, layer in enumerate(kept)
                 if f"{layer:02}" in value
             }
+        elif isinstance(value, dict):
+            value = {key: _small(str(key), size, values, kept, sizes) for key, size in value.items()}
         elif _TOKENS.fullmatch(name) and value is not None:
-            value = VOCAB - 1
+            value = SPECIAL
         elif value is None and fill:
             value = _OPEN.get(name)
-        small[name] = _small(name, value, values, kept)
+        small[name] = _small(name, value, values, kept, sizes)
     return small
 
 
-def _small(name: str, value, values: dict, kept: list[int]):
+def _small(name: str, value, values: dict, kept: list[int], sizes: SmallSizes):
     """The size that a number of a config may have; anything else stays."""
     if not isinstance(value, int) or isinstance(value, bool):
         return value
-    return min(value, _size(name, value, values, kept))
-
-
-def _size(name: str, value: int, values: dict, kept: list[int]) -> int:
     if name == "num_kv_shared_layers":  # the last ones
         return sum(layer >= values["num_hidden_layers"] - value for layer in kept)
-    if name == "attention_hidden_size":
-        return WIDTH * value // values["hidden_size"]
+    if _FIRST_LAYERS.fullmatch(name):
+        return sum(layer < value for layer in kept)
     if _LAYERS.fullmatch(name):
-        return len(kept) if value == values.get("num_hidden_layers", value) else LAYERS
-    if _POSITIONS.fullmatch(name):
-        return POSITIONS
-    if name.endswith("key_value_heads") and value == values.get("num_attention_heads"):
-        return HEADS  # not grouped
-    if name == "num_heads" and "state_size" in values:
-        return 2 * HEADS  # of a state, which is twice as wide
-    return next((size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name)), value)
+        return min(value, len(kept) if value == values.get("num_hidden_layers", value) else LAYERS)
+    return sizes(name, value, values)
 
 
 def _kept_layers(values: dict, depth: int | None, of_each_kind: int) -> list[int]:
@@ -174,11 +146,20 @@ def _kept_layers(values: dict, depth: int | None, of_each_kind: int) -> list[int
     """
     if not depth:
         return list(range(LAYERS))
-    lists = [value for value in values.values() if isinstance(value, list) and len(value) == depth]
+    lists = [
+        value
+        for name, value in values.items()
+        if isinstance(value, list) and len(value) == depth and not _LAYER_IDS.fullmatch(name)
+    ]
     chosen = [value for name, value in values.items() if _LAYER_IDS.fullmatch(name) and value]
-    sharing = depth - (values.get("num_kv_shared_layers") or 0)
+    bounds = [value for name, value in values.items() if _FIRST_LAYERS.fullmatch(name) and isinstance(value, int)]
+    bounds.append(depth - (values.get("num_kv_shared_layers") or 0))
     kinds = [
-        (layer >= sharing, *(layer in value for value in chosen), *(str(value[layer]) for value in lists))
+        (
+            *(layer < bound for bound in bounds),
+            *(layer in value for value in chosen),
+            *(str(value[layer]) for value in lists),
+        )
         for layer in range(depth)
     ]
     around = max((len(value) for name, value in values.items() if name.endswith("block_types") and value), default=0)

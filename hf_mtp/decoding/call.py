@@ -83,7 +83,7 @@ class GenerateCall:
         verifier = Verifier(logits_processor, stopping_criteria, len(sequences), pad_token)
         stream, statistics = RowStream(self.streamer, sequences, pad_token), MTPStatistics()
         keeps_cache = generation_config.return_dict_in_generate or getattr(prompt.cache, "_is_user_defined", False)
-        for part in prompt.parts(together=PASSES[self.mode][1] is RollbackCache):
+        for part in prompt.parts(together=self.mode is SpeculationMode.TREE):
             cache = self._cache(part, columns, generation_config)
             rows = [sequences[row] for row in part.rows]
             self._decode(
@@ -190,7 +190,7 @@ class GenerateCall:
         if prompt.read:
             cache.adopt(prompt.cache)
         if prompt.extra.layers:  # refused for all other kinds of caches
-            cache.share_layers(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
+            cache.see(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:

@@ -21,6 +21,7 @@ class Verified:
         offered, accepted (`list[int]`): Drafts that were verified, and how many of these are among the new tokens.
         pending_B (`torch.LongTensor` of shape `(B,)`): The last new token, which the model has not read.
         accepted_B (`torch.LongTensor` of shape `(B,)`): `accepted`, on the device.
+        had_ended (`list[bool]`): Whether the row ended before the pass. Its new tokens, if any, are padding.
     """
 
     tokens: list[list[int]]
@@ -28,6 +29,7 @@ class Verified:
     accepted: list[int]
     pending_B: torch.LongTensor
     accepted_B: torch.LongTensor
+    had_ended: list[bool]
 
     @property
     def new_tokens(self) -> list[int]:

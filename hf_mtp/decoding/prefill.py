@@ -92,7 +92,7 @@ def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, m
     }
     if more.keys() != passed.keys():
         fewer = {key: value for key, value in inputs.items() if key not in more or key in passed}
-        if not are_close(read(**fewer).logits[:, -1], outputs.logits[:, -1]):
+        if not are_close(read(**fewer).logits[:, -1], outputs.logits[:, -1], model.dtype):
             raise NotImplementedError(
                 f"{type(model).__name__} is given {', '.join(sorted(more.keys() - passed.keys()))} with every token, "
                 "which `mtp=True` cannot do. Decode with mtp=False."

@@ -82,6 +82,8 @@ class Sequence:
         start = self.prompt + self.new_tokens
         self.ids_S[start : start + len(token_n)] = token_n
         self.new_tokens += len(token_n)
+        if self.noise is not None:
+            self.noise.forget_before(self.new_tokens)
         for index in range(len(token_n)):
             self.records.append(
                 TokenRecord(

@@ -41,9 +41,10 @@ class MTPStatistics:
         """Counts one pass of decoding."""
         verified = outcome.verified
         self.forward_passes += outcome.output.calls
-        self.steps.append(sum(verified.new_tokens))
+        new_tokens = [0 if ended else new for new, ended in zip(verified.new_tokens, verified.had_ended, strict=True)]
+        self.steps.append(sum(new_tokens))
         for new, offered, right, source in zip(
-            verified.new_tokens, verified.offered, verified.accepted, outcome.source_of_row, strict=True
+            new_tokens, verified.offered, verified.accepted, outcome.source_of_row, strict=True
         ):
             if new:
                 self._count_row(new, offered, right)

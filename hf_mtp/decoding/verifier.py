@@ -63,7 +63,7 @@ class Verifier:
         is_finite_B = output.masks_are_finite.expand_as(accepted_B)
         numbers = torch.stack([accepted_B, drafts.offered_B, is_finite_B.long()], dim=1)
         read = torch.cat([token_BR, numbers], dim=1).tolist()  # the one time that the host waits for the device
-        tokens, accepted = [], []
+        tokens, accepted, had_ended = [], [], [row.is_finished for row in batch.sequences]
         for index, row in enumerate(batch.sequences):
             *row_tokens, right, _, is_finite = read[index]
             _refuse_nonfinite(is_finite)
@@ -73,7 +73,8 @@ class Verifier:
             tokens.append(row_tokens)
             accepted.append(min(right, len(row_tokens)))
         pending_B = token_BR.gather(1, accepted_B[:, None])[:, 0]
-        return Verified(tokens, [offered for *_, offered, _ in read], accepted, pending_B, accepted_B)
+        offered = [offered for *_, offered, _ in read]
+        return Verified(tokens, offered, accepted, pending_B, accepted_B, had_ended)
 
     def _cut(self, row: Sequence, tokens: list[int]) -> list[int]:
         """Tokens up to the first that ends the row, which is then finished."""
@@ -91,7 +92,7 @@ class Verifier:
         _refuse_nonfinite(bool(output.masks_are_finite))
         rows, drafts = batch.sequences, batch.drafts
         groups = [list(range(len(rows)))] if self.keeps_rows_in_step else [[index] for index in range(len(rows))]
-        before = [row.new_tokens for row in rows]
+        before, had_ended = [row.new_tokens for row in rows], [row.is_finished for row in rows]
         for group in groups:
             if all(rows[index].is_finished for index in group):
                 continue
@@ -112,6 +113,7 @@ class Verifier:
             [_agreeing(*pair) for pair in zip(tokens, guesses, strict=True)],
             torch.cat([row.ids_1S[0, -1:] for row in rows]).to(device),
             torch.tensor([max(0, len(row_tokens) - 1) for row_tokens in tokens], device=device),
+            had_ended,
         )
 
 

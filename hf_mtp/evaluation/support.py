@@ -1,5 +1,6 @@
-"""Does multi-token prediction work with this model? A rehearsal on a tiny random one of the same kind."""
+"""Does multi-token prediction work with a model? Every way to decode is tried on a tiny random model of its kind."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -9,7 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import GatedLoraConfig
 from ..base.randomness import own_randomness
-from ..base.tiny import WINDOW, tiny_model
+from ..base.sizes import WINDOW
+from ..base.tiny import tiny_model
 from ..decoding.drafters.base import Drafts
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 
@@ -20,7 +22,7 @@ NEW_TOKENS, K = 24, 3
 
 @dataclass
 class SupportReport:
-    """What a rehearsal found.
+    """What the trials found.
 
     Args:
         model_type (`str`): The kind of model.
@@ -44,6 +46,11 @@ class SupportReport:
         return "quadratic" if mode is SpeculationMode.TREE else "linear" if mode.pays else "plain"
 
     @property
+    def reading(self) -> str | None:
+        """The former name of `mode`."""
+        return self.mode
+
+    @property
     def is_exact(self) -> bool:
         """Whether every way to decode that is not refused gave what plain decoding gives."""
         return all(result == EXACT or result.startswith("refused") for result in self.checks.values())
@@ -58,11 +65,11 @@ class SupportReport:
 def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
     """Tries every way to decode on a tiny random model of the same kind, against plain decoding, in float64.
 
-    These are all strategies, a batch of prompts, a static cache and, beside the model's default, eager attention. Flex
-    attention, whose kernels take long to compile, and flash attention, which needs a GPU, are left out.
+    The ways are all strategies, a batch of prompts, a static cache, and eager attention beside the model's default.
+    Flex attention takes long to compile and flash attention needs a GPU, so both are left out.
 
-    No weights are downloaded: of a Hub id, the config alone. Adapter weights are random, and drafts are right, wrong
-    and missing in turns, so that acceptance and roll-back are tried too.
+    Nothing is downloaded but the config of a Hub id. Adapter weights are random. Drafts are right, wrong and missing
+    in turns, so that acceptance and roll-back are tried, too.
 
     Args:
         model_or_config_or_id ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`] or `str`):
@@ -71,11 +78,7 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
     Returns:
         [`SupportReport`]; print it.
     """
-    with own_randomness(seed=0):
-        return _rehearse(_config_of(model_or_config_or_id))
-
-
-def _rehearse(config: PreTrainedConfig) -> SupportReport:
+    config = _config_of(model_or_config_or_id)
     report = SupportReport(config.model_type)
     try:
         base = tiny_model(config)
@@ -85,12 +88,13 @@ def _rehearse(config: PreTrainedConfig) -> SupportReport:
         report.reason = _first_line(error)
         return report
     try:
-        model = _randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).eval()
+        with own_randomness(seed=0):
+            model = _randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).eval()
     except (NotImplementedError, TypeError, ValueError) as error:
         report.reason = _first_line(error)
         return report
     tuner = model.base_model
-    tuner.draft = Rehearsal(truths)  # an attribute of this one model
+    tuner.draft = Rehearsal(truths, tuner.draft)  # an attribute of this one model
     report.mode = speculation_mode(tuner.model).value
     for strategy in ("quadratic", "linear", "auto"):
         report.checks[strategy] = _result(model, prompts[:1], truths[:1], mtp_strategy=strategy)
@@ -103,20 +107,24 @@ def _rehearse(config: PreTrainedConfig) -> SupportReport:
 
 
 class Rehearsal:
-    """Stands in for an adapter's drafts: what follows a token in a known output, and now and then something else.
+    """Replaces an adapter's drafts by what follows a token in a known output, and now and then by something else.
 
     Args:
         sequences (`list[torch.LongTensor]`): The outputs, `(1, S)` each.
+        own (`Callable`, *optional*): The adapter's own drafting. It is called too, so that its errors show.
     """
 
-    def __init__(self, sequences: list[torch.LongTensor]):
+    def __init__(self, sequences: list[torch.LongTensor], own: Callable | None = None):
+        self.own = own
         self.next: dict[int, int] = {}
         for sequence in sequences:
             self.next.update(pairwise(sequence[0].tolist()))
         self.calls = 0
 
-    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *_, **__) -> Drafts:
+    def __call__(self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, *args, **kwargs) -> Drafts:
         self.calls += 1
+        if self.own is not None:
+            self.own(pending_B, hidden_BKD, *args, **kwargs)
         rows, wrong = [], self.calls % 4  # the place of the wrong draft; none in every fourth call
         for token in pending_B.tolist():
             row = []

@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..adapter.gate import HiddenStateCapture
 from ..base.caches import cache_name
 from ..base.inspection import evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
-from ..base.tiny import WINDOW, tiny_model
+from ..base.sizes import WINDOW
+from ..base.tiny import tiny_model
 from ..cache.rollback import RollbackCache
 from ..cache.sequence import SequenceCache, TextCache
 from ..layout.attention import attention_kinds, attention_masks, in_blocks
@@ -67,10 +68,10 @@ class _Unadapted:
     So the answer depends on the model alone, not on what an adapter's weights make of masks.
     """
 
-    vocab_size = 3  # the "mask" i is token 3 + i
-
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        # The "mask" i is token 3 + i, past the ids that are often special.
+        self.vocab_size = min(3, weight_shape(model.get_input_embeddings())[0] - MASKS)
 
     @contextmanager
     def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
@@ -159,11 +160,11 @@ def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
     )
 
 
-def are_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
-    """Whether two results are the same but for rounding."""
+def are_close(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two results of a model that computes in `dtype` are the same but for rounding."""
     # Some layers compute in float32 whatever the model's dtype, in sums whose order depends on the length. What is
     # wrong is wrong by orders of magnitude.
-    tolerance = max(50 * torch.finfo(truth.dtype).eps, 500 * torch.finfo(torch.float32).eps) * truth.abs().max()
+    tolerance = max(50 * torch.finfo(dtype).eps, 500 * torch.finfo(torch.float32).eps) * truth.abs().max()
     return bool((found - truth).abs().max() <= tolerance)
 
 
@@ -191,7 +192,7 @@ def _branch_equals_sequence(model: PreTrainedModel) -> bool:
     mask = attention_masks(layout, attention_kinds(model.config.get_text_config(decoder=True)), mask_form(model))
     branched = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BN, use_cache=False).logits[0]
     return all(
-        are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0])
+        are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0], model.dtype)
         for rows in (text, [*text[:-1], *branch])
     )
 
@@ -225,7 +226,7 @@ def _passes_equal_sequences(
         logits_BRV = forward(regular_BT, layout, cache, logits_rows=1 + drafts).logits_BRV
         for row in range(rows):
             true = truth_B[row][read[row] + before - PROMPT + 1 : read[row] + kept[row] - PROMPT + 1]
-            if not are_close(logits_BRV[row, : len(true)], true):
+            if not are_close(logits_BRV[row, : len(true)], true, model.dtype):
                 return False
         cache.keep(kept)
         read = [tokens + new for tokens, new in zip(read, kept, strict=True)]

@@ -1,4 +1,4 @@
-"""Models that read plain sequences only: how each is read is found out, and decoding and training go by it."""
+"""The speculation mode of a model is found out by a trial; decoding and training go by it."""
 
 import inspect
 import logging
@@ -6,18 +6,19 @@ import logging
 import pytest
 import torch
 from layouts import masked_states
-from tiny_models import CACHE, adapter_parameters, upgraded
+from tiny_models import CACHE, adapter_parameters, tiny_base, upgraded
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.utils import logging as host_logging
 
 from hf_mtp.base.caches import cache_name
-from hf_mtp.base.tiny import VOCAB, tiny_model
+from hf_mtp.base.sizes import VOCAB
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.layout.blocks import segments, training_layout
 from hf_mtp.objective.recipe import Recipe
-from hf_mtp.passes.speculation_mode import SpeculationMode
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
-READINGS = {
+MODES = {
     "llama": SpeculationMode.TREE,
     "bloom": SpeculationMode.CHAIN,  # alibi: distance counts in columns, which a branch skips
     "mamba2": SpeculationMode.CHAIN_ON_COPY,
@@ -26,7 +27,7 @@ READINGS = {
     "mamba": SpeculationMode.RECOMPUTE,
     "jamba": SpeculationMode.RECOMPUTE,
 }
-SEQUENTIAL = [name for name, reading in READINGS.items() if reading is not SpeculationMode.TREE]
+SEQUENTIAL = [name for name, mode in MODES.items() if mode is not SpeculationMode.TREE]
 OF_EACH_KIND = ["bloom", "mamba2", "mamba"]
 
 
@@ -54,9 +55,9 @@ def rehearse(model, *sequences: torch.LongTensor) -> None:
     model.base_model.draft = Rehearsal(list(sequences))
 
 
-@pytest.mark.parametrize("name", READINGS)
-def test_reading(name):
-    assert reading_of(model_of(name).base_model) is READINGS[name]
+@pytest.mark.parametrize("name", MODES)
+def test_mode(name):
+    assert speculation_mode(model_of(name).get_base_model()) is MODES[name]
 
 
 @pytest.mark.parametrize("name", SEQUENTIAL)
@@ -80,8 +81,12 @@ def test_auto_is_exact_and_says_why(name, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "hf_mtp.decoding.generate"):
         assert torch.equal(generate(model, ids(), mtp=True), expected)
     host_logging.set_verbosity_warning()
-    said = "plainly" if READINGS[name] is SpeculationMode.RECOMPUTE else "linear"
-    assert said in caplog.text and READINGS[name].value in caplog.text
+    if MODES[name] is SpeculationMode.RECOMPUTE:
+        assert "decodes plainly, which is faster" in caplog.text
+    else:
+        assert (
+            f"'linear': {type(model.get_base_model()).__name__} allows the mode {MODES[name].value!r}" in caplog.text
+        )
 
 
 @pytest.mark.parametrize("strategy", ["linear", "auto"])
@@ -209,3 +214,127 @@ def test_a_model_that_uses_no_cache_by_default(by):
     assert model.base_model.mtp_statistics.accepted
     with pytest.raises(ValueError, match="`use_cache=False` with `mtp=True`.*Leave it out"):
         generate(model, ids(), mtp=True, use_cache=False)
+
+
+# ---------------------------------------------------------------- what passes, and what does not
+
+
+def fails(times: int, error: Exception):
+    """A hook that raises an error so often."""
+    calls = iter(range(times))
+
+    def hook(module, args):
+        if next(calls, None) is not None:
+            raise error
+
+    return hook
+
+
+def first_layer(model) -> torch.nn.Module:
+    return next(module for name, module in model.get_base_model().named_modules() if name.endswith("layers.0"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("simulated"), RuntimeError("a kernel is busy")])
+@pytest.mark.parametrize("times", [1, 2, 3, 6])
+def test_an_error_of_the_moment_is_not_kept(times, error, caplog, monkeypatch):
+    monkeypatch.setattr(host_logging.get_logger("hf_mtp"), "propagate", True)
+    model = upgraded("llama", k=3)
+    plain = generate(model, ids())
+    hook = first_layer(model).register_forward_pre_hook(fails(times, error))
+    mode = speculation_mode(model.get_base_model())
+    assert mode is not SpeculationMode.TREE
+    assert f"This call decodes in the mode {mode.value!r}; the next one tries again" in caplog.text
+    hook.remove()
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.TREE
+    assert torch.equal(generate(model, ids(), mtp=True, mtp_strategy="quadratic"), plain)
+    assert model.base_model.mtp_statistics.drafted
+
+
+def test_a_call_with_an_error_of_the_moment_is_exact():
+    model = upgraded("llama", k=3)
+    plain = generate(model, ids())
+    first_layer(model).register_forward_pre_hook(fails(2, torch.OutOfMemoryError("simulated")))
+    for _ in range(2):
+        assert torch.equal(generate(model, ids(), mtp=True), plain)
+    assert model.base_model.mtp_statistics.tokens == 20
+
+
+def test_an_error_in_every_model_of_the_kind_is_kept():
+    model = model_of("bloom")  # which takes no branch, whatever its size
+    calls = []
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.CHAIN
+    model.get_base_model().register_forward_pre_hook(lambda *args: calls.append(1))
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.CHAIN
+    assert not calls
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba2"])
+def test_autocast_changes_nothing_that_is_found_out(name):
+    model = model_of(name, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, ids(), 4, mtp=True)
+    assert speculation_mode(model.get_base_model()) is MODES[name]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_in_training_mode_stays_so(training):
+    model = upgraded(tiny_model(CONFIG_MAPPING["gpt2"](resid_pdrop=0.5)), k=3).train(training)
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.TREE
+    assert model.training == training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "bloom", "mamba2"])
+def test_half_precision_is_told_from_what_is_wrong(name, dtype):
+    assert speculation_mode(model_of(name, dtype).get_base_model()) is MODES[name]
+
+
+def test_each_attention_implementation_has_its_own_answer():
+    model = upgraded("llama", k=3)
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.TREE
+    model.get_base_model().set_attn_implementation("eager")
+    hook = first_layer(model).register_forward_pre_hook(fails(99, RuntimeError("no such kernel")))
+    assert speculation_mode(model.get_base_model()) is not SpeculationMode.TREE
+    model.get_base_model().set_attn_implementation("sdpa")
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.TREE
+    hook.remove()
+
+
+def test_the_adapter_has_no_say():
+    """Neither broken weights nor disabled ones change what the base allows."""
+    model = upgraded("llama", k=3)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.fill_(torch.nan)
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.TREE
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["together", "in_order"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("strategy", ["quadratic", "linear", "auto"])
+def test_an_adapter_that_is_not_finite_raises(strategy, value, options):
+    model = upgraded("llama", k=3)
+    plain = generate(model, ids(), **options)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            if "lora_B" in name:
+                parameter.fill_(value)
+    with pytest.raises(FloatingPointError, match="hidden states that are NaN or infinite.*float32.*mtp=False"):
+        generate(model, ids(), mtp=True, mtp_strategy=strategy, **options)
+    assert torch.equal(generate(model, ids(), **options), plain)
+
+
+def test_an_adapter_too_large_for_half_precision_raises():
+    model = upgraded("llama", k=3, dtype=torch.float16)
+    plain = generate(model, ids())
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            if "lora_B" in name:
+                parameter.fill_(6e4)
+    with pytest.raises(FloatingPointError, match="too large for this dtype"):
+        generate(model, ids(), mtp=True, mtp_strategy="quadratic")
+    assert torch.equal(generate(model, ids()), plain)
+
+
+def test_a_vocabulary_of_two_tokens():
+    assert speculation_mode(upgraded(tiny_base("llama", vocab_size=2), k=3).get_base_model()) is SpeculationMode.TREE

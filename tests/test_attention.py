@@ -89,11 +89,10 @@ def test_rows_of_a_batch_see_their_own_cache_only(kind):
     # Rows with 2, 5 and 4 cached columns, of which 0, 3 and 1 are padding, in a storage of 14 columns.
     start, length = torch.tensor([0, 3, 1]), torch.tensor([2, 5, 4])
     value = torch.rand(3, 3, 2, generator=torch.Generator().manual_seed(0)).sort(dim=2, descending=True).values
-    slots = choose_masks(value, 4)
-    layout = decoding_layout((length - start)[:, None] + torch.arange(3), slots)
+    layout = decoding_layout((length - start)[:, None] + torch.arange(3), choose_masks(value, 4))
     allowed = allowed_attention(layout, CachedColumns(start, length, 14), kind)
     for row in range(3):
-        alone = decoding_layout((length - start)[row] + torch.arange(3)[None], slots.of_row(row))
+        alone = decoding_layout((length - start)[row] + torch.arange(3)[None], choose_masks(value[row : row + 1], 4))
         cached, own = (length - start)[row].item(), slice(length[row], length[row] + 7)
         expected = by_loop(alone, cached, kind)[0]
         assert torch.equal(allowed[row, :, start[row] : length[row]], expected[:, :cached])
