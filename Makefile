@@ -10,17 +10,20 @@ TORCH := torch==2.13.0
 # One thread for each of the two test processes; nothing asks the Hub.
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: help quickstart test style quality bench clean
+.PHONY: help quickstart test test-peft style quality bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 quickstart: $(VENV)/quickstart.stamp  ## upgrade, train and measure a small model, offline, in minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart/quickstart.py
 
 test: quality  ## style checks and all tests, offline
 	$(OFFLINE) $(BIN)/python -m pytest -n 2
+
+test-peft: $(VENV)/test-peft.stamp  ## PEFT's own tests of LoRA, run against GatedLoraConfig (downloads PEFT's source)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peft/run.py $(VENV) $(ARGS)
 
 quality: $(VENV)/test.stamp  ## style checks
 	$(BIN)/ruff check $(PATHS)

@@ -10,6 +10,8 @@ VERSION = "0.1.0"
 PLOTS = ["matplotlib>=3.9"]  # training_curves.png; left out without
 QUICKSTART = [*PLOTS, "rich>=13.9"]
 TEST = [*QUICKSTART, "pytest>=8.4", "pytest-xdist>=3.6", "ruff==0.17.6"]  # the quickstart is tested too
+# What PEFT's own tests import. Its package imports attr, too, but does not require attrs.
+TEST_PEFT = [*TEST, "attrs", "diffusers>=0.38", "parameterized>=0.9", "scipy>=1.14"]
 QUANTIZATION = ["bitsandbytes>=0.50", "optimum-quanto>=0.2.7", "torchao>=0.18"]  # their tests are skipped without
 DISTRIBUTED = ["deepspeed>=0.19"]  # DDP and FSDP need nothing more
 
@@ -51,6 +53,7 @@ setup(
     entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.cli.regenerate:main"]},
     extras_require={
         "test": TEST,
+        "test-peft": TEST_PEFT,
         "quickstart": QUICKSTART,
         "plots": PLOTS,
         "quantization": QUANTIZATION,

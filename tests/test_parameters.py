@@ -173,3 +173,10 @@ def test_merging_is_refused():
         model.merge_adapter()
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         experts_of(model).merge()
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_an_adapter_for_each_row_is_refused_as_peft_refuses_it(method):
+    model = upgraded(tiny_base("mixtral"), K, target_parameters=EXPERTS)
+    with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
+        getattr(model, method)(input_ids=prompt(rows=2), adapter_names=["__base__", "default"])

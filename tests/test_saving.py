@@ -206,20 +206,3 @@ def test_saving_and_loading_warn_of_nothing(folders, recwarn):
     get_peft_model(AutoModelForCausalLM.from_pretrained(folders[0]), GatedLoraConfig(k=2, r=4))
     ours = [str(w.message) for w in recwarn if not issubclass(w.category, FutureWarning)]  # of PEFT's own calls
     assert ours == []
-
-
-# ---------------------------------------------------------------- types
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("autocast", [True, False])
-def test_the_whole_adapter_has_one_dtype(dtype, autocast, tmp_path):
-    expected = torch.float32 if autocast else dtype
-    config = GatedLoraConfig(k=K, r=4)
-    model = get_peft_model(tiny_base("llama", dtype), config, autocast_adapter_dtype=autocast).eval()
-    model.add_adapter("second", GatedLoraConfig(k=2, r=4), autocast_adapter_dtype=autocast)
-    assert {parameter.dtype for parameter in adapter_parameters(model).values()} == {expected}
-    assert generate(model, prompt(), mtp=True).shape == (1, 31)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_base("llama", dtype), tmp_path, autocast_adapter_dtype=autocast)
-    assert {parameter.dtype for parameter in adapter_parameters(loaded).values()} == {expected}

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from tiny_models import CONFIGS, VOCAB, adapter_parameters, generate, prompt, randomised, tiny_base, upgraded
@@ -120,6 +121,23 @@ def test_card_says_how_to_use_the_adapter(saved):
     assert "library_name: peft" in card
     assert "model.generate(**inputs, mtp=True" in card
     assert "| mask tokens (k) | 3 |" in card
+
+
+def test_card_has_the_tags_of_peft_and_of_the_base_beside_its_own(tmp_path):
+    base = tiny_base("llama")
+    base.name_or_path = base.config._name_or_path = "me/base"
+    base.add_model_tags(["tiny"])
+    model = upgraded(base, K)
+    for _ in range(2):  # the second time over a card of ours
+        model.save_pretrained(tmp_path)
+        tags = ModelCard.load(tmp_path / "README.md").data.tags
+        assert {"hf_mtp", "lora", "transformers", "base_model:adapter:me/base", "tiny"} <= set(tags)
+        assert len(tags) == len(set(tags))
+
+
+def test_card_names_no_local_folder(saved):
+    base, adapter, _ = saved
+    assert f"base_model:adapter:{base}" not in (adapter / "README.md").read_text(encoding="utf-8")
 
 
 def test_card_written_by_hand_is_kept(tmp_path):
@@ -290,11 +308,30 @@ def test_base_in_half_precision(dtype):
     assert all(parameter.grad is not None for parameter in adapter_parameters(model).values())
 
 
-def test_adapter_in_the_dtype_of_the_base():
+def dtypes_of(model, adapter: str = "default") -> set[torch.dtype]:
+    return {p.dtype for name, p in adapter_parameters(model).items() if f".{adapter}." in name}
+
+
+def test_adapters_in_the_dtype_of_the_base(tmp_path):
     base = tiny_base("llama", torch.bfloat16)
     model = get_peft_model(base, GatedLoraConfig(k=K, r=4), autocast_adapter_dtype=False).eval()
-    model.to(torch.bfloat16)
-    assert generate(model, prompt(), mtp=True).shape == (1, 31)
+    model.add_adapter("added", GatedLoraConfig(k=K, r=4, sampler_recurrent=True), autocast_adapter_dtype=False)
+    assert dtypes_of(model) == dtypes_of(model, "added") == {torch.bfloat16}
+    for adapter in ("default", "added"):
+        model.set_adapter(adapter)
+        assert generate(model, prompt(), mtp=True).shape == (1, 31)
+    model.train()(input_ids=prompt(), mtp_recipe=Recipe()).loss.backward()
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_loaded_adapters_have_the_dtype_that_was_asked_for(autocast, dtype, low_cpu_mem_usage, tmp_path):
+    upgraded("llama", K, save_dtype="bfloat16").save_pretrained(tmp_path)
+    options = {"autocast_adapter_dtype": autocast, "low_cpu_mem_usage": low_cpu_mem_usage}
+    model = PeftModel.from_pretrained(tiny_base("llama", torch.bfloat16), tmp_path, **options)
+    model.load_adapter(tmp_path, "other", **options)
+    assert dtypes_of(model) == dtypes_of(model, "other") == {dtype}
 
 
 def test_target_modules_are_loras_own():

@@ -10,6 +10,7 @@ from .config import GatedLoraConfig
 README = "README.md"
 MARK = "<!-- Written by hf_mtp. Delete this line to keep your own changes when the adapter is saved again. -->"
 TAGS = ("hf_mtp", "multi-token-prediction", "speculative-decoding", "lora", "transformers")
+_TAG_OF_BASE = "base_model:adapter:"  # by which the Hub finds the adapters of a base
 PAPER = "https://huggingface.co/papers/2507.11851"
 
 _TEXT = """---
@@ -107,7 +108,7 @@ def render_model_card(
         base_model=base if on_hub else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys([*TAGS, *tags])),
+        tags=list(dict.fromkeys([*TAGS, *([f"{_TAG_OF_BASE}{base}"] if on_hub else []), *tags])),
         datasets=[name for name in config.train_datasets if "/" in name] or None,
     )
     loading = _LOADING_A_SUBFOLDER if subfolder else _LOADING
@@ -139,8 +140,12 @@ def _measured(tokens_per_step: dict[str, float]) -> str:
 
 
 def tags_of(readme: Path) -> list[str]:
-    """Tags of a card, if there is one. PEFT and TRL have just written theirs, with the base model's own, into it."""
-    return list(ModelCard.load(readme).data.tags or []) if readme.is_file() else []
+    """Tags of a card, if there is one. PEFT and TRL have just written theirs, with the base model's own, into it.
+
+    PEFT's tag of the base is left out: ours is the same, except for a base in a local folder, which we do not name.
+    """
+    tags = ModelCard.load(readme).data.tags if readme.is_file() else None
+    return [tag for tag in tags or [] if not tag.startswith(_TAG_OF_BASE)]
 
 
 def is_replaceable(readme: Path) -> bool:

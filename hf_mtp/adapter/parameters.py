@@ -25,6 +25,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
     gate: Gate
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
+        self._check_forward_args(x, *args, **kwargs)  # refuses `adapter_names`, which the module does not know
         columns, module = self.gate.columns, self.get_base_layer()
         wrappers = [] if columns is None or self.disable_adapters else self._wrappers_of(columns.adapter)
         if not wrappers:
