@@ -100,6 +100,14 @@ def test_layers_that_could_only_fail_later_are_refused(targets):
     assert [name for name, _ in changed.named_modules()] == [name for name, _ in fresh.named_modules()]
 
 
+def test_without_targets_the_layers_are_pefts_choice():
+    ours, plain = (
+        get_peft_model(tiny_base("llama"), config(r=2, target_modules=None, task_type="CAUSAL_LM")).base_model
+        for config in (GatedLoraConfig, LoraConfig)
+    )
+    assert ours.targeted_module_names == plain.targeted_module_names
+
+
 def test_a_failed_upgrade_leaves_the_base_as_it_was():
     base = tiny_base("llama")
     names = [name for name, _ in base.named_modules()]

@@ -92,14 +92,14 @@ class GatedLoraTuner(MaskInput, LoraModel):
         self.lora_layers = nn.Module() if is_stacked else None
         self._hooks = self._hook_base(model)
 
-    @staticmethod
-    def _resolve_targets(config: GatedLoraConfig, model: nn.Module, is_stacked: bool) -> None:
+    def _resolve_targets(self, config: GatedLoraConfig, model: nn.Module, is_stacked: bool) -> None:
         """Chooses the layers of a new adapter; a saved one names them."""
         if config.target_modules == "all-linear":
             config.exclude_modules = exclude_layers_out_of_reach(config.exclude_modules, model)
             if is_stacked:  # whose adapters' own weights are linear layers, too
                 config.target_modules = set(shortened(set(linear_layers(model)), model))
         elif config.base_hidden_size is None:
+            self._prepare_adapter_config(config, self.get_model_config(model))  # PEFT's own choice if there is none
             refuse_layers_out_of_reach(config, model)
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):

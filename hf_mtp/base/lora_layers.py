@@ -68,6 +68,8 @@ def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> No
     Raises:
         ValueError: A target gets other rows than the columns of the model's input, or is the unembedding.
     """
+    if not config.target_modules:
+        return
     heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
     refused = [name for name in heads | layers_out_of_reach(model) if check_target_module_exists(config, name)]
     if refused:

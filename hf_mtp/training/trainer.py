@@ -255,10 +255,21 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Writes the adapter's own model card into `output_dir`."""
-        if self.is_world_process_zero():
-            write_model_card(_gated(self.model).active_mtp_config, self.args.output_dir, repo=self.hub_model_id)
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Writes the adapter's own model card into `output_dir`. Arguments are those of TRL's trainers."""
+        if not self.is_world_process_zero():
+            return
+        tuner = _gated(self.model)
+        config, name = tuner.active_mtp_config, tuner.active_adapters[0]
+        if dataset_name and dataset_name not in config.train_datasets:
+            config.train_datasets = [*config.train_datasets, dataset_name]
+        write_model_card(
+            config,
+            self.args.output_dir,
+            repo=self.hub_model_id or model_name,
+            tags=[tags] if isinstance(tags, str) else tags,
+            subfolder=None if name == "default" else name,
+        )
 
 
 def _objective_inputs(inputs: dict) -> dict[str, torch.Tensor | None]:
