@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("reference.md")
-# What users call first, then what the parts are made of.
+# First what users call, then the parts behind it.
 SECTIONS = {
     "Configuration": {"hf_mtp.adapter.config": ["GatedLoraConfig"]},
     "Training": {
@@ -20,7 +20,8 @@ SECTIONS = {
         "hf_mtp.objective.recipe": ["Recipe"],
         "hf_mtp.data.responses": ["regenerate_responses"],
         "hf_mtp.training.callbacks.decoding": ["DecodingCallback"],
-        "hf_mtp.objective.compute": ["multi_token_objective", "Objective"],
+        "hf_mtp.objective.request": ["ObjectiveRequest"],
+        "hf_mtp.objective.compute": ["batch_objective", "Objective"],
         "hf_mtp.passes.training_pass": ["TrainingPass"],
         "hf_mtp.objective.chunked_backward": ["PartialBackward"],
         "hf_mtp.training.recovery.checkpoint": ["WholeCheckpoints"],
@@ -29,18 +30,32 @@ SECTIONS = {
         "hf_mtp.decoding.generate": ["GenerationMixin.generate"],
         "hf_mtp.decoding.statistics": ["MTPGenerateOutput", "MTPStatistics"],
         "hf_mtp.evaluation.support": ["check_support", "SupportReport"],
-        "hf_mtp.passes.speculation_mode": ["Reading", "reading_of"],
+        "hf_mtp.passes.speculation_mode": ["SpeculationMode", "speculation_mode"],
         "hf_mtp.base.lora_layers": ["layers_out_of_reach"],
-        "hf_mtp.decoding.prefill": ["read_by_base"],
         "hf_mtp.evaluation.compare": ["decode_both_ways", "summarize", "Record", "describe_machine"],
     },
+    "The decode loop": {
+        "hf_mtp.decoding.loop": ["DecodingLoop", "DecodingLoop.step"],
+        "hf_mtp.decoding.sequence": ["Sequence"],
+        "hf_mtp.decoding.batch": ["Batch", "Batch.admit", "Batch.retire"],
+        "hf_mtp.decoding.drafters.base": ["Drafts", "Drafter", "Drafter.expect", "Drafter.propose", "Drafter.observe"],
+        "hf_mtp.decoding.drafters.masks": ["MaskDrafter", "draft"],
+        "hf_mtp.decoding.drafters.ngrams": ["NgramDrafter"],
+        "hf_mtp.decoding.schedule.fixed": ["FixedSchedule"],
+        "hf_mtp.decoding.schedule.adaptive": ["AdaptiveSchedule"],
+        "hf_mtp.decoding.schedule.costs": ["PassCosts"],
+        "hf_mtp.decoding.noise": ["PositionNoise"],
+        "hf_mtp.decoding.verifier": ["Verifier"],
+        "hf_mtp.decoding.verification": ["chosen_tokens", "verify_together", "verify_in_order"],
+        "hf_mtp.decoding.processors": ["Order", "order_of"],
+        "hf_mtp.decoding.prefill": ["read_by_base"],
+    },
     "The upgraded model": {
-        "hf_mtp.adapter.tuner": [
-            "GatedLoraModel",
-            "GatedLoraModel.forward",
-        ],
+        "hf_mtp.model": ["GatedLoraModel", "GatedLoraModel.forward"],
         "hf_mtp.passes.decoding_pass": ["DecodingPass", "PassOutput"],
-        "hf_mtp.passes.recurrent_pass": ["RecurrentPass", "SequenceCache", "RecomputePass", "TextCache"],
+        "hf_mtp.passes.recurrent_pass": ["RecurrentPass", "RecomputePass"],
+        "hf_mtp.cache.rollback": ["RollbackCache"],
+        "hf_mtp.cache.sequence": ["SequenceCache", "TextCache"],
         "hf_mtp.adapter.gate": ["Gate", "GatedVariant", "MaskColumns"],
         "hf_mtp.adapter.sampler": ["SamplerHead"],
     },
@@ -49,6 +64,7 @@ SECTIONS = {
             "BlockLayout",
             "training_layout",
             "weight_of_all_masks",
+            "useful_anchors",
             "decoding_layout",
             "segments",
         ],
@@ -60,18 +76,13 @@ SECTIONS = {
         ],
         "hf_mtp.objective.simulation": ["walk_through", "mean_tokens_per_step", "Walk"],
         "hf_mtp.layout.mask_plan": ["MaskPlan", "choose_masks", "landing_probability", "mask_values"],
-        "hf_mtp.decoding.schedule.adaptive": ["Whole", "Pacer"],
-        "hf_mtp.decoding.drafters.masks": ["draft", "Drafts", "Draw"],
-        "hf_mtp.decoding.verification": ["accepted_drafts", "next_token", "verify_together", "verify_in_order"],
-        "hf_mtp.decoding.transcript": ["Transcript"],
-        "hf_mtp.cache.rollback": ["RollbackCache"],
     },
 }
 
 
 def render() -> str:
     """The whole page."""
-    lines = ["# Package reference", "", "Made from the docstrings by `docs/make_reference.py`.", ""]
+    lines = ["# Package reference", "", "`docs/make_reference.py` writes this page from the docstrings.", ""]
     for section, modules in SECTIONS.items():
         lines += [f"## {section}", ""]
         for module, names in modules.items():

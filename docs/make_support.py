@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Try every causal language model of the installed transformers, tiny and random: docs/results/support.json.
+"""Try a tiny random model of every causal type in the installed transformers; writes docs/results/support.json.
 
     python docs/make_support.py && python docs/make_tables.py
 
-Takes a few minutes. `hf_mtp.check_support` does one model.
+Takes a few minutes. `hf_mtp.check_support` tries a single model.
 """
 
 import argparse
@@ -25,20 +25,20 @@ from hf_mtp.evaluation.compare import describe_machine
 
 RESULT = Path(__file__).parent / "results" / "support.json"
 
-# What released models of a type have, where its config alone makes another kind of model, or none.
+# Settings of released models, for types whose config alone makes another kind of model or none.
 AS_RELEASED = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16, "num_hidden_layers": 32},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16, "num_hidden_layers": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16, "num_hidden_layers": 32},
 }
-# Settings that change how a type can be read, beside its own.
+# Settings that may change the speculation mode of a type; tried in addition to its own.
 VARIANTS = {"falcon": {"alibi": True}}
 AS_DECODER = {"is_decoder": True}
 
 
 def rows_to_try() -> list[tuple[str, dict, str]]:
-    """Model type, settings, and what to call these if the type stands on its own as well."""
+    """Model type, settings, and a name for the settings if the type also has a row without them."""
     rows = []
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         rows.append((model_type, AS_RELEASED.get(model_type, {}), ""))
@@ -51,7 +51,7 @@ def rows_to_try() -> list[tuple[str, dict, str]]:
 
 
 def try_one(model_type: str, settings: dict, variant: str) -> dict:
-    """A row of the result."""
+    """Tries one model type and returns a row of the result."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -82,7 +82,7 @@ def main() -> None:
     start, rows = time.perf_counter(), rows_to_try()
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(try_one, *zip(*rows, strict=True)))
-    # Only encoders differ as decoders.
+    # `is_decoder` makes a difference only where the type itself was refused.
     refused = {row["model_type"] for row in results if not row["variant"] and row["strategy"] is None}
     decoder = ", ".join(f"{name}={value}" for name, value in AS_DECODER.items())
     results = [row for row in results if row["variant"] != decoder or row["model_type"] in refused]

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Write the tables of README.md, docs/benchmarks.md and docs/support.md from the committed results.
+"""Write the tables of README.md and docs/*.md from the committed results.
 
     python docs/make_tables.py            # writes them
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function of this file.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file that makes it.
 """
 
 import json
@@ -20,9 +20,9 @@ SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attenti
 PAPER = {
     "weights": "weights",
     "keys_and_values": "keys and values",
-    "copies": "copies for one part",
-    "states": "states of one part",
-    "logits": "logits of a chunk",
+    "copies": "copies for one chunk of masks",
+    "states": "states of one chunk of masks",
+    "logits": "logits of 1,024 rows",
     "adapter": "adapter, gradients, AdamW",
 }
 NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
@@ -37,14 +37,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(report: dict) -> str:
-    """One line: what the numbers were measured on."""
+    """One line: the machine and the versions that the numbers were measured with."""
     about = report["machine"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft", "trl"))
     return f"{about['processor']}, {about['threads']} threads, Python {about['python']}, {versions}"
 
 
 def summary() -> str:
-    """README's first screen."""
+    """The table of README's first screen."""
     report = load("reference")
     rows = []
     for domain, result in report["domains"].items():
@@ -95,7 +95,7 @@ def simulated() -> str:
 
 
 def training() -> str:
-    """What the reference adapter's training was."""
+    """How the reference adapter was trained."""
     run = load("reference")["training"]
     settings = ", ".join(f"`{name}={value}`" for name, value in run["settings"].items())
     rows = [
@@ -112,7 +112,7 @@ def training() -> str:
 
 
 def decoding() -> str:
-    """Every exact way to decode, against plain decoding."""
+    """Speed of every exact way to decode, compared with plain decoding."""
     report = load("decoding")
     rows = []
     for domain, result in report["domains"].items():
@@ -127,7 +127,7 @@ def decoding() -> str:
 
 
 def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[str]]:
-    """A row for each way but plain decoding, whose speed is 1."""
+    """A row for each way except plain decoding, whose speed is 1."""
     sampled = title.count("T =")
     return [
         [
@@ -159,7 +159,7 @@ def tree() -> str:
 
 
 def ablation() -> str:
-    """One thing changed at a time, what it brings and what it costs."""
+    """The gain and the cost of each single change."""
     report = load("ablation")
     rows = [
         [
@@ -177,7 +177,7 @@ def ablation() -> str:
 
 
 def gate() -> str:
-    """What training does to the base itself, with and without the gate."""
+    """The base's own loss before and after training, with and without the gate."""
     rows = [
         [run["name"], *(f"{run['base_loss_before'][d]:.4f} → {run['base_loss_after'][d]:.4f}" for d in NAMES)]
         for run in load("ablation")["runs"]
@@ -209,7 +209,7 @@ def recipes() -> str:
 
 
 def foreseen() -> str:
-    """What an evaluation says of the base's own answers, and what decoding them took."""
+    """Tokens per step that an evaluation predicts for the base's own answers, and those of decoding them."""
     report = load("recipe_now")
     rows = []
     for domain, name in NAMES.items():
@@ -228,7 +228,7 @@ def foreseen() -> str:
 
 
 def training_cost() -> str:
-    """Time and memory against TRL's SFTTrainer with a plain LoRA."""
+    """Time and memory, compared with TRL's SFTTrainer and a plain LoRA."""
     report = load("training")
     rows = [
         [
@@ -250,7 +250,7 @@ def training_memory() -> str:
         [
             f"{row['tokens']:,}",
             f"{row['blocks']:,}",
-            "in parts" if row["in_parts"] else "at once",
+            "in chunks" if row["in_parts"] else "at once",
             f"{row['memory_mib']:,} MiB",
         ]
         for row in load("training")["memory"]
@@ -259,7 +259,7 @@ def training_memory() -> str:
 
 
 def on_paper() -> str:
-    """Memory of a long context, by its parts."""
+    """Computed memory of a long context, by item."""
     rows = [
         [
             f"{row['base']}{' in 4 bits' if row['bits'] == 4 else ''}, {row['attention']}",
@@ -268,11 +268,11 @@ def on_paper() -> str:
         ]
         for row in load("training")["on_paper"]
     ]
-    return table(["base", *PAPER.values(), "all, GiB"], rows)
+    return table(["base", *PAPER.values(), "total, GiB"], rows)
 
 
 def adapter_sizes() -> str:
-    """Files of adapters of rank 16 beside their bases."""
+    """Sizes of adapters of rank 16, in percent of their bases."""
     rows = [
         [
             row["base"],
@@ -323,7 +323,7 @@ def support_counts() -> str:
 
 
 def support() -> str:
-    """Every model type that can be upgraded."""
+    """The model types that can be upgraded."""
     rows = []
     for row in load("support")["rows"]:
         if row["strategy"] is not None:
@@ -333,7 +333,7 @@ def support() -> str:
 
 
 def refused() -> str:
-    """Every model type that cannot, and why."""
+    """The model types that cannot be upgraded, and why."""
     rows = [
         [_support_name(row), row["reason"].replace("|", "\\|")]
         for row in load("support")["rows"]
@@ -351,7 +351,7 @@ def _support_cell(result: str) -> str:
 
 
 def fill(name: str) -> str:
-    """The table called `name`, or a word where its results are not there yet."""
+    """The table called `name`, or a note if its results are missing."""
     try:
         return globals()[name]()
     except FileNotFoundError:

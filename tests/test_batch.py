@@ -116,13 +116,6 @@ def test_rows_that_end_cost_no_more_columns():
 # ---------------------------------------------------------------- what cannot be
 
 
-def test_padding_on_the_right_is_refused():
-    model, inputs = upgraded("llama"), padded()
-    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
-    with pytest.raises(ValueError, match="padding_side = 'left'"):
-        model.generate(**inputs, mtp=True, max_new_tokens=3)
-
-
 def test_a_row_of_padding_is_refused():
     model, inputs = upgraded("llama"), padded()
     inputs["attention_mask"][2] = 0

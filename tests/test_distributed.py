@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from hf_mtp import MTPConfig, MTPTrainer
 from hf_mtp.base.distributed import is_sharded
 from hf_mtp.objective import losses
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 pytestmark = [
@@ -90,6 +90,12 @@ def losses_of(trainer: MTPTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def measures_of(trainer: MTPTrainer) -> dict[str, float]:
+    """Of an evaluation of all rows, whichever process has them, and of the training before."""
+    measures = trainer.evaluate()
+    return {name: measures[f"eval_{name}"] for name in ("loss", "tokens_per_step", "accuracy_1", "num_tokens")}
+
+
 def train_save_resume(rank: int, config: str, folder: Path) -> None:
     """What each process does."""
     whole = made(config, folder, "whole")
@@ -101,7 +107,7 @@ def train_save_resume(rank: int, config: str, folder: Path) -> None:
     whole.save_model()
     result = {
         "losses": losses_of(whole),
-        "eval_loss": whole.evaluate()["eval_loss"],
+        "measures": measures_of(whole),
         "sharded": {is_sharded(whole.model), *seen_within},
         "muon": whole.has_muon,
         "reads branches": speculation_mode(whole.model.base_model.model) is SpeculationMode.TREE,
@@ -141,7 +147,7 @@ def start(tmp_path_factory) -> Path:
         alone = make_trainer(folder, name, 1, config in TIED, muon=config in MUON)
         alone.train()
         alone.save_model()
-        torch.save({"losses": losses_of(alone), "eval_loss": alone.evaluate()["eval_loss"]}, folder / f"{name}.pt")
+        torch.save({"losses": losses_of(alone), "measures": measures_of(alone)}, folder / f"{name}.pt")
     return folder
 
 
@@ -166,7 +172,7 @@ def test_processes_make_what_one_process_makes(config, start, tmp_path, monkeypa
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks.WORLD)]
     for rank, result in enumerate(results):
         assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-        assert result["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4)
+        assert result["measures"] == pytest.approx(alone["measures"], rel=1e-4)
         assert result["sharded"] == {config in SHARDED} and result["muon"] == (config in MUON)
         assert result["reads branches"] and result["identical"]
         assert (result["uneven"] > 0) == (rank == 1)
@@ -205,9 +211,9 @@ def test_one_process_holds_all(monkeypatch):
 
 def test_models_without_branches_need_whole_weights(monkeypatch):
     model = upgraded("bloom", K).train()
-    assert model(input_ids=prompt(), mtp_recipe=Recipe()).rows > 0
+    assert model(input_ids=prompt(), mtp_objective=ObjectiveRequest()).rows > 0
     monkeypatch.setattr("hf_mtp.passes.training_pass.is_sharded", lambda model: True)
     with pytest.raises(
         NotImplementedError, match="Train with whole weights in every process: DDP or DeepSpeed ZeRO-2"
     ):
-        model(input_ids=prompt(), mtp_recipe=Recipe())
+        model(input_ids=prompt(), mtp_objective=ObjectiveRequest())

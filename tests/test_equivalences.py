@@ -8,6 +8,7 @@ from tiny_text import words
 from tiny_training import K, logged, texts, trainer
 
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 COMMON = {
     "optim": "sgd",
@@ -106,11 +107,11 @@ def test_sampled_anchors_are_all_anchors_on_average(position_decay):
     drawn = {}
     for seed in range(80):
         generator = torch.Generator().manual_seed(seed)
-        loss = model(input_ids=text, mtp_recipe=recipe, mtp_anchors=1, mtp_generator=generator).loss
+        loss = model(input_ids=text, mtp_objective=ObjectiveRequest(recipe, 1, generator)).loss
         if round(loss.item(), 9) not in drawn:
             drawn[round(loss.item(), 9)] = loss, torch.autograd.grad(loss, parameters)
     assert len(drawn) == 7  # tokens with two more behind them
-    whole = model(input_ids=text, mtp_recipe=recipe).loss
+    whole = model(input_ids=text, mtp_objective=ObjectiveRequest(recipe)).loss
     torch.testing.assert_close(sum(loss for loss, _ in drawn.values()) / 7, whole, rtol=1e-6, atol=0)
     for index, gradient in enumerate(torch.autograd.grad(whole, parameters)):
         mean = sum(gradients[index] for _, gradients in drawn.values()) / 7

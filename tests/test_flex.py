@@ -13,7 +13,7 @@ from tiny_models import generate, prompt, tiny_base, upgraded
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.layout.attention import AttentionKind, allowed_attention, attention_masks, in_blocks
 from hf_mtp.layout.blocks import training_layout
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 flex_attention = pytest.importorskip("torch.nn.attention.flex_attention", reason="torch 2.5 brought flex attention")
@@ -78,7 +78,7 @@ def test_states_of_training_are_those_of_sdpa(architecture):
 def test_training_on_a_cpu_is_refused_by_torch():
     ids = prompt(14, 2)
     with pytest.raises(NotImplementedError, match="backward on CPU"):
-        with_flex("llama").train()(input_ids=ids, labels=ids, mtp_recipe=Recipe())
+        with_flex("llama").train()(input_ids=ids, labels=ids, mtp_objective=ObjectiveRequest())
 
 
 def test_a_kernel_that_fails_is_not_used(monkeypatch):

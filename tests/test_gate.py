@@ -24,6 +24,7 @@ from torch import nn
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.gate import Gate, GatedVariant, MaskColumns, gate_lora_layer
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 K = 3
 RECIPE = Recipe(auxiliary=1.0)
@@ -146,7 +147,7 @@ def gradients(model, batches: list[dict], one_backward: bool = False) -> tuple[l
     model.zero_grad()
     losses = []
     for batch in batches:
-        loss = model(**batch, mtp_recipe=RECIPE).loss
+        loss = model(**batch, mtp_objective=ObjectiveRequest(RECIPE)).loss
         losses.append(loss)
         if not one_backward:
             loss.backward()

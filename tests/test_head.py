@@ -14,6 +14,7 @@ from hf_mtp.base.tiny import tiny_config, tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.compute import _base_choices
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 HEADS = {  # the layers from hidden states to logits
     "llama": (),
@@ -70,7 +71,7 @@ def test_sizes_of_embedding_hidden_state_and_output_that_differ(model_type, tmp_
 def test_training_teaches_what_the_whole_head_says(model_type):
     model = tiny_upgraded(model_type)
     ids = IDS.repeat(2, 1)
-    objective = model(input_ids=ids, labels=ids, mtp_recipe=Recipe(targets="model"))
+    objective = model(input_ids=ids, labels=ids, mtp_objective=ObjectiveRequest(Recipe(targets="model")))
     objective.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -113,7 +114,7 @@ def test_the_decoder_never_sees_ids_of_masks():
     plain = generate(model, prompt())
     assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy="quadratic"), plain)
     ids = prompt(rows=2)
-    model(input_ids=ids, labels=ids, mtp_recipe=Recipe()).loss.backward()
+    model(input_ids=ids, labels=ids, mtp_objective=ObjectiveRequest()).loss.backward()
     assert seen and max(seen) < base.config.vocab_size
 
 
@@ -124,7 +125,7 @@ def test_experts_chosen_by_token_id():
     model = randomised(get_peft_model(base, GatedLoraConfig(k=2, r=2))).double().eval()
     plain = generate(model, IDS)
     assert torch.equal(generate(model, IDS, mtp=True, mtp_strategy="linear"), plain)
-    assert model(input_ids=IDS, labels=IDS, mtp_recipe=Recipe()).loss.isfinite()
+    assert model(input_ids=IDS, labels=IDS, mtp_objective=ObjectiveRequest()).loss.isfinite()
 
 
 @pytest.mark.skipif("hy_v4" not in CONFIG_MAPPING, reason="this transformers does not have it")
@@ -133,4 +134,4 @@ def test_an_unembedding_that_is_kept_in_float32():
     assert base.lm_head.weight.dtype == torch.float32 != base.dtype
     model = get_peft_model(base, GatedLoraConfig(k=2, r=2)).eval()
     assert generate(model, IDS, mtp=True, mtp_strategy="linear").shape == (1, 28)
-    assert model(input_ids=IDS, labels=IDS, mtp_recipe=Recipe()).loss.isfinite()
+    assert model(input_ids=IDS, labels=IDS, mtp_objective=ObjectiveRequest()).loss.isfinite()

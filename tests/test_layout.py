@@ -179,7 +179,7 @@ def plain_weight(labels, documents, k: int, decay: float) -> float:
 @pytest.mark.parametrize("decay", [1.0, 0.8])
 def test_the_weight_of_all_masks(seed, decay):
     labels, positions, documents = batch(seed)
-    weight = weight_of_all_masks(labels, positions, documents, 3, decay)
+    weight = weight_of_all_masks(labels, documents, 3, decay)
     assert weight.item() == pytest.approx(plain_weight(labels, documents, 3, decay), rel=1e-6)
 
 

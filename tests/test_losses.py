@@ -12,6 +12,7 @@ from hf_mtp.layout.blocks import IGNORE, segments, training_layout, weight_of_al
 from hf_mtp.objective import losses
 from hf_mtp.objective.compute import multi_token_objective
 from hf_mtp.objective.recipe import Recipe, get_recipe
+from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.objective.simulation import mean_tokens_per_step
 
 ROWS, SIZE = 23, 8
@@ -217,10 +218,9 @@ def test_objective(targets, position_decay, masks_per_part):
     labels[0, :4] = IGNORE
     positions = torch.arange(12).expand(2, -1)
     layout = training_layout(labels, positions, segments(None, positions), k=3)
-    weight = weight_of_all_masks(labels, positions, segments(None, positions), 3, position_decay)
-    objective = multi_token_objective(
-        model.base_model, input_ids, labels, layout, recipe, weight, masks_per_part=masks_per_part
-    )
+    weight = weight_of_all_masks(labels, segments(None, positions), 3, position_decay)
+    request = ObjectiveRequest(recipe, masks_per_part=masks_per_part)
+    objective = multi_token_objective(model.base_model, input_ids, labels, layout, request, weight)
     expected, measures = slow_objective(model, input_ids, labels, layout, recipe)
     torch.testing.assert_close(objective.loss, expected, rtol=1e-6, atol=0)
     assert {name: value.item() for name, value in objective.metrics.items()} == pytest.approx(measures, rel=1e-5)
@@ -234,7 +234,7 @@ def test_objective(targets, position_decay, masks_per_part):
 
 def test_objective_without_a_target_is_zero_and_has_gradients():
     model = upgraded("llama", k=3)
-    objective = model(input_ids=prompt(), labels=torch.full_like(prompt(), IGNORE), mtp_recipe=Recipe())
+    objective = model(input_ids=prompt(), labels=torch.full_like(prompt(), IGNORE), mtp_objective=ObjectiveRequest())
     assert (objective.loss.item(), objective.metrics, objective.rows) == (0.0, {}, 0)
     objective.loss.backward()
     assert all((parameter.grad == 0).all() for parameter in adapter_parameters(model).values())
@@ -247,8 +247,10 @@ def test_padding_changes_nothing():
     labels = torch.cat([input_ids, torch.full((1, 4), IGNORE)], dim=1)
     attention_mask = torch.tensor([[1] * 10 + [0] * 4])
     recipe = Recipe(auxiliary=1.0)
-    alone = model(input_ids=input_ids, mtp_recipe=recipe)
-    with_padding = model(input_ids=padded, labels=labels, attention_mask=attention_mask, mtp_recipe=recipe)
+    alone = model(input_ids=input_ids, mtp_objective=ObjectiveRequest(recipe))
+    with_padding = model(
+        input_ids=padded, labels=labels, attention_mask=attention_mask, mtp_objective=ObjectiveRequest(recipe)
+    )
     torch.testing.assert_close(with_padding.loss, alone.loss)
     assert with_padding.metrics == {name: pytest.approx(value) for name, value in alone.metrics.items()}
 
@@ -266,7 +268,7 @@ def test_without_a_sampler_the_base_s_loss_trains_the_drafts():
     ids = prompt()
     model = upgraded("llama", sampler=False)
     losses = {
-        recipe: model(input_ids=ids, mtp_recipe=recipe).loss.item()
+        recipe: model(input_ids=ids, mtp_objective=ObjectiveRequest(recipe)).loss.item()
         for recipe in (Recipe(base=0.0, lcm=0.0), Recipe(base=1.0, lcm=0.0), Recipe(base=0.5, lcm=0.0))
     }
     default, whole, half = losses.values()

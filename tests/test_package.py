@@ -21,12 +21,12 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 layout: mask_plan blocks attention
-base: caches inspection head rope randomness sizes tiny distributed lora_layers
+base: files autocast caches inspection head rope randomness sizes tiny distributed lora_layers
 cache: rows rollback sequence protocol
 adapter: peft_type loading config base_identity card hub gate parameters stacked sampler mask_input tuner
 passes: decoding_pass recurrent_pass speculation_mode training_pass
 data: prompts randomness shard survey answers responses
-objective: losses recipe simulation chunked_backward compute
+objective: losses recipe request simulation chunked_backward compute
 decoding: noise sequence outcome
 decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs fixed adaptive store
@@ -34,7 +34,7 @@ decoding: statistics processors batch verification verifier loop prefill prompt 
 : model registration
 evaluation: support compare
 training.recovery: nonfinite compatibility checkpoint workers
-training: config optimizer data_checks
+training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress plotting curves attach
 training: trainer
 cli: regenerate
@@ -51,6 +51,7 @@ PURE = {
     *(f"layout.{name}" for name in ("mask_plan", "blocks", "attention")),
     *(f"objective.{name}" for name in ("losses", "simulation")),
     "adapter.sampler",
+    "base.autocast",
     "decoding.noise",
 }
 

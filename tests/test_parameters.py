@@ -14,6 +14,7 @@ from hf_mtp.base.sizes import VOCAB as TINY_VOCAB
 from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 K = 3
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -86,7 +87,7 @@ def test_training_reaches_every_parameter(checkpointing):
     model, ids = model_of("qwen3_moe").train(), prompt(14, 2)
     if checkpointing:
         checkpoint_layers(model)
-    model(input_ids=ids, labels=ids, mtp_recipe=Recipe(auxiliary=1.0)).loss.backward()
+    model(input_ids=ids, labels=ids, mtp_objective=ObjectiveRequest(Recipe(auxiliary=1.0))).loss.backward()
     gradients = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
     assert any("experts" in name for name in gradients)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients.values())

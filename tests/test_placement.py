@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.evaluation.support import Rehearsal
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 STRATEGIES = ("quadratic", "linear", "auto")
 
@@ -25,7 +25,7 @@ def assert_exact(base) -> None:
     model.base_model.draft = Rehearsal([expected])
     for strategy in STRATEGIES:
         assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy=strategy), expected)
-    assert torch.isfinite(model(input_ids=prompt(), mtp_recipe=Recipe()).loss)
+    assert torch.isfinite(model(input_ids=prompt(), mtp_objective=ObjectiveRequest()).loss)
 
 
 def test_device_map(tmp_path):

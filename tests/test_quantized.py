@@ -18,7 +18,7 @@ from transformers import (
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.base.inspection import unpack_for_gradients
 from hf_mtp.evaluation.support import Rehearsal
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 
@@ -77,7 +77,7 @@ def test_training_on_a_quantized_base(name, tmp_path):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(parameters, lr=3e-3), []
     for _ in range(10):
-        objective = model(input_ids=prompt(rows=2), mtp_recipe=Recipe())
+        objective = model(input_ids=prompt(rows=2), mtp_objective=ObjectiveRequest())
         optimizer.zero_grad()
         objective.loss.backward()
         optimizer.step()
@@ -134,7 +134,7 @@ def test_evaluation_does_not_stop_the_gradient(tmp_path):
     model, gradients = upgraded(base), []
     for _ in range(2):
         unpack_for_gradients(model)
-        model.train()(input_ids=prompt(), mtp_recipe=Recipe()).loss.backward()
+        model.train()(input_ids=prompt(), mtp_objective=ObjectiveRequest()).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in adapter_parameters(model).values()])
         model.zero_grad()
         generate(model.eval(), prompt())

@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from hf_mtp import GatedLoraConfig
 from hf_mtp.decoding.noise import PositionNoise
 from hf_mtp.objective.recipe import get_recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 STRATEGIES = ("quadratic", "linear", "auto")
 SMALL, NEW_TOKENS = 8, 24  # so few ids that drafts are often right
@@ -193,7 +194,8 @@ def trained():
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
     model.train()
     for _ in range(25):
-        model(input_ids=text, labels=text, mtp_recipe=get_recipe("default"), mtp_anchors=12).loss.backward()
+        request = ObjectiveRequest(get_recipe("default"), anchors=12)
+        model(input_ids=text, labels=text, mtp_objective=request).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()

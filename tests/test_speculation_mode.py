@@ -15,7 +15,7 @@ from hf_mtp.base.sizes import VOCAB
 from hf_mtp.base.tiny import tiny_model
 from hf_mtp.evaluation.support import Rehearsal
 from hf_mtp.layout.blocks import segments, training_layout
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 MODES = {
@@ -186,7 +186,7 @@ def test_training_reaches_every_adapter_parameter_and_learns(name):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(12):
-        objective = model(input_ids=input_ids, mtp_recipe=Recipe())
+        objective = model(input_ids=input_ids, mtp_objective=ObjectiveRequest())
         optimizer.zero_grad()
         objective.loss.backward()
         optimizer.step()
@@ -201,7 +201,7 @@ def test_packed_texts_are_refused():
     model = model_of("mamba2")
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
     with pytest.raises(ValueError, match="one sequence per row.*packing=False"):
-        model(input_ids=ids(10), position_ids=positions, mtp_recipe=Recipe())
+        model(input_ids=ids(10), position_ids=positions, mtp_objective=ObjectiveRequest())
 
 
 @pytest.mark.parametrize("by", ["config", "generation_config"])

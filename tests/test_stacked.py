@@ -10,7 +10,7 @@ from tiny_models import VOCAB, adapter_parameters, generate, prompt, randomised,
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.evaluation.support import Rehearsal
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 
 def fine_tuned(seed: int = 3, **options) -> PeftModel:
@@ -99,7 +99,7 @@ def test_training_changes_ours_only():
     model = with_mtp(fine_tuned()).train()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(input_ids=prompt(), mtp_recipe=Recipe()).loss.backward()
+    model(input_ids=prompt(), mtp_objective=ObjectiveRequest()).loss.backward()
     optimizer.step()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in adapter_parameters(model) if ".mtp." in name}

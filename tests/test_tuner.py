@@ -12,7 +12,7 @@ from tiny_models import CONFIGS, VOCAB, adapter_parameters, generate, prompt, ra
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig, GatedLoraModel
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 
 K = 3
 
@@ -303,7 +303,7 @@ def test_base_in_half_precision(dtype):
     assert torch.equal(model(prompt()).logits, tiny_base("llama", dtype)(prompt()).logits)
     assert mask_logits(model).dtype == dtype
     assert generate(model, prompt(), mtp=True).shape == (1, 31)
-    loss = model.train()(input_ids=prompt(), mtp_recipe=Recipe()).loss
+    loss = model.train()(input_ids=prompt(), mtp_objective=ObjectiveRequest()).loss
     loss.backward()
     assert all(parameter.grad is not None for parameter in adapter_parameters(model).values())
 
@@ -320,7 +320,7 @@ def test_adapters_in_the_dtype_of_the_base(tmp_path):
     for adapter in ("default", "added"):
         model.set_adapter(adapter)
         assert generate(model, prompt(), mtp=True).shape == (1, 31)
-    model.train()(input_ids=prompt(), mtp_recipe=Recipe()).loss.backward()
+    model.train()(input_ids=prompt(), mtp_objective=ObjectiveRequest()).loss.backward()
     model.save_pretrained(tmp_path)
 
 

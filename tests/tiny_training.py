@@ -23,7 +23,8 @@ def tokens(rows: int = ROWS) -> Dataset:
 
 def trainer(folder, train_dataset=None, model=None, **options) -> MTPTrainer:
     """A trainer of a tiny model. Options are those of the config, or of the trainer where it has one of that name."""
-    of_trainer = {name: options.pop(name) for name in ("eval_dataset", "callbacks", "peft_config") if name in options}
+    names = {"eval_dataset", "callbacks", "peft_config", "processing_class"} & options.keys()
+    of_trainer = {name: options.pop(name) for name in names}
     config = MTPConfig(
         output_dir=str(folder),
         **{
@@ -48,8 +49,7 @@ def trainer(folder, train_dataset=None, model=None, **options) -> MTPTrainer:
         model=upgraded("llama", K) if model is None else model,
         args=config,
         train_dataset=texts() if train_dataset is None else train_dataset,
-        processing_class=tiny_tokenizer(),
-        **of_trainer,
+        **{"processing_class": tiny_tokenizer(), **of_trainer},
     )
 
 

@@ -18,10 +18,10 @@ REFERENCE, SEEDS, GATE = "reference", "other seeds", "gate"
 
 
 def in_rows(runs: list[dict]) -> list[tuple[str, dict | None]]:
-    """Label and run of each line of the picture; groups begin with a line that has no run."""
+    """Label and run of each line of the picture. A group begins with a line that has no run."""
     rows, group = [], None
     for run in runs:
-        if run["group"] in (SEEDS, GATE):  # a band of its own; another base, whose tokens per step are no measure
+        if run["group"] in (SEEDS, GATE):  # drawn as a band; another base, whose figures do not compare
             continue
         if run["group"] != group and run["group"] != REFERENCE:
             rows.append((run["group"], None))
@@ -31,7 +31,7 @@ def in_rows(runs: list[dict]) -> list[tuple[str, dict | None]]:
 
 
 def draw_domain(axes: Axes, rows: list[tuple[str, dict | None]], runs: list[dict], domain: str) -> None:
-    """One panel: a dot per run, and how far runs differ by their seed alone."""
+    """One panel: a dot for each run, and a band for the differences between seeds."""
     by_chance = [run["tokens_per_step"][domain] for run in runs if run["group"] in (REFERENCE, SEEDS)]
     axes.axvspan(min(by_chance), max(by_chance), color="#e9eef5", zorder=0)
     middle = next(run["tokens_per_step"][domain] for run in runs if run["group"] == REFERENCE)

@@ -25,7 +25,7 @@ LEGEND = {
 
 
 def kinds_of_attention(layout: BlockLayout, past: int = 0) -> torch.Tensor:
-    """`(N, past + N)`: 0 blocked, else which of the three kinds of attention it is."""
+    """`(N, past + N)`: 0 where attention is blocked, else the number of its kind, 1 to 3."""
     zero, columns = torch.zeros(1, dtype=torch.long), layout.position_BN.shape[1]
     cached = CachedColumns(zero, zero + past, past + columns) if past else None
     allowed, is_mask = allowed_attention(layout, cached)[0], layout.block_BN[0] >= 0
@@ -35,7 +35,7 @@ def kinds_of_attention(layout: BlockLayout, past: int = 0) -> torch.Tensor:
 
 
 def draw(axes: plt.Axes, layout: BlockLayout, regular_names: list[str], past_names: list[str], title: str) -> None:
-    """One mask: queries are rows, keys columns, with names and position ids."""
+    """Draws one mask: queries in rows, keys in columns, with names and position ids."""
     past = len(past_names)
     image = kinds_of_attention(layout, past)
     axes.pcolormesh(image.flip(0), cmap=ListedColormap(COLOURS), vmin=0, vmax=3, edgecolors="white", linewidth=1)

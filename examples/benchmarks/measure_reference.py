@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_mtp import MTPConfig, MTPTrainer
 from hf_mtp.evaluation.compare import decode_both_ways, describe_machine, summarize
 from hf_mtp.layout.blocks import IGNORE
-from hf_mtp.objective.recipe import Recipe
+from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.objective.simulation import Walk
 
 STRATEGIES = ("quadratic", "linear")
@@ -92,7 +92,9 @@ def foreseen(model: PeftModel, prompts: list[torch.LongTensor], answers: list[li
         text_1T = torch.cat([prompt_1T, torch.tensor([answer])], dim=1)
         labels_1T = text_1T.clone()
         labels_1T[:, : prompt_1T.shape[1]] = IGNORE
-        if (objective := model(input_ids=text_1T, labels=labels_1T, mtp_recipe=Recipe())).walk is not None:
+        if (
+            objective := model(input_ids=text_1T, labels=labels_1T, mtp_objective=ObjectiveRequest())
+        ).walk is not None:
             whole += objective.walk
     return whole
 

@@ -103,12 +103,12 @@ work, and it knows nothing about the world. Do not use its answers.
 
 ## Measured
 
-With the stored bfloat16 weights, computed in float32. Loss is in nats per answer token, on text that was not trained
-on: "watched" chose the checkpoint, "test" is the 40 rows of `../data/*_test.jsonl`. Greedy answers to these 40 prompts
-have at most {new_tokens} tokens. A repeated 4-gram is one that stood in the same answer before; "written" is the same
-share in the reference answers.
+The stored weights are bfloat16; the computation is in float32. Losses are in nats per answer token, on held-out text.
+The validation text chose the checkpoint; the test text is the 40 rows of `../data/*_test.jsonl`. Greedy answers to
+these 40 prompts have at most {new_tokens} tokens. A repeated 4-gram is one that occurred earlier in the same answer;
+"in references" is its share in the reference answers.
 
-| domain | watched loss | test loss | repeated 4-grams | written | ended with `<|end|>` | tokens per answer |
+| domain | validation loss | test loss | repeated 4-grams | in references | ended with `<|end|>` | tokens per answer |
 |---|---|---|---|---|---|---|
 {table}
 
@@ -120,8 +120,8 @@ share in the reference answers.
 - Unlikelihood (Welleck et al., arXiv 1908.04319) of repeating a 4-gram of the same text keeps a model this small from
   looping.
 - The tokenizer is a byte-level BPE of {vocabulary:,} ids.
-- The last training and the measurements: {processor}, {threads} threads, {versions}.
-- Made by `../make_base.py`.
+- Machine of the last training and of the measurements: {processor}, {threads} threads, {versions}.
+- `../make_base.py` trains the model and writes this page.
 
 ## Data and licences
 
@@ -133,7 +133,7 @@ share in the reference answers.
 |---|---|
 {packages}
 
-The notices of the text that is shipped are in `../data/README.md`.
+`../data/README.md` has the licence notices of the text that ships here.
 """
 
 

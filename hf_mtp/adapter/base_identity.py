@@ -88,7 +88,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The base's tokenizer if it is at hand: in a local folder or in the local cache of the Hub."""
     try:
         return AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None  # the base was made in memory or comes without a tokenizer
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..base.autocast import concatenate
 from ..base.distributed import hold_in_forward, past_sharding
 from ..base.head import PredictionHead
 from ..base.inspection import decoder_of, device_of, input_device, weight_shape
@@ -142,8 +143,8 @@ class MaskInput:
         columns = self.gate.columns
         if columns is None:
             return None
-        masks = self.lora_mask_embeddings[columns.adapter](columns.index)
-        return torch.cat([regular, masks.to(regular.dtype)], dim=1)
+        masks = self.lora_mask_embeddings[columns.adapter](columns.index).to(regular.dtype)
+        return concatenate([regular, masks], dim=1)
 
     def _keep_last_states(self, decoder: nn.Module, args: tuple, outputs) -> None:
         """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
+from ..base.autocast import concatenate
 from .gate import Gate, GateError, MaskColumns, refuse_merge
 
 
@@ -90,9 +91,9 @@ def _joined(regular, masks, columns: MaskColumns):
     batch, length = columns.shape
     sizes = columns.first, length - columns.first
     if [part.shape[:2] for part in (regular, masks)] == [(batch, size) for size in sizes]:
-        return torch.cat([regular, masks], dim=1)
+        return concatenate([regular, masks], dim=1)
     parts = [part.unflatten(0, (batch, size)) for part, size in zip((regular, masks), sizes, strict=True)]
-    return torch.cat(parts, dim=1).flatten(0, 1)
+    return concatenate(parts, dim=1).flatten(0, 1)
 
 
 def _with_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> Callable:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..base.autocast import concatenate
+
 
 class SamplerHead(nn.Module):
     """Two blocks of Linear -> SiLU -> LayerNorm over [embedding of the previous token ; hidden state of the mask].
@@ -56,7 +58,7 @@ class SamplerHead(nn.Module):
             return torch.stack([refine(step, previous) for step, previous in enumerate(previous_CKE.unbind(1))], dim=1)
         # The head may be kept in float32 over a half-precision base, as PEFT keeps the LoRA weights.
         dtype = self.blocks[0].weight.dtype
-        refined = self.blocks(torch.cat([previous_CKE, hidden_CKD], dim=-1).to(dtype)).to(hidden_CKD.dtype)
+        refined = self.blocks(concatenate([previous_CKE, hidden_CKD], dim=-1).to(dtype)).to(hidden_CKD.dtype)
         return hidden_CKD + refined if self.residual else refined
 
     def given(self, hidden_BKD: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
@@ -85,7 +87,7 @@ class SamplerHead(nn.Module):
             if is_whole:
                 mixed = torch.addmm(from_hidden_KBD[step], previous_BE.to(dtype), from_previous_DE)
             else:
-                mixed = mix(torch.cat([previous_BE, hidden_BKD[:, step]], dim=-1).to(dtype))
+                mixed = mix(concatenate([previous_BE, hidden_BKD[:, step]], dim=-1).to(dtype))
             if state_BD is not None:
                 mixed = mixed + self.recurrence(state_BD)
             refined = norm(activation(mixed))

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Container
 
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first since transformers 5.24
 
@@ -14,15 +14,28 @@ def cache_name(names: Container[str]) -> str:
 
 
 def copied(held: Cache) -> Cache:
-    """A copy to write to. Layers that grow make new tensors when they do, so that these need no copy."""
+    """A copy to write to; what `held` has is as before. Most layers share their storage with it."""
     if not isinstance(held, Cache):
         return copy.deepcopy(held)
     twin = copy.copy(held)
-    twin.layers = [
-        copy.copy(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else copy.deepcopy(layer)
-        for layer in held.layers
-    ]
+    twin.layers = [_copied_layer(layer) for layer in held.layers]
     return twin
+
+
+def _copied_layer(layer):
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # make new tensors when they grow
+        return copy.copy(layer)
+    if type(layer) is not StaticLayer:
+        return copy.deepcopy(layer)
+    twin = copy.copy(layer)  # writes behind what it holds, where nobody looks
+    twin.cumulative_length = layer.cumulative_length.clone()
+    return twin
+
+
+def replace_contents(cache: Cache, copy: Cache) -> None:
+    """Makes a cache what a copy of it has become, in one step that cannot fail halfway."""
+    if cache is not copy:
+        cache.layers[:] = copy.layers
 
 
 def tokens_by_layer(cache: Cache) -> dict[int, int]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layout.attention import AttentionKind, additive, attention_kinds, in_blocks
 
@@ -124,6 +124,17 @@ def unpack_for_gradients(model: torch.nn.Module) -> None:
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False
             layer.state_dict()  # unpacks what was packed before
+
+
+def is_media(config: PreTrainedConfig, input_ids: torch.LongTensor) -> torch.BoolTensor:
+    """Which tokens are the places of an image, a video or a sound."""
+    return torch.isin(input_ids, input_ids.new_tensor(media_tokens(config)))
+
+
+def media_tokens(config: PreTrainedConfig) -> list[int]:
+    """Ids of the tokens that stand for an image, a video or a sound."""
+    tokens = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio"))
+    return [token for token in tokens if token is not None]
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:

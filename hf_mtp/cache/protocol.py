@@ -26,5 +26,5 @@ class DecodingCache(Protocol):
     def adopt(self, given: Cache) -> None:
         """Starts with the tokens of the cache that `generate` got."""
 
-    def give_back(self, given: Cache) -> None:
-        """Appends to that cache the tokens that it lacks."""
+    def give_back(self, given: Cache | None) -> Cache | None:
+        """Appends to that cache the tokens that it lacks, and returns it, or the one that the model made itself."""

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..layout.attention import CachedColumns
+from ..layout.attention import CachedColumns, padded_behind
 from .rows import Rows
 
 SPARE_COLUMNS = 64  # storage grows by half and by no less than this
@@ -118,12 +118,14 @@ class RollbackCache(Cache):
 
     def seen_by(self, new: int) -> CachedColumns:
         """What the attention of a pass of `new` columns sees."""
-        return CachedColumns(self.rows.start_B, self.rows.length_B, self.rows.columns or self.rows.longest + new)
+        rows = self.rows
+        return CachedColumns(rows.start_B, rows.length_B, rows.columns or rows.longest + new, rows.hidden_BP)
 
     @property
     def is_causal(self) -> bool:
-        """Whether a model's own causal mask is right for a plain pass: no padding, and all rows equally long."""
-        return not any(self.rows.starts) and self.rows.are_equal and self.rows.columns is None
+        """Whether a model's own causal mask is right for a plain pass: nothing hidden, and all rows equally long."""
+        rows = self.rows
+        return not any(rows.starts) and not rows.hidden_BP.shape[1] and rows.are_equal and rows.columns is None
 
     def keep(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
         """Counts in the first columns of the last pass; all others are rolled back.
@@ -140,7 +142,7 @@ class RollbackCache(Cache):
         self.rows.starts = [self.rows.starts[row] for row in rows]
         self.rows.set_lengths([self.rows.lengths[row] for row in rows])
         self.rows.start_B, self.rows.length_B = self.rows.start_B[index], self.rows.length_B[index]
-        self.rows.offset_B = self.rows.offset_B[..., index]
+        self.rows.offset_B, self.rows.hidden_BP = self.rows.offset_B[..., index], self.rows.hidden_BP[index]
         self.extra_inputs = {name: value[index.to(value.device)] for name, value in self.extra_inputs.items()}
         for layer in self.layers:
             if not layer.is_initialized:  # of an image, and there is none
@@ -157,12 +159,12 @@ class RollbackCache(Cache):
             given ([`~transformers.Cache`]): What `generate` got. A layer with a sliding window holds the last tokens
                 only, and needs no others.
         """
-        length = given.get_seq_length()
+        length = int(given.get_seq_length())
         for index, layer in enumerate(given.layers):
             if not layer.is_initialized:
                 continue
             held = min(length, layer.keys.shape[2])
-            keys, values = layer.keys, layer.values
+            keys, values = layer.keys.to(layer.device), layer.values.to(layer.device)  # it may be offloaded
             if layer.get_max_length() == -1 or held < length:  # a growing layer, or a full window
                 keys, values = keys[:, :, -held:], values[:, :, -held:]
             padding = (0, 0, length - held, 0)
@@ -170,23 +172,23 @@ class RollbackCache(Cache):
             self.update(pad(keys[:, :, :held], padding), pad(values[:, :, :held], padding), index)
         self.keep([length] * len(self.lengths))
 
-    def give_back(self, given: Cache) -> None:
-        """Appends to the cache that `generate` got the tokens that it lacks. Rows shorter than the longest end in
-        zeros.
+    def give_back(self, given: Cache) -> Cache:
+        """Appends to the cache that `generate` got the tokens that it lacks. Padding at the left is zeros.
 
         Args:
             given ([`~transformers.Cache`]): What `generate` got.
         """
-        known, length = given.get_seq_length(), self.rows.longest
+        known, length = int(given.get_seq_length()), self.rows.longest
         if length == known:
-            return
-        ends_B = self.rows.length_B[:, None, None, None]
-        in_row = torch.arange(known, length, device=ends_B.device)[None, None, :, None] < ends_B
+            return given
+        start_B = self.rows.start_B
+        in_row = (torch.arange(known, length, device=start_B.device) >= start_B[:, None])[:, None, :, None]
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, RollbackLayer) or not layer.is_initialized:
                 continue
             inside = in_row.to(layer.keys.device)
             given.update(layer.keys[:, :, known:length] * inside, layer.values[:, :, known:length] * inside, index)
+        return given
 
     def append_rows(self, other: "RollbackCache") -> None:
         """Adds the rows of another cache of the same model behind these.
@@ -200,6 +202,8 @@ class RollbackCache(Cache):
         rows.start_B = torch.cat([rows.start_B, more.start_B])
         rows.length_B = torch.cat([rows.length_B, more.length_B])
         rows.set_position_offset(torch.cat([rows.offset_B, more.offset_B], dim=-1))
+        columns = max(rows.hidden_BP.shape[1], more.hidden_BP.shape[1])
+        rows.hidden_BP = torch.cat([padded_behind(each.hidden_BP, columns) for each in (rows, more)])
         for layer, new in zip(self.layers, other.layers, strict=True):
             columns = max(layer.keys.shape[2], new.keys.shape[2])
             layer.keys = torch.cat([_padded(layer.keys, columns), _padded(new.keys, columns)])

@@ -9,6 +9,10 @@ class Rows:
     Args:
         start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
         columns (`int`, *optional*): Fixed size of the storage. `None` lets it grow.
+
+    Attributes:
+        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns of the prompt behind each row's first
+            token that nobody sees.
     """
 
     def __init__(self, start_B: torch.LongTensor, columns: int | None = None):
@@ -16,6 +20,7 @@ class Rows:
         self.length_B = torch.zeros_like(start_B)
         self.starts = start_B.tolist()  # the same, without asking the device
         self.columns = columns
+        self.hidden_BP = torch.zeros(len(start_B), 0, dtype=torch.bool, device=start_B.device)
         self.set_lengths([0] * len(start_B))
         self.set_position_offset(torch.zeros_like(start_B))
 

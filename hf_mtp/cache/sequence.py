@@ -37,6 +37,8 @@ class SequenceCache:
         """What is certain, unread tokens included, and the drafts behind it."""
         self._certain = regular_BT.shape[1] - drafts
         certain, self._guesses_BK = regular_BT.split([self._certain, drafts], dim=1)
+        if regular_BT.dim() == 3:  # embeddings of a prompt, behind which there are no drafts
+            self._guesses_BK = torch.empty(1, 0, dtype=torch.long, device=regular_BT.device)
         if self.unread_BU is not None and self.unread_BU.shape[1]:
             certain = torch.cat([self.unread_BU, certain], dim=1)
         self._certain_BC = certain
@@ -51,8 +53,9 @@ class SequenceCache:
         """Starts with the tokens of the given cache, which is the model's own."""
         self.rows.add([int(given.get_seq_length())])
 
-    def give_back(self, given: Cache) -> None:
-        """Does nothing: it is the very cache that `generate` got."""
+    def give_back(self, given: Cache | None) -> Cache:
+        """The model's own cache: it is the one that `generate` got, if it got any."""
+        return self.held
 
 
 class TextCache(SequenceCache):

@@ -3,9 +3,10 @@ complete."""
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+from ..base.files import write_whole
 
 
 class Shard:
@@ -46,7 +47,7 @@ class Shard:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_strangers()
         if not self._arguments.is_file():
-            _write_whole(self._arguments, [json.dumps(arguments, indent=1).encode()])
+            write_whole(self._arguments, [json.dumps(arguments, indent=1).encode()])
             return
         made_with = json.loads(self._arguments.read_text(encoding="utf-8"))
         other = [name for name in arguments if made_with.get(name) != arguments[name]]
@@ -112,7 +113,7 @@ class Shard:
             for line in file:
                 starts.append(starts[-1] + len(line))
             in_dataset_order = sorted(range(len(order)), key=order.__getitem__)
-            _write_whole(self.path, (_line_at(file, starts[number]) for number in in_dataset_order))
+            write_whole(self.path, (_line_at(file, starts[number]) for number in in_dataset_order))
         self._part.unlink()
 
 
@@ -143,13 +144,3 @@ def _is_json(value) -> bool:
 def _line_at(file: BinaryIO, start: int) -> bytes:
     file.seek(start)
     return file.readline()
-
-
-def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """A file that is there whole or not at all."""
-    draft = path.with_name(f".{path.name.lstrip('.')}.tmp")
-    with draft.open("wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
 
 from ..adapter.tuner import GatedLoraTuner
-from ..base.caches import cache_name
+from ..base.caches import cache_name, copied, replace_contents
 from ..base.distributed import agreed_seconds, any_process_unfinished, is_sharded
 from ..cache.protocol import DecodingCache
 from ..cache.rollback import RollbackCache
@@ -26,11 +26,13 @@ from .drafters.masks import MaskDrafter
 from .drafters.ngrams import NgramDrafter
 from .loop import DecodingLoop
 from .noise import PositionNoise, draw_seed
+from .prefill import read_texts
 from .processors import most_new_tokens, processors_of_row
 from .prompt import Prompt
 from .schedule.adaptive import AdaptiveSchedule
 from .schedule.fixed import FixedSchedule
 from .sequence import Sequence, padded_ids, stacked_records
+from .states import attentions_as_shown, prepend_states
 from .statistics import MTPGenerateOutput, MTPStatistics
 from .streaming import RowStream
 from .verifier import Verifier
@@ -72,6 +74,10 @@ class GenerateCall:
         """Decodes a batch. Arguments are those of a decode loop of transformers."""
         refuse_generation_mode(generation_config)
         refuse_ids(input_ids, self.tuner.vocab_size)
+        given = model_kwargs.get(cache_name(model_kwargs))
+        is_users = getattr(given, "_is_user_defined", False)
+        if is_users:  # so that it is whole, whatever happens
+            model_kwargs = {**model_kwargs, cache_name(model_kwargs): copied(given)}
         prompt = Prompt.of(self.tuner.model, input_ids, model_kwargs, getattr(generation_config, "_mask_length", None))
         new_tokens = most_new_tokens(stopping_criteria, input_ids.shape[1])
         columns = prompt.columns + new_tokens - 1
@@ -82,19 +88,26 @@ class GenerateCall:
         pad_token = 0 if pad_token is None else int(pad_token)
         verifier = Verifier(logits_processor, stopping_criteria, len(sequences), pad_token)
         stream, statistics = RowStream(self.streamer, sequences, pad_token), MTPStatistics()
-        keeps_cache = generation_config.return_dict_in_generate or getattr(prompt.cache, "_is_user_defined", False)
+        keeps_cache = is_users or bool(generation_config.return_dict_in_generate)
         for part in prompt.parts(together=self.mode is SpeculationMode.TREE):
-            cache = self._cache(part, columns, generation_config)
-            rows = [sequences[row] for row in part.rows]
-            self._decode(
-                Batch(rows, cache, part.unread_BT), verifier, stream, statistics, generation_config, keeps_cache
-            )
-            if keeps_cache and part.cache is not None:
-                self._forward(generation_config).catch_up(cache)
-                cache.give_back(part.cache)
+            rows, cache = [sequences[row] for row in part.rows], self._cache(part, columns, generation_config)
+            batch = Batch(rows, cache, part.unread_BT)
+            self._decode(batch, verifier, stream, statistics, generation_config, keeps_cache)
+        for row in sequences:
+            prepend_states(row, prompt.extra.states, row.row)
+        ids = padded_ids(sequences, pad_token)
+        if keeps_cache and part is prompt:
+            self._forward(generation_config).catch_up(cache, ids)
+            held = cache.give_back(prompt.cache)
+        elif keeps_cache:  # rows were decoded one after the other
+            held = read_texts(self.tuner.model, ids[:, :-1], input_ids.shape[1], model_kwargs)
+        if is_users:
+            replace_contents(given, held)
         self.tuner.mtp_statistics = statistics
         stream.end()
-        return self._result(sequences, pad_token, prompt, part, statistics, generation_config)
+        if not generation_config.return_dict_in_generate:
+            return ids
+        return _output(ids, sequences, given if is_users else held, statistics)
 
     def _refuse(self, prompt: Prompt, columns: int, config: GenerationConfig) -> None:
         refuse_short_cache(prompt.cache, columns)
@@ -187,9 +200,10 @@ class GenerateCall:
                 offloading=config.cache_implementation == "offloaded" and torch.cuda.is_available(),
             )
         cache.rows.set_position_offset(prompt.offset_B)
+        cache.rows.hidden_BP = prompt.hidden_BP
         if prompt.read:
             cache.adopt(prompt.cache)
-        if prompt.extra.layers:  # refused for all other kinds of caches
+        if prompt.extra.layers or prompt.extra.inputs:  # refused for all other kinds of caches
             cache.see(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
@@ -200,27 +214,19 @@ class GenerateCall:
             return None
         return model.get_compiled_call(config.compile_config)
 
-    def _result(
-        self,
-        sequences: list[Sequence],
-        pad_token: int,
-        prompt: Prompt,
-        part: Prompt,
-        statistics: MTPStatistics,
-        config: GenerationConfig,
-    ) -> torch.LongTensor | MTPGenerateOutput:
-        ids = padded_ids(sequences, pad_token)
-        if not config.return_dict_in_generate:
-            return ids
-        return MTPGenerateOutput(
-            sequences=ids,
-            scores=stacked_records(sequences, "score"),
-            logits=stacked_records(sequences, "logits"),
-            hidden_states=stacked_records(sequences, "hidden_states"),
-            attentions=stacked_records(sequences, "attentions"),
-            mtp_statistics=statistics,
-            **{cache_name(MTPGenerateOutput.__dataclass_fields__): part.cache if part is prompt else None},
-        )
+
+def _output(
+    ids: torch.LongTensor, sequences: list[Sequence], cache: Cache | None, statistics: MTPStatistics
+) -> MTPGenerateOutput:
+    return MTPGenerateOutput(
+        sequences=ids,
+        scores=stacked_records(sequences, "score"),
+        logits=stacked_records(sequences, "logits"),
+        hidden_states=stacked_records(sequences, "hidden_states"),
+        attentions=attentions_as_shown(stacked_records(sequences, "attentions"), cache),
+        mtp_statistics=statistics,
+        **{cache_name(MTPGenerateOutput.__dataclass_fields__): cache},
+    )
 
 
 def _is_static(config: GenerationConfig) -> bool:

@@ -122,7 +122,9 @@ def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | No
     batch = len(prompt.rows) > 1 or bool(prompt.start_B.any())
     for asked, what, instead in (
         (is_static, "a static cache", "Leave `cache_implementation` out"),
+        (prompt.hidden_BP.any(), "an attention mask with holes", "Pad on the left: tokenizer.padding_side = 'left'"),
         (prompt.extra.layers, "cross-attention to an image", "Leave the image out"),
+        (prompt.extra.inputs, "more than a token at a time", f"Leave out {', '.join(prompt.extra.inputs)}"),
         (whole and prompt.read, "a cache that is not empty", "Pass none"),
         (whole and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
         (whole and prompt.offset_B.any(), "`position_ids`", "Leave them out"),

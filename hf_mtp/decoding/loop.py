@@ -148,7 +148,7 @@ class DecodingLoop:
         rows, pending_B = len(batch.sequences), batch.unread_BT[:, 0]
         least = -(-(columns - 1 - self.k) // (self.k + 1))  # so that the masks find room in as many blocks
         drafted = max(least, min(self.k, (columns - 1) // 3)) if with_masks else columns - 1
-        regular_BT = pending_B[:, None].repeat(1, 1 + drafted)
+        regular_BT = pending_B[:, None].repeat(1, 1 + drafted)  # with the strides that other passes have
         value_BRk = torch.ones(rows, 1 + drafted, self.k, device=pending_B.device)
         plan = choose_masks(value_BRk, columns - 1 - drafted)
         places_BT = batch.cache.rows.next_columns(1 + drafted) - batch.cache.rows.start_B[:, None]

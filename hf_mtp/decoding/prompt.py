@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens that the model has not read, E embedding size.
 """
 
+import inspect
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ class Prompt:
         rows (`list[int]`): Which rows of the batch these are.
         offset_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models of R position ids per token): How far
             positions are ahead of a count from 0 at the first token.
+        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns of the prompt behind each row's first
+            token that the attention mask hides.
         extra ([`ExtraInputs`]): What the model sees beside the text.
     """
 
@@ -34,6 +37,7 @@ class Prompt:
     read: int
     rows: list[int]
     offset_B: torch.LongTensor
+    hidden_BP: torch.BoolTensor
     extra: ExtraInputs = ExtraInputs()
 
     @property
@@ -59,42 +63,27 @@ class Prompt:
             mask_length (`int`, *optional*): Columns of an attention mask of ones, which `generate` leaves out.
 
         Raises:
-            ValueError: Padding that is not all on the left, a row of nothing else, or nothing left to read.
+            ValueError: A row of nothing but padding, or nothing left to read.
             NotImplementedError: A prompt that the decode loop cannot go on from.
         """
-        cache = model_kwargs.get(cache_name(model_kwargs))
-        read = _tokens_read(cache) if getattr(cache, "_is_user_defined", False) else 0
-        embeds = model_kwargs.get("inputs_embeds")
-        if embeds is not None and read:
-            raise NotImplementedError("`inputs_embeds` together with a cache: pass one of them.")
-        mask = model_kwargs.get("attention_mask")
-        length = mask.shape[1] if mask is not None else mask_length or input_ids.shape[1]
-        # The new tokens may come alone, with the mask of all.
-        is_new_only = read > 0 and length == read + input_ids.shape[1]
-        unread = embeds if embeds is not None else input_ids[:, 0 if is_new_only else read :]
-        columns = read + unread.shape[1]
-        if not unread.shape[1]:
-            raise ValueError(
-                f"The cache that was passed holds all {read} tokens of the prompt: nothing is left to read. Pass "
-                "the prompt with at least one token more than the cache holds."
-            )
-        start_B = _left_padding(model_kwargs.get("attention_mask"), input_ids.shape[0], columns, unread.device)
-        positions = model_kwargs.get("position_ids")
-        offset_B, extra = _position_offset(positions, start_B, columns), ExtraInputs()
-        if _is_more_than_text(model_kwargs) or not _count_up(positions, start_B, columns):
-            if embeds is not None:
-                raise NotImplementedError(
-                    "`inputs_embeds` with `mtp=True` go alone: leave out `position_ids` and all other inputs."
-                )
-            if columns > read + 1:
-                extra = read_by_base(model, input_ids, model_kwargs, read)
-                read, unread = columns - 1, input_ids[:, -1:]
+        cache, embeds = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("inputs_embeds")
+        read = 0 if cache is None else _tokens_read(cache)
+        unread = _unread(input_ids, embeds, model_kwargs.get("attention_mask"), mask_length, read)
+        columns, rows = read + unread.shape[1], list(range(len(input_ids)))
+        start_B, hidden_BP = _padding(model_kwargs.get("attention_mask"), len(rows), columns, unread.device)
+        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        positions, extra = model_kwargs.get("position_ids") if takes_positions else None, ExtraInputs()
+        is_text = not _is_more_than_text(model_kwargs) and _count_up(positions, start_B, columns)
+        if not is_text and columns > read + 1:
+            extra = read_by_base(model, input_ids, model_kwargs, columns, read)
+            read, unread = columns - 1, unread[:, -1:]
         if read and not extra.layers and set(tokens_by_layer(cache).values()) - {read}:
             raise NotImplementedError(
                 "The cache that was passed holds something else than tokens (an image, say), which `mtp=True` can go "
                 "on from only within one call. Leave the cache out, or decode with mtp=False."
             )
-        return cls(unread, start_B, cache, read, list(range(len(start_B))), offset_B, extra)
+        offset_B = _position_offset(positions, start_B, columns)
+        return cls(unread, start_B, cache, read, rows, offset_B, hidden_BP, extra)
 
     def parts(self, together: bool) -> list["Prompt"]:
         """What is decoded one after the other: the whole batch, or each row without its padding.
@@ -112,9 +101,28 @@ class Prompt:
                 0,
                 [row],
                 self.offset_B[..., row : row + 1],
+                self.hidden_BP[row : row + 1],
             )
             for row, start in enumerate(self.start_B.tolist())
         ]
+
+
+def _unread(
+    input_ids: torch.LongTensor, embeds: torch.Tensor | None, mask: torch.Tensor | None, ones: int | None, read: int
+) -> torch.Tensor:
+    """What the model has not read; `ones` is the length of a mask that was left out."""
+    length = mask.shape[1] if mask is not None else ones or input_ids.shape[1]
+    # The new tokens may come alone, with the mask of all.
+    is_new_only = embeds is None and read > 0 and length == read + input_ids.shape[1]
+    unread = (input_ids if embeds is None else embeds)[:, 0 if is_new_only else read :]
+    if not unread.shape[1] and not read:
+        raise ValueError("The prompt has no token to go on from. Start it with the tokenizer's bos token.")
+    if not unread.shape[1]:
+        raise ValueError(
+            f"The cache that was passed holds all {read} tokens of the prompt: nothing is left to read. Pass "
+            "the prompt with at least one token more than the cache holds."
+        )
+    return unread
 
 
 def _is_more_than_text(model_kwargs: dict) -> bool:
@@ -127,9 +135,10 @@ def _is_more_than_text(model_kwargs: dict) -> bool:
 
 def _tokens_read(cache: Cache) -> int:
     """Columns that a cache holds."""
-    if not cache.layers or not all(cache.is_linear):
+    is_known = isinstance(cache, Cache)
+    if is_known and not (cache.layers and all(cache.is_linear)):
         return int(cache.get_seq_length())
-    if cache.has_previous_state():
+    if not is_known or cache.has_previous_state():
         raise NotImplementedError(
             "The cache that was passed holds a state, which does not say how many tokens went into it. Leave it out, "
             "or decode with mtp=False."
@@ -137,23 +146,23 @@ def _tokens_read(cache: Cache) -> int:
     return 0
 
 
-def _left_padding(mask: torch.Tensor | None, batch: int, columns: int, device: torch.device) -> torch.LongTensor:
-    """`(B,)`: columns of padding at the left of each row."""
+def _padding(
+    mask: torch.Tensor | None, batch: int, columns: int, device: torch.device
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """`(B,)`: columns of padding at the left of each row; `(B, columns)`: what is hidden behind these, `(B, 0)` if
+    nothing is."""
     if mask is None:
-        return torch.zeros(batch, dtype=torch.long, device=device)
-    mask_BS = mask[:, :columns].bool().to(device)
-    if not mask_BS.any(dim=1).all():
-        row = int((~mask_BS.any(dim=1)).nonzero()[0])
+        mask = torch.ones(batch, columns, device=device)
+    mask_BP = mask[:, :columns].bool().to(device)
+    if not mask_BP.any(dim=1).all():
+        row = int((~mask_BP.any(dim=1)).nonzero()[0])
         raise ValueError(
             f"Row {row} of the batch is all padding, so there is nothing to continue. Leave it out, or start it with "
             "the tokenizer's bos token."
         )
-    if not mask_BS[:, -1].all() or (mask_BS[:, :-1] & ~mask_BS[:, 1:]).any():
-        raise ValueError(
-            "The batch has padding behind or between its tokens, but new tokens go behind the last column. Pad on the "
-            "left: tokenizer.padding_side = 'left'."
-        )
-    return mask_BS.long().argmax(dim=1)
+    start_B = mask_BP.long().argmax(dim=1)
+    hidden_BP = ~mask_BP & (torch.arange(mask_BP.shape[1], device=device) > start_B[:, None])
+    return start_B, hidden_BP if hidden_BP.any() else hidden_BP[:, :0]
 
 
 def _position_offset(position_ids: torch.Tensor | None, start_B: torch.LongTensor, columns: int) -> torch.LongTensor:

@@ -57,11 +57,13 @@ class CachedColumns:
         start_B (`torch.LongTensor` of shape `(B,)`): First column that is no padding; it has position 0.
         length_B (`torch.LongTensor` of shape `(B,)`): Columns held, padding included.
         columns (`int`): S, key columns that attention sees; those past a row's own have no meaning.
+        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, *optional*): Which of the first P columns nobody sees.
     """
 
     start_B: torch.LongTensor
     length_B: torch.LongTensor
     columns: int
+    hidden_BP: torch.BoolTensor | None = None
 
 
 def allowed_attention(
@@ -118,7 +120,15 @@ def _behind_cache(
     in_cache_BS = (own_BS < 0) & (column_S >= cached.start_B[:, None])
     own_BQS = allowed_BQN.gather(2, index_BS[:, None].expand(-1, queries, -1)) & is_own_BS[:, None]
     position_BS = torch.where(own_BS < 0, column_S - cached.start_B[:, None], position_BN.gather(1, index_BS))
-    return own_BQS | in_cache_BS[:, None], position_BS
+    allowed_BQS = own_BQS | in_cache_BS[:, None]
+    if cached.hidden_BP is not None and cached.hidden_BP.shape[1]:
+        allowed_BQS &= ~padded_behind(cached.hidden_BP, cached.columns)[:, None]
+    return allowed_BQS, position_BS
+
+
+def padded_behind(hidden_BP: torch.BoolTensor, columns: int) -> torch.BoolTensor:
+    """`(B, columns)`: the same, with columns behind it that are not hidden."""
+    return torch.nn.functional.pad(hidden_BP, (0, columns - hidden_BP.shape[1]))
 
 
 def within_reach(query_BQ: torch.LongTensor, key_BS: torch.LongTensor, kind: AttentionKind) -> torch.BoolTensor:

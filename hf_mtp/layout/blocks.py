@@ -123,17 +123,12 @@ class BlockLayout:
             `torch.LongTensor` of shape `(B, M)`, -100 where the mask has no target: past the end of the row or of the
             document, outside the loss, or in a block whose first mask has no target.
         """
-        in_loss_BT = (labels_BT != IGNORE) & (self.segment_BT > NO_DOCUMENT)
-        document_BM = self.segment_BT.gather(1, self.anchor_BM)
-
-        def is_target(column_BM: torch.LongTensor) -> torch.BoolTensor:
-            inside_BM, column_BM = column_BM < length, column_BM.clamp(max=length - 1)
-            same_document_BM = self.segment_BT.gather(1, column_BM) == document_BM
-            return inside_BM & same_document_BM & in_loss_BT.gather(1, column_BM)
-
         length, column_BM = labels_BT.shape[1], self.stands_for_BM + 1
-        is_useful_BM = is_target(self.anchor_BM + 1) & is_target(self.anchor_BM + 2)
-        return torch.where(is_useful_BM & is_target(column_BM), column_BM, IGNORE)
+        inside_BM = column_BM.clamp(max=length - 1)
+        same_document_BM = self.segment_BT.gather(1, inside_BM) == self.segment_BT.gather(1, self.anchor_BM)
+        in_loss_BM = (column_BM < length) & (labels_BT.gather(1, inside_BM) != IGNORE)
+        is_useful_BM = useful_anchors(labels_BT, self.segment_BT).gather(1, self.anchor_BM)
+        return torch.where(is_useful_BM & same_document_BM & in_loss_BM, column_BM, IGNORE)
 
 
 def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTensor) -> torch.LongTensor:
@@ -149,6 +144,24 @@ def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTens
     starts_BT = torch.diff(position_BT, dim=1, prepend=position_BT[:, :1] - 1) != 1
     segment_BT = starts_BT.long().cumsum(dim=1)
     return segment_BT if attention_mask_BT is None else segment_BT.masked_fill(attention_mask_BT == 0, NO_DOCUMENT)
+
+
+def useful_anchors(labels_BT: torch.LongTensor, segment_BT: torch.LongTensor) -> torch.BoolTensor:
+    """Tokens that are worth a block: the next token is inside the loss, and so is the one after, which the first mask
+    predicts.
+
+    Args:
+        labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss.
+        segment_BT (`torch.LongTensor` of shape `(B, T)`): Documents, see [`segments`].
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, T)`.
+    """
+    useful_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    in_loss_BT = labels_BT != IGNORE
+    same_document = (segment_BT[:, :-2] == segment_BT[:, 2:]) & (segment_BT[:, :-2] > NO_DOCUMENT)
+    useful_BT[:, :-2] = in_loss_BT[:, 1:-1] & in_loss_BT[:, 2:] & same_document
+    return useful_BT
 
 
 @torch.compiler.disable  # sizes vary from batch to batch
@@ -178,14 +191,7 @@ def training_layout(
         [`BlockLayout`] with as many blocks per row as the row that needs most; rows that need fewer get blocks on
         other tokens, whose masks have no target. No block at all if no mask of the batch has a target.
     """
-    # An anchor is worth a block if its first mask has something to predict: the token two columns on.
-    useful_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
-    useful_BT[:, :-2] = (
-        (labels_BT[:, 1:-1] != IGNORE)
-        & (labels_BT[:, 2:] != IGNORE)
-        & (segment_BT[:, :-2] == segment_BT[:, 2:])
-        & (segment_BT[:, :-2] > NO_DOCUMENT)
-    )
+    useful_BT = useful_anchors(labels_BT, segment_BT)
     if same_in_all_rows:
         useful_BT = useful_BT.any(dim=0, keepdim=True)
     useful_B = useful_BT.sum(dim=1)
@@ -202,20 +208,24 @@ def training_layout(
 
 @torch.compiler.disable
 def weight_of_all_masks(
-    labels_BT: torch.LongTensor, position_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int, decay: float
+    labels_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int, decay: float
 ) -> torch.Tensor:
     """What the losses of a batch are divided by, whatever sample of its blocks is computed.
 
     Args:
-        labels_BT, position_BT, segment_BT, k: As in [`training_layout`].
+        labels_BT, segment_BT, k: As in [`training_layout`].
         decay (`float`): Weight of each mask of a block relative to the one before it.
 
     Returns:
         `torch.Tensor`, a scalar: the weights of all masks that have something to predict, with a block on every token.
     """
-    layout = training_layout(labels_BT, position_BT, segment_BT, k)
-    weight_BM = decay ** (layout.step_BM - 1).float()
-    return (weight_BM * (layout.target_columns(labels_BT) != IGNORE)).sum()
+    useful_BT, in_loss_BT = useful_anchors(labels_BT, segment_BT), labels_BT != IGNORE
+    weight, length = torch.zeros((), device=labels_BT.device), labels_BT.shape[1]
+    for ahead in range(2, min(k + 2, length)):  # columns from an anchor to what a mask of its block predicts
+        same_document = segment_BT[:, : length - ahead] == segment_BT[:, ahead:]
+        targets = useful_BT[:, : length - ahead] & same_document & in_loss_BT[:, ahead:]
+        weight += decay ** (ahead - 2) * targets.sum()
+    return weight
 
 
 def decoding_layout(position_BT: torch.LongTensor, plan: MaskPlan, first: int = 0) -> BlockLayout:

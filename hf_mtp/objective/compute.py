@@ -8,17 +8,21 @@ bias. So it does not depend on how the batch is cut up: into rows, micro-batches
 Shapes: B batch, T regular tokens, M masks per row, k masks per block, C blocks, R supervised masks, D, E features.
 """
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 from transformers.utils import ModelOutput
 
 from ..adapter.tuner import GatedLoraTuner
-from ..layout.blocks import IGNORE, BlockLayout
+from ..base.distributed import is_sharded
+from ..layout.blocks import IGNORE, BlockLayout, segments, training_layout, weight_of_all_masks
+from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from ..passes.training_pass import TrainingPass, training_pass
 from .chunked_backward import PartialBackward, can_go_backward_in_parts
-from .losses import cross_entropy, feature_consistency, latent_consistency, likeliest_tokens
+from .losses import at_least_float32, cross_entropy, feature_consistency, latent_consistency, likeliest_tokens
 from .recipe import Recipe
+from .request import ObjectiveRequest
 from .simulation import Walk, mean_tokens_per_step, walk_through
 
 
@@ -69,15 +73,74 @@ class _Whole:
 # How many masks are supervised depends on the data. With `torch_compile=True` the forward passes are compiled, and the
 # few functions around them that have such shapes are left as they are.
 @torch.compiler.disable(recursive=False)
+def batch_objective(
+    model: GatedLoraTuner,
+    input_ids_BT: torch.LongTensor,
+    request: ObjectiveRequest,
+    labels: torch.LongTensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    **others,
+) -> Objective:
+    """Hangs blocks of masks on a batch and computes the losses.
+
+    Args:
+        model ([`GatedLoraTuner`]): The upgraded model.
+        input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
+        request ([`ObjectiveRequest`]): What is asked for.
+        labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Aligned with the tokens, -100 outside the loss. All
+            tokens if `None`.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding.
+        position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): A document begins wherever they begin anew.
+        others: What else the base is given with these tokens, such as images; `None` is nothing.
+    """
+    labels = input_ids_BT if labels is None else labels
+    position_BT, segment_BT = _places(input_ids_BT, attention_mask, position_ids)
+    k, in_all_rows = model.active_mtp_config.k, speculation_mode(model.model) is not SpeculationMode.TREE
+    layout = training_layout(labels, position_BT, segment_BT, k, request.anchors, request.generator, in_all_rows)
+    if is_sharded(model) and not (layout.target_columns(labels) != IGNORE).any():
+        # Nothing to learn from here, but other processes wait in every layer for this one.
+        spare = batch_objective(model, input_ids_BT.new_zeros(1, 3), ObjectiveRequest(request.recipe))
+        return Objective(spare.loss * 0.0, {}, 0)
+    weight = weight_of_all_masks(labels, segment_BT, k, request.recipe.position_decay)
+    if "token_type_ids" not in inspect.signature(model.model.forward).parameters:
+        others.pop("token_type_ids", None)  # of a tokenizer that gives them to every model
+    if others := {name: value for name, value in others.items() if value is not None}:
+        others |= {"attention_mask": attention_mask, "position_ids": position_ids}
+    return multi_token_objective(model, input_ids_BT, labels, layout, request, weight, others)
+
+
+def batch_weight(inputs: dict, k: int, decay: float) -> torch.Tensor:
+    """A scalar: what the loss of a batch is divided by. Sum it over batches whose gradients are added up.
+
+    Args:
+        inputs (`dict`): `input_ids`, `labels` and, as [`batch_objective`] takes them, attention mask and position ids.
+        k (`int`): Masks per block.
+        decay (`float`): Weight of each mask of a block relative to the one before it.
+    """
+    _, segment_BT = _places(inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids"))
+    return weight_of_all_masks(inputs["labels"], segment_BT, k, decay)
+
+
+@torch.compiler.disable
+def _places(
+    input_ids_BT: torch.LongTensor, attention_mask_BT: torch.Tensor | None, position_ids_BT: torch.LongTensor | None
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Position and document, `(B, T)` each, of every token."""
+    if position_ids_BT is None:
+        position_ids_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+    return position_ids_BT, segments(attention_mask_BT, position_ids_BT)
+
+
+@torch.compiler.disable(recursive=False)
 def multi_token_objective(
     model: GatedLoraTuner,
     input_ids_BT: torch.LongTensor,
     labels_BT: torch.LongTensor,
     layout: BlockLayout,
-    recipe: Recipe,
+    request: ObjectiveRequest,
     weight: torch.Tensor,
-    total: torch.Tensor | None = None,
-    masks_per_part: int = 1024,
+    base_inputs: dict | None = None,
 ) -> Objective:
     """Runs the masked forward passes and computes the losses.
 
@@ -86,19 +149,19 @@ def multi_token_objective(
         input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
         labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels aligned with the tokens, -100 outside the loss.
         layout ([`BlockLayout`]): Where the blocks hang.
-        recipe ([`Recipe`]): Weights and targets.
+        request ([`ObjectiveRequest`]): What is asked for.
         weight (`torch.Tensor`, a scalar): Of all masks that there could be, see
             [`~hf_mtp.layout.blocks.weight_of_all_masks`].
-        total (`torch.Tensor`, a scalar, *optional*): What the loss is divided by: the same of all batches whose
-            gradients are added up. `weight` if `None`.
-        masks_per_part (`int`, *optional*, defaults to 1024): Masks that go forward and backward at a time.
+        base_inputs (`dict`, *optional*): What else the base's forward pass is given, if it is more than text.
     """
+    recipe = request.recipe
     rows = int((layout.target_columns(labels_BT) != IGNORE).sum())
     if not rows:
         return Objective(sum(p.sum() for p in model.trainable_parameters()) * 0.0, {}, 0)
     if model.sampler_head() is None:
         recipe = recipe.without_sampler()
-    reading = training_pass(model, input_ids_BT, layout, recipe.auxiliary > 0, masks_per_part)
+    masks_per_part = request.masks_per_part
+    reading = training_pass(model, input_ids_BT, layout, recipe.auxiliary > 0, masks_per_part, base_inputs)
     choice_BT = None
     if recipe.targets != "soft":  # else targets tell
         choice_BT = _base_choices(model.unembedding(), reading.regular[-1], layout.target_columns(labels_BT))
@@ -106,7 +169,7 @@ def multi_token_objective(
     backward = (
         PartialBackward(model.trainable_parameters()) if can_go_backward_in_parts(model, reading.parts) else None
     )
-    whole, loss, total = _Whole(), 0.0, weight if total is None else total
+    whole, loss, total = _Whole(), 0.0, weight if request.total is None else request.total
     for blocks in reading.parts:
         part = _part(model, input_ids_BT, labels_BT, blocks, recipe, reading, choice_BT)
         part_loss = sum(getattr(recipe, name) * term for name, term in part.terms.items()) / total
@@ -159,8 +222,8 @@ def _part(
     losses["lcm"] = latent_consistency(mask_RD, regular_RD)
     if recipe.auxiliary > 0:
         losses["auxiliary"] = feature_consistency(
-            torch.stack([states[row_R, mask_R] for states in masks_LBMD[1:-1]]),
-            torch.stack([states[row_R, column_R] for states in reading.regular[1:-1]]),
+            torch.stack([at_least_float32(states[row_R, mask_R]) for states in masks_LBMD[1:-1]]),
+            torch.stack([at_least_float32(states[row_R, column_R]) for states in reading.regular[1:-1]]),
         )
 
     weight_R = recipe.position_decay ** (layout.step_BM[row_R, mask_R] - 1).to(losses["lcm"].dtype)

@@ -16,8 +16,11 @@ from ..base.caches import cache_name
 from ..base.inspection import mask_form
 from ..base.rope import rope_switches
 from ..cache.rollback import RollbackCache
-from ..layout.attention import attention_kinds, attention_masks
-from ..layout.blocks import NO_DOCUMENT, BlockLayout
+from ..layout.attention import attention_kinds, attention_masks, padded_behind
+from ..layout.blocks import NO_DOCUMENT, BlockLayout, decoding_layout
+from ..layout.mask_plan import no_masks
+
+CATCH_UP_COLUMNS = 4  # a storage of fixed size has room for so many behind the longest row
 
 FEW_MASKS = 16  # whose logits are computed with those of the regular tokens
 
@@ -75,7 +78,10 @@ class PassOutput:
                 entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
             if self.attentions is not None:
                 keys = self.past[row] + end
-                entry["attentions"] = tuple(weights[row, :, read, :keys] for weights in self.attentions)
+                entry["attentions"] = tuple(
+                    weights[row, read] if weights.dim() == 3 else weights[row, :, read, :keys]
+                    for weights in self.attentions
+                )
             entries.append(entry)
         return entries
 
@@ -138,6 +144,7 @@ class DecodingPass:
             "logits_to_keep": wanted,
             cache_name(self.known_arguments): cache,
             "use_cache": True,
+            "output_router_logits": False,  # of experts: their loss takes no 4-D mask
         }
         if regular_BT.dim() == 3:
             masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
@@ -173,11 +180,26 @@ class DecodingPass:
         """What to pass as `attention_mask`: for padded prompts alone the 2-D mask, so that memory grows as the
         base's."""
         if not layout.masks and not cache.rows.longest and cache.rows.columns is None:
-            return (layout.segment_BT > NO_DOCUMENT).long()
+            seen_BT = layout.segment_BT > NO_DOCUMENT
+            return (seen_BT & ~padded_behind(cache.rows.hidden_BP, regular)).long()
         return attention_masks(layout, self.kinds, self.form, cache.seen_by(regular + layout.masks))
 
-    def catch_up(self, cache: RollbackCache) -> None:
-        """Reads what a cache lacks of the tokens that it counts: nothing."""
+    def catch_up(self, cache: RollbackCache, ids_BS: torch.LongTensor) -> None:
+        """Reads what rows that ended before others lack: their last token and the padding behind it.
+
+        Args:
+            cache ([`RollbackCache`]): Rows that were decoded to their ends.
+            ids_BS (`torch.LongTensor` of shape `(B, S)`): Their texts, all but the last column of which is to be read.
+        """
+        while not cache.rows.are_equal:
+            missing = [cache.rows.longest - length for length in cache.lengths]
+            most = max(missing) if cache.rows.columns is None else min(max(missing), CATCH_UP_COLUMNS)
+            rows = [ids[-1 - lacking :][:most] for ids, lacking in zip(ids_BS, missing, strict=True)]
+            ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            places_BT = cache.rows.next_columns(ids_BT.shape[1]) - cache.rows.start_B[:, None]
+            plan = no_masks(len(rows), 1, 1, ids_BT.device)
+            self(ids_BT, decoding_layout(places_BT, plan), cache, logits_rows=1)
+            cache.keep([min(most, lacking) for lacking in missing])
 
     def _positions(self, layout: BlockLayout, cache: RollbackCache, regular: int, drafts: int) -> torch.LongTensor:
         """`(B, N)`, or `(R, B, N)` for models of several position ids per token.

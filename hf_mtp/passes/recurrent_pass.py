@@ -8,6 +8,7 @@ Shapes: one row; T regular columns, K drafts, M masks, R = K + 1 positions with 
 """
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache
 
 from ..adapter.gate import HiddenStateCapture
@@ -21,14 +22,6 @@ from .decoding_pass import DecodingPass, PassOutput
 class RecurrentPass(DecodingPass):
     """The forward pass of a model that reads one plain sequence at a time."""
 
-    def __init__(self, tuner, **kwargs):
-        super().__init__(tuner, **kwargs)
-        if self.outputs:
-            raise NotImplementedError(
-                f"`{next(iter(self.outputs))}` with `mtp=True`: {type(self.model).__name__} reads what is certain and "
-                "what is drafted in calls of their own. Leave it out, or decode with mtp=False."
-            )
-
     def __call__(
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: SequenceCache, logits_rows: int
     ) -> PassOutput:
@@ -38,7 +31,8 @@ class RecurrentPass(DecodingPass):
         certain, guesses_BK = cache.split(regular_BT, drafts)
         outputs, captured = self._read(certain, start, cache.held, cache.rows, logits_to_keep=1)
         cache.held = outputs[cache_name(outputs)]
-        logits, masks_BMD, calls = [outputs.logits[:, -1:]], captured.states[:, :0], 1
+        logits, masks_BMD = [outputs.logits[:, -1:]], captured.states[:, :0]
+        read = [(outputs, slice(drafts - regular_BT.shape[1], None), start + certain.shape[1])]
         if drafts or layout.masks:
             mask_ids = layout.index_BM + self.tuner.vocab_size
             with self.tuner.masks_in_columns(drafts, layout.index_BM):
@@ -46,11 +40,30 @@ class RecurrentPass(DecodingPass):
                     torch.cat([guesses_BK, mask_ids], dim=1), start + certain.shape[1], copied(cache.held), cache.rows
                 )
             logits.append(outputs.logits[:, :drafts])
-            masks_BMD, calls = captured.states[:, drafts:], 2
-        return PassOutput(torch.cat(logits, dim=1), masks_BMD, regular_BT.shape[1] - logits_rows, past, calls=calls)
+            masks_BMD = captured.states[:, drafts:]
+            read.append((outputs, slice(drafts), start + certain.shape[1] + drafts + layout.masks))
+        before, states = regular_BT.shape[1] - logits_rows, self._states(read)
+        return PassOutput(torch.cat(logits, dim=1), masks_BMD, before, past, calls=len(read), **states)
 
-    def catch_up(self, cache: SequenceCache) -> None:
-        """Reads what the model's own cache lacks."""
+    def _states(self, read: list[tuple[object, slice, int]]) -> dict[str, tuple]:
+        """Hidden states and attentions, if they were asked for, of calls one behind the other.
+
+        Args:
+            read (`list`): Of each call its outputs, which of its columns are wanted, and where it ends in the text.
+        """
+        end = max(last for *_, last in read)
+        calls = {
+            name: [
+                [_over_text(state, last, end)[..., wanted, :] for state in getattr(outputs, name)]
+                for outputs, wanted, last in read
+            ]
+            for name in ("hidden_states", "attentions")
+            if f"output_{name}" in self.outputs
+        }
+        return {name: tuple(torch.cat(states, -2) for states in zip(*of, strict=True)) for name, of in calls.items()}
+
+    def catch_up(self, cache: SequenceCache, ids_BS: torch.LongTensor) -> None:
+        """Reads what the model's own cache lacks of the tokens that are counted in."""
         if cache.unread_BU is not None and cache.unread_BU.shape[1]:
             outputs, _ = self._read(cache.unread_BU, cache.read, cache.held, cache.rows, logits_to_keep=1)
             cache.held, cache.unread_BU = outputs[cache_name(outputs)], None
@@ -70,7 +83,7 @@ class RecurrentPass(DecodingPass):
         }
         inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
         with self.tuner.capture_hidden_states() as captured:
-            return self.model(**inputs), captured
+            return self.model(**inputs, **self.outputs), captured
 
 
 class RecomputePass(RecurrentPass):
@@ -88,4 +101,12 @@ class RecomputePass(RecurrentPass):
             wanted = logits_rows + layout.masks
             outputs, captured = self._read(text, 0, None, cache.rows, use_cache=False, logits_to_keep=wanted)
         logits_BRV = outputs.logits[:, -wanted:][:, :logits_rows]
-        return PassOutput(logits_BRV, captured.states[:, tokens:], regular_BT.shape[1] - logits_rows, past)
+        regular = regular_BT.shape[1]
+        states = self._states([(outputs, slice(tokens - regular, tokens), text.shape[1])])
+        return PassOutput(logits_BRV, captured.states[:, tokens:], regular - logits_rows, past, **states)
+
+
+def _over_text(state: torch.Tensor, last: int, end: int) -> torch.Tensor:
+    """Attentions `(B, H, Q, end)` over the columns of the text, of a call that saw some up to `last`; hidden states as
+    they are."""
+    return state if state.dim() == 3 else F.pad(state, (last - state.shape[-1], end - last))

@@ -8,16 +8,28 @@ Shapes: B batch, T regular tokens, M masks per row (of a part), N = T + M, Q que
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.utils import ModelOutput
 
 from ..adapter.tuner import GatedLoraTuner
+from ..base.autocast import concatenate
 from ..base.caches import cache_name, copied
 from ..base.distributed import is_sharded
-from ..base.inspection import decoder_of, is_checkpointing, mask_form, refuse_attention_without_masks
+from ..base.inspection import (
+    decoder_of,
+    evaluation_mode,
+    input_device,
+    is_checkpointing,
+    is_media,
+    mask_form,
+    refuse_attention_without_masks,
+)
 from ..layout.attention import attention_kinds, attention_masks
-from ..layout.blocks import BlockLayout
+from ..layout.blocks import NO_DOCUMENT, BlockLayout
 from .speculation_mode import SpeculationMode, speculation_mode
 
 
@@ -30,6 +42,7 @@ class TrainingPass:
         layout ([`BlockLayout`]): Their positions, and the blocks that hang on them.
         all_layers (`bool`): Whether states between layers are wanted too.
         masks (`int`): Mask tokens per part at most, all rows together; a part has one block per row at least.
+        base_inputs (`dict`): What else the base's forward pass is given, if it is more than text.
 
     Attributes:
         regular (`list[torch.Tensor]` of shape `(B, T, D)`): States of the regular tokens, without gradient, in the
@@ -45,8 +58,10 @@ class TrainingPass:
         layout: BlockLayout,
         all_layers: bool,
         masks: int,
+        base_inputs: dict,
     ):
         self.tuner, self.decoder, self.all_layers = tuner, decoder_of(tuner.model), all_layers
+        self.base_inputs = base_inputs
         k = tuner.active_mtp_config.k
         self.parts = layout.parts(max(1, masks // (len(input_ids_BT) * k)) * k)
         self.read(input_ids_BT, layout)
@@ -70,23 +85,36 @@ class TrainingPass:
 
         Where the model's own causal mask is right, `is_causal`, none is made: that of a long text is large.
         """
-        queries, device_type, model = input_ids_BQ.shape[1], input_ids_BQ.device.type, self.tuner.model
-        autocast = torch.is_autocast_enabled(device_type)
-        form = mask_form(model, torch.get_autocast_dtype(device_type) if autocast else model.dtype)
+        queries, model = input_ids_BQ.shape[1], self.tuner.model
+        form = mask_form(model, self.dtype)
         kinds = attention_kinds(model.config.get_text_config(decoder=True))
         return self.call(
             input_ids_BQ,
             attention_mask=None if is_causal else attention_masks(layout, kinds, form, queries=queries),
-            position_ids=layout.position_BN[:, -queries:],
+            position_ids=self.position_ids(layout, queries),
             use_cache=cache is not None,
             **{cache_name(inspect.signature(self.decoder.forward).parameters): cache},
         )
 
+    def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
+        """Those of the last columns of a layout."""
+        return layout.position_BN[:, -queries:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What attention computes in."""
+        model = self.tuner.model
+        autocast = torch.is_autocast_enabled(model.device.type)
+        return torch.get_autocast_dtype(model.device.type) if autocast else model.dtype
+
     def call(self, input_ids: torch.LongTensor, **inputs) -> list[torch.Tensor]:
         """The decoder's states."""
-        outputs = self.decoder(input_ids=input_ids, output_hidden_states=self.all_layers, **inputs)
+        return self.states_of(self.decoder(input_ids=input_ids, output_hidden_states=self.all_layers, **inputs))
+
+    def states_of(self, outputs: ModelOutput) -> list[torch.Tensor]:
+        """The states in the decoder's outputs, first layer to last, all on the device of the token ids."""
         states = [*(outputs.hidden_states[:-1] if self.all_layers else ()), outputs.last_hidden_state]
-        return [state.to(input_ids.device) for state in states]
+        return [state.to(input_device(self.tuner.model)) for state in states]
 
 
 class CheckpointedPass(TrainingPass):
@@ -104,6 +132,61 @@ class CheckpointedPass(TrainingPass):
         return self._masks
 
 
+class MultimodalPass(TrainingPass):
+    """The same for batches with more than text: the base itself reads the regular tokens, images and all.
+
+    Masks stand behind text. They read the base's cache, at the positions that the base gave to its decoder.
+
+    Raises:
+        NotImplementedError: The base's decoder needs more than its cache and positions to go on.
+    """
+
+    def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
+        self.cache, calls = DynamicCache(), []
+        names = inspect.signature(self.tuner.model.forward).parameters
+        inputs = {cache_name(names): self.cache, "use_cache": True, "output_hidden_states": self.all_layers}
+        if "logits_to_keep" in names:
+            inputs["logits_to_keep"] = 1
+        hook = self.decoder.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+        try:
+            with torch.no_grad(), evaluation_mode(self.tuner.model):
+                self.tuner.model(input_ids=input_ids_BT, **self.base_inputs, **inputs)
+                *_, given, outputs = calls[-1]
+                positions = given.get("position_ids")
+                self.positions = layout.position_BT if positions is None else positions
+                self.regular = self.states_of(outputs)
+                self._refuse_other_states(input_ids_BT, layout)
+        finally:
+            hook.remove()
+
+    def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
+        """They count on from the token behind the anchor: behind an image, that is not one more than the anchor's."""
+        first = (layout.anchor_BM[:, -queries:] + 1).clamp(max=self.positions.shape[-1] - 1)
+        first = first.expand(*self.positions.shape[:-2], -1, -1)
+        return self.positions.expand(*first.shape[:-1], -1).gather(-1, first) + layout.index_BM[:, -queries:]
+
+    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+        with without_checkpointing(self.tuner.model):  # whose layers take no cache; parts bound memory, too
+            return super().masks(part)
+
+    def _refuse_other_states(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
+        """Reads a token of each row as its masks will be read, and compares its state with the base's own."""
+        anchor_B1 = layout.anchor_BM[:, -1:].clamp(max=input_ids_BT.shape[1] - 2)
+        probe = BlockLayout.of_blocks(anchor_B1, layout.position_BT, layout.segment_BT, k=1)
+        found_BD = self.states(input_ids_BT.gather(1, anchor_B1 + 1), probe, copied(self.cache))[-1][:, 0]
+        rows = torch.arange(len(input_ids_BT), device=input_ids_BT.device)
+        true_BD = self.regular[-1][rows, anchor_B1[:, 0] + 1]
+        is_text_BT = (layout.segment_BT > NO_DOCUMENT) & ~is_media(self.tuner.model.config, input_ids_BT)
+        is_text_B = is_text_BT.gather(1, anchor_B1 + 1)[:, 0]  # blocks that fill up a row may hang anywhere
+        error_B = (found_BD - true_BD).float().norm(dim=1) / true_BD.float().norm(dim=1)
+        if (error_B[is_text_B] > max(16 * torch.finfo(self.dtype).eps, 1e-3)).any():
+            raise NotImplementedError(
+                f"{type(self.tuner.model).__name__} reads text otherwise if it is given "
+                f"{', '.join(sorted(self.base_inputs))}, so that masks would learn behind other states than decoding "
+                "has. Leave these out of the batches, or train on text alone."
+            )
+
+
 class SequencePass(TrainingPass):
     """The same for a model that takes no branches: each block is read as a sequence, behind the text to its anchor.
 
@@ -117,8 +200,8 @@ class SequencePass(TrainingPass):
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
         if not each_row_is_one_text(layout):
             raise ValueError(
-                f"{type(self.tuner.model).__name__} reads one sequence per row, but the batch is packed: rows hold "
-                "several texts. Set packing=False."
+                f"{type(self.tuner.model).__name__} reads one sequence per row, but rows of the batch hold several "
+                "texts or are padded at their start. Set packing=False, and pad at the end."
             )
         if is_sharded(self.tuner):
             raise NotImplementedError(
@@ -137,29 +220,62 @@ class SequencePass(TrainingPass):
             sequence = torch.cat([self.input_ids_BT[:, : anchor + 1], index_Bk + self.tuner.vocab_size], dim=1)
             with self.tuner.masks_in_columns(anchor + 1, index_Bk):
                 blocks.append([layer[:, anchor + 1 :] for layer in self.call(sequence, use_cache=False)])
-        return [torch.cat(layer, dim=1) for layer in zip(*blocks, strict=True)]
+        return [concatenate(layer, dim=1) for layer in zip(*blocks, strict=True)]
 
 
 def training_pass(
-    tuner: GatedLoraTuner, input_ids_BT: torch.LongTensor, layout: BlockLayout, all_layers: bool, masks: int
+    tuner: GatedLoraTuner,
+    input_ids_BT: torch.LongTensor,
+    layout: BlockLayout,
+    all_layers: bool,
+    masks: int,
+    base_inputs: dict | None = None,
 ) -> TrainingPass:
     """Reads a batch as the model can. Arguments are those of [`TrainingPass`].
 
     Raises:
         ValueError: The base's attention implementation takes no 4-D mask.
+        NotImplementedError: There is more than text in the batch, and no way to read it.
     """
     refuse_attention_without_masks(tuner.model)
     if is_sharded(tuner):  # all processes must run the same number of passes
         masks = layout.anchor_BM.numel()
-    if speculation_mode(tuner.model) is not SpeculationMode.TREE:
+    takes_branches = speculation_mode(tuner.model) is SpeculationMode.TREE
+    checkpoints = tuner.model.training and is_checkpointing(tuner.model)
+    if base_inputs:
+        _refuse_multimodal(tuner, base_inputs, takes_branches)
+        kind = MultimodalPass
+    elif not takes_branches:
         kind = SequencePass
-    elif tuner.model.training and is_checkpointing(tuner.model):
-        kind = CheckpointedPass
     else:
-        kind = TrainingPass
-    return kind(tuner, input_ids_BT, layout, all_layers, masks)
+        kind = CheckpointedPass if checkpoints else TrainingPass
+    return kind(tuner, input_ids_BT, layout, all_layers, masks, base_inputs or {})
+
+
+def _refuse_multimodal(tuner: GatedLoraTuner, base_inputs: dict, takes_branches: bool) -> None:
+    name = type(tuner.model).__name__
+    if not takes_branches:
+        reason = f"{name} reads each block of masks behind a text of its own. Train it on text alone."
+    elif is_sharded(tuner):
+        reason = "each process holds a part of the weights. Train with whole weights in every process."
+    else:
+        return
+    raise NotImplementedError(f"The batch has {', '.join(sorted(base_inputs))} beside its text, but {reason}")
 
 
 def each_row_is_one_text(layout: BlockLayout) -> bool:
     """Whether no row is packed, or padded at its start."""
     return not bool((layout.segment_BT > 0).any() or (layout.segment_BT[:, 0] < 0).any())
+
+
+@contextmanager
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """Within, no layer is marked to run again in the backward pass; afterwards each is as it was."""
+    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in marked:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in marked:
+            module.gradient_checkpointing = True

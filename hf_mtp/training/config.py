@@ -1,12 +1,26 @@
 """How an adapter is trained: [`MTPConfig`]."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from transformers import TrainingArguments
+from transformers.utils import logging
 from trl import SFTConfig
 
 from ..objective.losses import DIVERGENCES
 from ..objective.recipe import TARGETS, Recipe, get_recipe
 from .recovery.nonfinite import NONFINITE
+
+logger = logging.get_logger(__name__)
+
+# Settings of TRL and transformers that change how regular tokens are learned, with the values that change nothing.
+_OF_REGULAR_TOKENS = {
+    "label_smoothing_factor": 0.0,
+    "loss_type": "nll",
+    "neftune_noise_alpha": None,
+    "router_aux_loss_coef": None,
+}
+_OF_THE_BASE = ("mean_token_accuracy", "entropy")  # measures of SFTTrainer that no training of masks changes
+_LOSSES = ("loss_base", "loss_sampler", "loss_lcm", "loss_auxiliary")
 
 
 @dataclass
@@ -86,7 +100,9 @@ class MTPConfig(SFTConfig):
             at each save and at the end. Needs matplotlib, and is left out without it.
 
     Raises:
-        ValueError: An unknown recipe, negative weights, anchors below 1, or an unknown `nonfinite`.
+        ValueError: An unknown recipe, negative weights, anchors below 1, an unknown `nonfinite`; or a setting that is
+            about learning from regular tokens: label smoothing, `loss_type`, NEFTune, the loss of a router, or a best
+            model chosen by a measure of the base.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
@@ -136,7 +152,11 @@ class MTPConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        metric = self.metric_for_best_model or ""
+        if self.greater_is_better is None and metric.endswith(_LOSSES):
+            self.greater_is_better = False  # transformers takes it for a loss only if it ends in "loss"
         super().__post_init__()
+        self._refuse_regular_tokens()
         for name in ("base_weight", "sampler_weight", "lcm_weight", "auxiliary_weight", "position_decay"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -157,11 +177,67 @@ class MTPConfig(SFTConfig):
             raise ValueError(f"`masks_per_part` must be at least 1, but got {self.masks_per_part}.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes}.")
+        if self.max_minutes is not None and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`max_minutes` makes the learning rate follow the clock, but `lr_scheduler_type="
+                f"{str(self.lr_scheduler_type.value)!r}` follows the losses. Choose another, such as 'linear'."
+            )
         if self.nonfinite not in NONFINITE:
             raise ValueError(
                 f"`nonfinite` must be one of {', '.join(map(repr, NONFINITE))}, but got {self.nonfinite!r}."
             )
         self.resolved_recipe()
+
+    def _refuse_regular_tokens(self) -> None:
+        for name, neutral in _OF_REGULAR_TOKENS.items():
+            value = getattr(self, name)
+            if value and value != neutral:
+                raise ValueError(
+                    f"`{name}={value!r}` changes how a model learns from regular tokens, but multi-token prediction "
+                    f"trains masks, and the base stays as it is. Leave `{name}` at {neutral!r}."
+                )
+        self.router_aux_loss_coef = 0.0  # else TRL switches it on in the base's own config
+        metric = self.metric_for_best_model or ""
+        if metric.removeprefix("eval_") in _OF_THE_BASE:
+            raise ValueError(
+                f"`metric_for_best_model={metric!r}` is a measure of the base, which training leaves as it is: by "
+                "it, all checkpoints are equal. Use 'loss', 'tokens_per_step' or 'accuracy_1'."
+            )
+
+    @classmethod
+    def from_arguments(cls, args: TrainingArguments) -> "MTPConfig":
+        """The same settings as an [`MTPConfig`]; [`~trl.SFTTrainer`] takes other classes, too.
+
+        Args:
+            args ([`~transformers.TrainingArguments`]): Any of these, [`~trl.SFTConfig`] and its subclasses included.
+
+        Raises:
+            TypeError: They are no training arguments, or those of a trainer of another kind.
+        """
+        if isinstance(args, cls):
+            return args
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(f"`args` must be an MTPConfig, but got {type(args).__name__}.")
+        own, name = {known.name: known for known in fields(cls)}, type(args).__name__
+        foreign = [known.name for known in fields(args) if known.init and known.name not in own]
+        if foreign and not isinstance(args, SFTConfig):
+            raise TypeError(
+                f"{name} has arguments of another trainer, such as {', '.join(map(repr, foreign[:5]))}, which "
+                "MTPTrainer cannot follow. Pass an MTPConfig."
+            )
+        values = {key: value for key, value in args.to_dict().items() if key in own}
+        values |= {key: getattr(args, key) for key in values if key.endswith("_token")}  # which `to_dict` hides
+        config = cls(**values)
+        for key in foreign:  # of a subclass of the user's
+            setattr(config, key, getattr(args, key))
+        for known in fields(args):
+            value, default = getattr(args, known.name), own[known.name].default if known.name in own else known.default
+            if known.name in ("learning_rate", "gradient_checkpointing") and value == known.default != default:
+                logger.warning(
+                    f"`{known.name}={value!r}` is the default of {name}. That of MTPConfig, which is made for masks, "
+                    f"is {default!r}."
+                )
+        return config
 
     def resolved_recipe(self) -> Recipe:
         """The [`Recipe`] named by `recipe`, with the overrides given here."""

@@ -1,11 +1,12 @@
-"""What cannot be trained on or with: datasets, told by their columns before any row is tokenized, and settings."""
+"""What cannot be trained, on or with: models, settings, and datasets, told by their columns before all else."""
 
-from itertools import pairwise
-
+import torch
 from datasets import Dataset
+from peft import PeftModel
 
+from ..adapter.config import GatedLoraConfig
 from ..base.inspection import refuse_attention_without_masks
-from ..layout.blocks import IGNORE
+from ..layout.blocks import useful_anchors
 from ..model import GatedLoraModel
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .config import MTPConfig
@@ -60,7 +61,10 @@ def refuse_datasets(
 ) -> None:
     """Raises for what TRL would stumble over, in words that say what is missing."""
     if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        for name, dataset in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
+        several = isinstance(eval_dataset, dict)
+        evaluated = {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()} if several else {}
+        evaluated = evaluated or {"eval_dataset": eval_dataset}
+        for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
             refuse_rows_of_no_format(dataset, name, args.dataset_text_field)
     if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
         raise ValueError(
@@ -100,19 +104,80 @@ def refuse_nothing_to_learn(dataset, max_length: int | None) -> None:
     """Raises unless some sequence has two tokens in a row inside the loss, the second of which a mask predicts.
 
     Args:
-        dataset: Tokenized rows. Of a stream it is found out while training.
+        dataset: Tokenized rows. What a stream or the user's own function makes shows only while training.
         max_length (`int`, *optional*): What rows were truncated to, for the message.
 
     Raises:
         ValueError: None has.
     """
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    if "input_ids" not in dataset.column_names:
         return
     for row in dataset:
-        labels = row.get("labels", row["input_ids"])
-        if any(IGNORE not in pair for pair in pairwise(labels[1:])):
+        labels_1T = torch.as_tensor(row.get("labels", row["input_ids"]))[None]
+        if useful_anchors(labels_1T, torch.zeros_like(labels_1T)).any():
             return
     raise ValueError(
         "No sequence of `train_dataset` has two tokens in a row inside the loss, so there is nothing for a mask to "
         f"predict. Are they all prompt, or truncated to their prompt by `max_length={max_length}`?"
     )
+
+
+def gated(model) -> GatedLoraModel:
+    """The tuner inside an upgraded model.
+
+    Raises:
+        ValueError: The model was not upgraded.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if not isinstance(tuner, GatedLoraModel):
+        raise ValueError(
+            f"MTPTrainer trains upgraded models, but got {type(model).__name__}. Upgrade it first, "
+            "`model = get_peft_model(model, GatedLoraConfig(k=8))`, or pass `peft_config=GatedLoraConfig(k=8)`."
+        )
+    return tuner
+
+
+def refuse_model(args: MTPConfig, model, peft_config=None) -> None:
+    """Raises for a model, as it was passed to the trainer, that cannot be trained.
+
+    Raises:
+        ValueError: It was not upgraded and will not be, is not trainable, or would be upgraded after its vocabulary
+            grew.
+    """
+    if peft_config is None:
+        return refuse_parameters(gated(model))
+    if not isinstance(peft_config, GatedLoraConfig):
+        raise ValueError(
+            f"MTPTrainer upgrades a model by `peft_config=GatedLoraConfig(...)`, but got {type(peft_config).__name__}."
+        )
+    if args.chat_template_path and not args.chat_template_path.endswith((".jinja", ".j2")):
+        raise ValueError(
+            f"`chat_template_path={args.chat_template_path!r}` is a tokenizer: TRL adds its tokens to the base and "
+            "would train their embeddings and `lm_head` beside the adapter, but the base stays as it is. Pass a "
+            "template alone (a .jinja file), or give the base these tokens before the upgrade, by "
+            "`trl.clone_chat_template`."
+        )
+
+
+def refuse_parameters(tuner: GatedLoraModel) -> None:
+    """Raises unless the active adapter is trainable, and nothing else.
+
+    Raises:
+        ValueError: It is not.
+    """
+    adapter = f".{tuner.active_adapters[0]}."
+    trainable = [name for name, parameter in tuner.named_parameters() if parameter.requires_grad]
+    others = [name for name in trainable if "lora_" not in name or adapter not in f"{name}."]
+    if not trainable:
+        raise ValueError(
+            "The adapter is not trainable: it was loaded for inference, or frozen. Load it with "
+            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`, or call "
+            f"`model.set_adapter({tuner.active_adapters[0]!r})`."
+        )
+    if others:
+        raise ValueError(
+            f"MTPTrainer trains the adapter alone, but {len(others)} parameters beside it are trainable, such as "
+            f"{others[0]!r}, and would change the base's output. Freeze them by `requires_grad_(False)`."
+        )

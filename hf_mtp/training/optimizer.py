@@ -6,6 +6,9 @@ kellerjordan.github.io/posts/muon). torch has it since 2.9.
 
 import torch
 from torch import nn
+from transformers import Trainer
+
+from .config import MTPConfig
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -57,6 +60,14 @@ class MuonAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def takes_muon(trainer: Trainer) -> bool:
+    """Whether no other optimizer was asked for, and matrices are whole."""
+    args, default = trainer.args, MTPConfig.__dataclass_fields__["optim"].default
+    given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return args.muon and not given and args.optim == default and not is_sharded and hasattr(torch.optim, "Muon")
 
 
 def make_muon_adamw():

@@ -1,13 +1,15 @@
 """[`MTPTrainer`]: TRL's supervised fine-tuning with the multi-token objective."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftModel
 from transformers.utils import logging
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapter.base_identity import record_tokenizer
 from ..adapter.card import write_model_card
@@ -15,15 +17,24 @@ from ..adapter.config import in_full_precision
 from ..base.distributed import whole_adapter
 from ..base.inspection import unpack_for_gradients
 from ..model import GatedLoraModel
-from ..objective.compute import Objective
-from ..objective.simulation import Walk
+from ..objective.compute import Objective, batch_weight
+from ..objective.request import ObjectiveRequest
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
+from .batches import objective_inputs
 from .callbacks.attach import watch
 from .callbacks.deadline import TICKS, Deadline
 from .callbacks.interrupt import SaveOnInterrupt
 from .config import MTPConfig
-from .data_checks import refuse_datasets, refuse_nothing_to_learn, refuse_settings
-from .optimizer import make_muon_adamw, refuse_another_optimizer
+from .data_checks import (
+    gated,
+    refuse_datasets,
+    refuse_model,
+    refuse_nothing_to_learn,
+    refuse_parameters,
+    refuse_settings,
+)
+from .evaluation import EvaluationMeasures, measures_of
+from .optimizer import make_muon_adamw, refuse_another_optimizer, takes_muon
 from .recovery.checkpoint import WholeCheckpoints, contents, newest_whole_checkpoint
 from .recovery.compatibility import (
     describe,
@@ -59,14 +70,18 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             The model to train, from `get_peft_model(base, GatedLoraConfig(...))`; or a base model (or its name),
             together with `peft_config=GatedLoraConfig(...)`.
         args ([`MTPConfig`], *optional*):
-            Configuration of the training.
+            Configuration of the training. [`~transformers.TrainingArguments`] and [`~trl.SFTConfig`] are taken, too,
+            see [`MTPConfig.from_arguments`].
         kwargs:
-            Everything else that [`~trl.SFTTrainer`] takes, except `compute_loss_func`.
+            Everything else that [`~trl.SFTTrainer`] takes, except `compute_loss_func`. `compute_metrics` gets the
+            logits of regular tokens, which are the base's own.
 
     Raises:
-        ValueError: The model was not upgraded, the dataset is empty, mixes formats or has nothing to learn from,
-            `max_length` leaves no room for a block, the base cannot tell packed texts apart, or `compute_loss_func` is
-            given. From `train`: the checkpoint is of another adapter or base, or processes train different ones.
+        TypeError: `args` are those of a trainer of another kind.
+        ValueError: The model was not upgraded, its adapter is not trainable or its base is, the dataset is empty,
+            mixes formats or has nothing to learn from, `max_length` leaves no room for a block, the base cannot tell
+            packed texts apart, or `compute_loss_func` is given. From `train`: the checkpoint is of another adapter or
+            base, or processes train different ones.
         FloatingPointError: From `train`: a loss or a gradient is NaN or infinite, and `nonfinite="raise"`.
 
     Example:
@@ -92,23 +107,24 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             raise ValueError("`compute_loss_func` would replace the multi-token objective: leave it out.")
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("`train_dataset` is empty: multi-token prediction needs at least one text to learn from.")
-        if args is None:
-            args = MTPConfig(output_dir="mtp_output")
+        args = MTPConfig(output_dir="mtp_output") if args is None else MTPConfig.from_arguments(args)
         refuse_datasets(args, train_dataset, **kwargs)
-        if kwargs.get("peft_config") is None:
-            _gated(model)
+        refuse_model(args, model, kwargs.get("peft_config"))
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self.has_muon = self._takes_muon()
-        tuner = _gated(self.model)
+        with _router_untouched(model):
+            super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.has_muon = takes_muon(self)
+        tuner = gated(self.model)
         unpack_for_gradients(self.model)
+        refuse_parameters(tuner)  # as TRL left them
         refuse_settings(args, tuner)
         self.recipe = args.resolved_recipe()
-        refuse_nothing_to_learn(self.train_dataset, args.max_length)
+        if isinstance(self.data_collator, DataCollatorForLanguageModeling):  # else labels are the collator's to make
+            refuse_nothing_to_learn(self.train_dataset, args.max_length)
         self._describe_training(tuner)
         # The loss is divided by the weight of all masks of the accumulated batches, see `get_batch_samples`.
         self.model_accepts_loss_kwargs = True
-        self._walk = Walk()  # through the texts of an evaluation
+        self.evaluated = EvaluationMeasures()
         # Taken before the model is sharded or wrapped.
         self._adapter, self._objective = describe(tuner), describe_objective(self.recipe, args.anchors_per_sequence)
         self.guard = NonfiniteGuard(self, args.nonfinite)
@@ -122,17 +138,11 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Records in the adapter's config what its card and a later load need to know."""
         config = tuner.active_mtp_config
         record_tokenizer(config, self._tokenizer, tuner.model)
+        config.base_vocab_size = tuner.vocab_size  # which may have grown since the upgrade
         config.recipe = self.args.recipe
         name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
         if name and name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, name]
-
-    def _takes_muon(self) -> bool:
-        """Whether no other optimizer was asked for, and matrices are whole."""
-        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        chosen = given or self.args.optim != MTPConfig.__dataclass_fields__["optim"].default
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return self.args.muon and not chosen and not is_sharded and hasattr(torch.optim, "Muon")
 
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
         if not self.has_muon:
@@ -142,7 +152,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         return make_muon_adamw, settings
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.deadline is None:
+        if self.deadline is None or self.lr_scheduler is not None:  # the user's own has its own length
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(TICKS, optimizer)
         self.deadline.drive(scheduler)
@@ -163,14 +173,20 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, and the weight of all their masks, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tuner = _gated(self.accelerator.unwrap_model(self.model))
-        weights = [tuner.objective_weight(recipe=self.recipe, **_objective_inputs(inputs)) for inputs in batches]
+        k = gated(self.accelerator.unwrap_model(self.model)).active_mtp_config.k
+        inputs = [objective_inputs(batch, self.model.config) for batch in batches]
+        weights = [batch_weight(batch, k, self.recipe.position_decay) for batch in inputs]
         if not weights:
             return batches, None
         weight = torch.stack(weights).sum().to(device)
-        if self.accelerator.num_processes > 1:
+        if self._counts_everywhere:
             weight = self.accelerator.gather(weight).sum()
         return batches, weight.clamp(min=1e-6)  # batches without a target
+
+    @property
+    def _counts_everywhere(self) -> bool:
+        """Whether the loss is a mean over the masks of all processes, and not of each by itself."""
+        return self.accelerator.num_processes > 1 and self.args.average_tokens_across_devices
 
     def checkpoint_facts(self) -> dict:
         """The adapter, how steps are spread and who takes them, for [`MTPTrainer.before_resuming`]."""
@@ -194,57 +210,64 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         return grad_norm
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        is_training, anchors, generator, total = self.model.training, self.args.anchors_per_sequence, None, None
-        if is_training and num_items_in_batch is not None:
-            total = num_items_in_batch / self.accelerator.num_processes  # whose gradients are averaged
-        if not is_training:
-            generator = torch.Generator(inputs["input_ids"].device).manual_seed(EVAL_SEED)
-            if self.args.eval_anchors_per_sequence is not None or self._reads_branches():
-                anchors = self.args.eval_anchors_per_sequence
-        objective: Objective = model(
-            **_objective_inputs(inputs),
-            mtp_recipe=self.recipe,
-            mtp_anchors=anchors,
-            mtp_generator=generator,
-            mtp_total=total,
-            mtp_masks_per_part=self.args.masks_per_part,
-        )
+        batch = objective_inputs(inputs, self.model.config)
+        try:
+            objective: Objective = model(**batch, mtp_objective=self._request(batch, num_items_in_batch))
+        except ValueError as error:
+            if self.args.max_length is None or "image tokens do not match" not in str(error):
+                raise
+            raise ValueError(
+                f"`max_length={self.args.max_length}` cuts off places of an image: {error}. Make it longer, or None."
+            ) from error
         if self.model.training:
-            objective = self.guard(objective, inputs["input_ids"])
-        self._record(objective, inputs)
-        # Releases of transformers differ in what they read from the outputs; with the loss alone all are content.
-        return (objective.loss, {"loss": objective.loss}) if return_outputs else objective.loss
+            objective = self.guard(objective, batch["input_ids"])
+        self._record(objective, batch)
+        if not return_outputs:
+            return objective.loss
+        with torch.no_grad():  # as TRL does where somebody wants the logits
+            return objective.loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
 
-    def _reads_branches(self) -> bool:
-        return speculation_mode(_gated(self.accelerator.unwrap_model(self.model)).model) is SpeculationMode.TREE
+    def _request(self, batch: dict, num_items_in_batch: torch.Tensor | None) -> ObjectiveRequest:
+        args, anchors, generator, total = self.args, self.args.anchors_per_sequence, None, None
+        if not self.model.training:
+            generator = torch.Generator(batch["input_ids"].device).manual_seed(EVAL_SEED)
+            tuner = gated(self.accelerator.unwrap_model(self.model))
+            if args.eval_anchors_per_sequence is not None or speculation_mode(tuner.model) is SpeculationMode.TREE:
+                anchors = args.eval_anchors_per_sequence
+        elif num_items_in_batch is not None:  # of processes whose gradients are averaged
+            total = num_items_in_batch / (self.accelerator.num_processes if self._counts_everywhere else 1)
+        return ObjectiveRequest(self.recipe, anchors, generator, total, args.masks_per_part)
 
-    def _record(self, objective: Objective, inputs: dict) -> None:
+    def _record(self, objective: Objective, batch: dict) -> None:
         """Averages over the steps between two logs are made by [`~trl.SFTTrainer`]'s `log`."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        if objective.metrics:
-            for name, value in zip(
-                objective.metrics, torch.stack(list(objective.metrics.values())).tolist(), strict=True
-            ):
-                metrics[name].append(value)
-        if objective.walk is not None:
-            self._walk += objective.walk
-        if self.model.training:
-            self._total_train_tokens += inputs["input_ids"].numel()
+        if not self.model.training:
+            self.evaluated.add(objective)
+            return
+        metrics = self._metrics["train"]
+        for name, value in measures_of(objective).items():
+            metrics[name].append(value)
+        mask = batch.get("attention_mask")
+        tokens = torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
+        self._total_train_tokens += int(self.accelerator.gather(tokens.to(self.accelerator.device)).sum())
         metrics["num_tokens"] = [self._total_train_tokens]
-        metrics["mask_tokens"].append(objective.rows)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._walk.passes and not self.model.training:  # texts of different lengths count by their tokens
-            self._metrics["eval"]["tokens_per_step"] = [self._walk.tokens_per_step]
-            self._walk = Walk()
-        super().log(logs, start_time)
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self.evaluated = EvaluationMeasures()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        measured = {**self.evaluated.means(), "num_tokens": self._total_train_tokens}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        # There are no logits to hand to `compute_metrics`: the objective never has those of a whole batch.
-        return super().prediction_step(model, inputs, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs.logits, inputs.get("labels")
 
     def _save_checkpoint(self, model, trial):
-        with in_full_precision(_gated(self.model).active_mtp_config):  # whatever an adapter is saved in at the end
+        with in_full_precision(gated(self.model).active_mtp_config):  # whatever an adapter is saved in at the end
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -259,7 +282,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Writes the adapter's own model card into `output_dir`. Arguments are those of TRL's trainers."""
         if not self.is_world_process_zero():
             return
-        tuner = _gated(self.model)
+        tuner = gated(self.model)
         config, name = tuner.active_mtp_config, tuner.active_adapters[0]
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
@@ -272,17 +295,12 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         )
 
 
-def _objective_inputs(inputs: dict) -> dict[str, torch.Tensor | None]:
-    """What of a batch the objective reads."""
-    return {name: inputs.get(name) for name in ("input_ids", "labels", "attention_mask", "position_ids")}
-
-
-def _gated(model) -> GatedLoraModel:
-    """The tuner inside an upgraded model."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    if not isinstance(tuner, GatedLoraModel):
-        raise ValueError(
-            f"MTPTrainer trains upgraded models, but got {type(model).__name__}. Upgrade it first, "
-            "`model = get_peft_model(model, GatedLoraConfig(k=8))`, or pass `peft_config=GatedLoraConfig(k=8)`."
-        )
-    return tuner
+@contextmanager
+def _router_untouched(model) -> Iterator[None]:
+    """Within, TRL switches the losses of experts off in the base's own config; afterwards it is the user's again."""
+    config = None if isinstance(model, str) else model.config.get_text_config()
+    names = [name for name in ("output_router_logits", "router_aux_loss_coef") if hasattr(config, name)]
+    before = [getattr(config, name) for name in names]
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(config, name, value)

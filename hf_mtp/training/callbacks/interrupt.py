@@ -21,6 +21,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self.restore_handler()  # a training that begins again with smaller batches (`auto_find_batch_size`)
             self._asked = False
             self._previous_handler = signal.signal(signal.SIGINT, self._ask)
 

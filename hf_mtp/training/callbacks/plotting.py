@@ -6,6 +6,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...base.files import write_whole
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: apart for every kind of sight
 GREY = "#666666"
 GAP = 0.07  # between two labels, in heights of the panel
@@ -79,6 +81,4 @@ def save_png(figure: Figure, path: Path) -> None:
     """
     picture = BytesIO()
     figure.savefig(picture, format="png")
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_bytes(picture.getvalue())
-    draft.replace(path)
+    write_whole(path, [picture.getvalue()])

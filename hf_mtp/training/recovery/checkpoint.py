@@ -5,7 +5,6 @@ longer wanted loses its name before its files. Knows nothing of what is trained.
 """
 
 import json
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
+
+from ...base.files import sync
 
 logger = logging.get_logger(__name__)
 
@@ -110,10 +111,10 @@ def finish(written: Path, checkpoint: Path, facts: dict) -> None:
     sizes = {str(file.relative_to(written)): file.stat().st_size for file in _files(written)}
     (written / CONTENTS).write_text(json.dumps({**facts, "files": sizes}, indent=2), encoding="utf-8")
     for path in (*_files(written), written):
-        _reach_the_disk(path)
+        sync(path)
     discard(checkpoint)
     written.rename(checkpoint)
-    _reach_the_disk(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def discard(checkpoint: Path) -> None:
@@ -175,14 +176,3 @@ def contents(checkpoint: Path) -> dict:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _reach_the_disk(path: Path) -> None:
-    """Waits until a file, or the names in a folder, would survive a loss of power."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,30 @@
+"""Files that are there whole or not at all, whatever ends the process that writes them."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
+    """Writes a file under a hidden name, and gives it its own name once all of it is on the disk.
+
+    Args:
+        path (`Path`): Where the file goes; an older one there is replaced.
+        chunks (`Iterable[bytes]`): What it holds.
+    """
+    draft = path.with_name(f".{path.name.lstrip('.')}.tmp")
+    with draft.open("wb") as file:
+        file.writelines(chunks)
+    sync(draft)
+    draft.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a loss of power."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

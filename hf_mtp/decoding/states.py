@@ -1,0 +1,60 @@
+"""Hidden states and attentions in the shapes that plain decoding returns.
+
+Shapes: H heads, Q queries, S columns of the text, W columns that a cache shows, D features.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from .sequence import Sequence
+
+
+def prepend_states(row: Sequence, before: dict[str, tuple], index: int) -> None:
+    """Puts states of a prompt that the base read before those of its last token.
+
+    Args:
+        row ([`Sequence`]): Whose first record has the states of the last token.
+        before (`dict`): `hidden_states` and `attentions` of all tokens but the last, `(B, T - 1, D)` and
+            `(B, H, T - 1, W)` per layer, if they were asked for.
+        index (`int`): Number of the row in these.
+    """
+    record = row.records[0]
+    for name, layers in before.items():
+        last = getattr(record, name)
+        setattr(record, name, tuple(_joined(one[index], two) for one, two in zip(layers, last, strict=True)))
+
+
+def _joined(before: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    if before.dim() == 3:  # attentions: the columns that a cache showed become those of the text
+        columns = last.shape[-1]
+        before = before[..., : columns - 1]
+        before = F.pad(before, (columns - 1 - before.shape[-1], 1))
+    return torch.cat([before, last], dim=-2)
+
+
+def attentions_as_shown(attentions: tuple | None, cache: Cache | None) -> tuple | None:
+    """Attention weights over the columns that the layers of a cache show.
+
+    Args:
+        attentions (`tuple` per token of tuples per layer of `torch.Tensor` of shape `(B, H, Q, S)`): Over the text.
+        cache ([`~transformers.Cache`], *optional*): The one that `generate` made or got.
+    """
+    layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayerMixin)]
+    if attentions is None or len(attentions[0]) != len(layers):  # layers without attention, or that share keys
+        return attentions
+    return tuple(tuple(_as_shown(*pair) for pair in zip(of_token, layers, strict=True)) for of_token in attentions)
+
+
+def _as_shown(weight_BHQS: torch.Tensor, layer: CacheLayerMixin) -> torch.Tensor:
+    """`(B, H, Q, W)`: a window moves on with the text, and a static layer always shows all that it has."""
+    queries, columns = weight_BHQS.shape[2:]
+    size = layer.get_max_length()
+    if layer.is_sliding:
+        weight_BHQS = weight_BHQS[..., max(0, columns - queries - size + 1) :]
+    return (
+        F.pad(weight_BHQS, (0, max(0, size - weight_BHQS.shape[-1])))
+        if isinstance(layer, StaticLayer)
+        else weight_BHQS
+    )

@@ -1,0 +1,43 @@
+"""What the batches of one evaluation gave, together."""
+
+from collections import defaultdict
+
+import torch
+from accelerate.utils import gather_object
+
+from ..objective.compute import Objective
+from ..objective.simulation import Walk
+
+
+class EvaluationMeasures:
+    """Means over the batches of an evaluation, of all processes; texts of different lengths count by their tokens."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.walk = Walk()
+
+    def add(self, objective: Objective) -> None:
+        """Counts one batch in."""
+        for name, value in measures_of(objective).items():
+            self.sums[name] += value
+            self.counts[name] += 1
+        if objective.walk is not None:
+            self.walk += objective.walk
+
+    def means(self) -> dict[str, float]:
+        """By name, what the evaluation measured. All processes ask together, and all are told the same."""
+        sums, counts, walk = defaultdict(float), defaultdict(int), Walk()
+        for other in gather_object([(dict(self.sums), dict(self.counts), self.walk)]):
+            for name, value in other[0].items():
+                sums[name] += value
+                counts[name] += other[1][name]
+            walk += other[2]
+        means = {name: value / counts[name] for name, value in sums.items()}
+        return means | ({"tokens_per_step": walk.tokens_per_step} if walk.passes else {})
+
+
+def measures_of(objective: Objective) -> dict[str, float]:
+    """What one batch gave, by name, as plain numbers."""
+    values = torch.stack(list(objective.metrics.values())).tolist() if objective.metrics else []
+    return {**dict(zip(objective.metrics or {}, values, strict=True)), "mask_tokens": objective.rows}

@@ -1,0 +1,352 @@
+"""What users of transformers and TRL set on a trainer: followed, or refused where it is set."""
+
+import dataclasses
+import signal
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
+from tiny_text import tiny_tokenizer, words
+from tiny_training import K, logged, texts, trainer
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.utils.logging import get_logger
+from trl import DPOConfig, SFTConfig
+
+from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
+from hf_mtp.training.callbacks.interrupt import SaveOnInterrupt
+
+QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
+
+
+def options(folder, **more) -> dict:
+    return {"output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 4, **QUIET, **more}
+
+
+@pytest.fixture
+def warnings(monkeypatch, caplog):
+    monkeypatch.setattr(get_logger("transformers"), "propagate", True)
+    monkeypatch.setattr(get_logger("hf_mtp"), "propagate", True)
+    return caplog
+
+
+# ---------------------------------------------------------------- arguments of other classes
+
+
+@pytest.mark.parametrize("kind", [TrainingArguments, SFTConfig])
+def test_arguments_of_transformers_and_trl_are_followed(kind, tmp_path):
+    args = kind(**options(tmp_path, learning_rate=3e-3, gradient_accumulation_steps=2, seed=7, hub_token="secret"))
+    trained = MTPTrainer(upgraded("llama", K), args, texts(), processing_class=tiny_tokenizer())
+    trained.train()
+    assert isinstance(trained.args, MTPConfig)
+    assert trained.args.hub_token == "secret"
+    assert (trained.args.learning_rate, trained.args.seed, trained.args.gradient_accumulation_steps) == (3e-3, 7, 2)
+    assert trained.args.recipe == "default"
+
+
+def test_tokens_named_in_arguments_are_followed(tmp_path):
+    args = SFTConfig(**options(tmp_path, eos_token="<user>"))
+    assert MTPConfig.from_arguments(args).eos_token == "<user>"
+
+
+def test_a_default_made_for_whole_models_is_followed_and_said(tmp_path, warnings):
+    assert MTPConfig.from_arguments(SFTConfig(**options(tmp_path))).learning_rate == 2e-5
+    assert "`learning_rate=2e-05` is the default of SFTConfig. That of MTPConfig" in warnings.text
+    warnings.clear()
+    MTPConfig.from_arguments(SFTConfig(**options(tmp_path, learning_rate=1e-3, gradient_checkpointing=False)))
+    assert "default" not in warnings.text
+
+
+def test_fields_of_a_users_own_class_are_kept(tmp_path):
+    class Own(SFTConfig):
+        pass
+
+    Own.__annotations__, Own.flavour = {"flavour": str}, "sweet"
+    args = dataclasses.dataclass(Own)(**options(tmp_path, flavour="sour"))
+    assert MTPConfig.from_arguments(args).flavour == "sour"
+
+
+@pytest.mark.parametrize("kind", [DPOConfig, Seq2SeqTrainingArguments])
+def test_arguments_of_other_trainers_are_refused(kind, tmp_path):
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has arguments of another trainer, such as '.*Pass an MTPC"):
+        MTPTrainer(upgraded("llama", K), kind(**options(tmp_path)), texts())
+
+
+def test_arguments_that_are_none_are_refused():
+    with pytest.raises(TypeError, match="`args` must be an MTPConfig, but got dict"):
+        MTPTrainer(upgraded("llama", K), {"output_dir": "out"}, texts())
+
+
+# ---------------------------------------------------------------- what is about regular tokens
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"loss_type": "dft"},
+        {"neftune_noise_alpha": 5.0},
+        {"router_aux_loss_coef": 0.01},
+    ],
+)
+def test_settings_of_regular_tokens_are_refused(setting, tmp_path):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"`{name}={value!r}` changes how a model learns from regular tokens"):
+        MTPConfig(**options(tmp_path, **setting))
+    with pytest.raises(ValueError, match=f"`{name}="):
+        MTPTrainer(upgraded("llama", K), SFTConfig(**options(tmp_path, **setting)), texts())
+
+
+@pytest.mark.parametrize("metric", ["eval_mean_token_accuracy", "mean_token_accuracy", "entropy"])
+def test_a_best_model_by_a_measure_of_the_base_is_refused(metric, tmp_path):
+    with pytest.raises(ValueError, match=f"`metric_for_best_model='{metric}'` is a measure of the base"):
+        MTPConfig(**options(tmp_path, metric_for_best_model=metric))
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("loss_base", False), ("eval_loss_lcm", False), ("loss", False), ("tokens_per_step", True)]
+)
+def test_the_best_is_the_lowest_loss_or_the_most_tokens(metric, greater, tmp_path):
+    assert MTPConfig(**options(tmp_path, metric_for_best_model=metric)).greater_is_better is greater
+
+
+def test_the_best_model_by_a_loss_of_ours_is_loaded(tmp_path):
+    trained = trainer(
+        tmp_path,
+        eval_dataset=texts(4),
+        metric_for_best_model="loss_sampler",
+        load_best_model_at_end=True,
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+    )
+    trained.train()
+    found = {entry["step"]: entry["eval_loss_sampler"] for entry in trained.state.log_history if "eval_loss" in entry}
+    assert trained.state.best_metric == min(found.values())
+    assert trained.state.best_global_step == min(found, key=found.get)
+
+
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_the_bases_router_is_left_alone(switched_on, tmp_path):
+    base = tiny_base("mixtral", output_router_logits=switched_on, router_aux_loss_coef=0.02)
+    model = upgraded(base, K)
+    trainer(tmp_path, model=model, max_steps=1).train()
+    assert (base.config.output_router_logits, base.config.router_aux_loss_coef) == (switched_on, 0.02)
+    model.eval()
+    assert torch.equal(generate(model, prompt(rows=2), mtp=True), generate(model, prompt(rows=2)))
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_losses_does_not_follow_the_clock(name, tmp_path):
+    follows_losses = {"lr_scheduler_type": name, "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match=f"follow the clock, but `lr_scheduler_type='{name}'` follows the losses"):
+        MTPConfig(**options(tmp_path, max_minutes=5, **follows_losses))
+
+
+# ---------------------------------------------------------------- metrics of the user's own
+
+
+def test_compute_metrics_sees_the_bases_logits(tmp_path):
+    model, seen = upgraded("llama", K), []
+    trained = trainer(tmp_path, model=model, per_device_eval_batch_size=4)
+    rows = trained.train_dataset.select(range(8))
+    trained.compute_metrics = lambda found: seen.append(found) or {"own": 0.5}
+    metrics = trained.evaluate(rows)
+    assert metrics["eval_own"] == 0.5 and 1 <= metrics["eval_tokens_per_step"] <= K + 1
+    (found,) = seen
+    labels = torch.tensor(rows[0]["labels"])
+    logits = model.get_base_model()(torch.tensor([rows[0]["input_ids"]])).logits[0]
+    assert found.label_ids[0, : len(labels)].tolist() == labels.tolist()
+    torch.testing.assert_close(torch.tensor(found.predictions[0, : len(labels)]), logits)
+
+
+def test_metrics_of_preprocessed_logits_choose_the_best_model(tmp_path):
+    made = MTPTrainer(
+        upgraded("llama", K),
+        MTPConfig(
+            **options(tmp_path, max_steps=2, metric_for_best_model="own", load_best_model_at_end=True)
+            | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        ),
+        texts(),
+        eval_dataset=texts(4),
+        processing_class=tiny_tokenizer(),
+        compute_metrics=lambda found: {"own": float(found.predictions.shape[-1])},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    made.train()
+    assert made.state.best_metric == made.state.log_history[1]["eval_own"]
+
+
+def test_predict_returns_logits(tmp_path):
+    made = trainer(tmp_path)
+    output = made.predict(made.train_dataset.select(range(2)))
+    assert output.predictions.shape[0] == 2 and output.predictions.shape[2] == 97
+    assert {"test_loss", "test_tokens_per_step"} <= output.metrics.keys()
+
+
+def test_an_evaluation_is_not_of_what_was_predicted_before(tmp_path):
+    made = trainer(tmp_path)
+    rows, others = made.train_dataset.select(range(2)), made.train_dataset.select(range(2, 12))
+    alone = made.evaluate(rows)
+    made.predict(others)
+    again = made.evaluate(rows)
+    names = [name for name in alone if "accuracy" in name or "tokens_per" in name or "loss" in name]
+    assert {name: again[name] for name in names} == {name: alone[name] for name in names}
+    assert len(names) > K
+
+
+def test_several_evaluation_datasets_have_measures_of_their_own(tmp_path):
+    made = trainer(tmp_path)
+    rows = {"a": made.train_dataset.select(range(2)), "b": made.train_dataset.select(range(2, 9))}
+    together = made.evaluate(rows)
+    for name in rows:
+        alone = made.evaluate(rows[name], metric_key_prefix="eval")
+        for measure in ("tokens_per_step", "loss_sampler", "accuracy_1", "loss"):
+            assert together[f"eval_{name}_{measure}"] == pytest.approx(alone[f"eval_{measure}"])
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_an_adapter_loaded_for_inference_is_refused(tmp_path):
+    upgraded("llama", K).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path)
+    with pytest.raises(ValueError, match="adapter is not trainable.*is_trainable=True"):
+        trainer(tmp_path / "out", model=loaded)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path, is_trainable=True)
+    before = {name: parameter.clone() for name, parameter in adapter_parameters(loaded).items()}
+    trainer(tmp_path / "out", model=loaded, max_steps=2).train()
+    assert not all(torch.equal(before[name], parameter) for name, parameter in adapter_parameters(loaded).items())
+
+
+def test_a_base_that_is_trainable_is_refused(tmp_path):
+    model = upgraded("llama", K)
+    model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(ValueError, match="trains the adapter alone, but 1 parameters beside it.*embed_tokens"):
+        trainer(tmp_path, model=model)
+
+
+def test_another_kind_of_adapter_is_refused_before_it_is_made(tmp_path):
+    base = tiny_base("llama")
+    with pytest.raises(ValueError, match=r"`peft_config=GatedLoraConfig\(...\)`, but got LoraConfig"):
+        trainer(tmp_path, model=base, peft_config=LoraConfig(r=4))
+    assert not any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_a_chat_template_that_brings_tokens(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    template = tmp_path / "template.jinja"
+    template.write_text(tokenizer.chat_template)
+    config = {"model": tiny_base("llama"), "peft_config": GatedLoraConfig(k=K, r=4), "max_steps": 1}
+    with pytest.raises(ValueError, match="is a tokenizer: TRL adds its tokens to the base and would train their emb"):
+        trainer(tmp_path, chat_template_path=str(tmp_path / "tokenizer"), **config)
+    trainer(tmp_path, chat_template_path=str(template), **config).train()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "half"),
+    [(name, torch.float16) for name in ("llama", "mixtral", "gemma2")]  # whose layers are none that torch refuses
+    + [(name, torch.bfloat16) for name in ("llama", "bloom", "gpt2")],
+)
+def test_a_half_precision_base_trains_under_the_default_autocast(architecture, half, tmp_path):
+    trained = trainer(tmp_path, model=upgraded(tiny_base(architecture, half), K), max_steps=1, bf16=True)
+    trained.train()
+    assert logged(trained)[0] > 0
+
+
+# ---------------------------------------------------------------- datasets and collators
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_a_collator_of_the_users_own(padding_side, streamed, tmp_path):
+    """It reads a column that nobody else knows, and gives the losses of rows that TRL prepared."""
+    texts_of = [words(9 + row % 3, row) + " <eos>" for row in range(4)]
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = padding_side
+
+    def collate(rows: list[dict]) -> dict:
+        batch = tokenizer([row["question"] for row in rows], return_tensors="pt", padding=True)
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    rows = Dataset.from_dict({"question": texts_of})
+    own = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}, "logging_steps": 1}
+    by_collator = MTPTrainer(
+        upgraded("llama", K),
+        MTPConfig(**options(tmp_path, training_curves=False, **own)),
+        rows.to_iterable_dataset() if streamed else rows,
+        processing_class=tokenizer,
+        data_collator=collate,
+    )
+    prepared = Dataset.from_dict({"input_ids": tiny_tokenizer()(texts_of)["input_ids"]})
+    by_trl = trainer(tmp_path, prepared, base_weight=None, auxiliary_weight=None, max_steps=1)
+    by_collator.train()
+    by_trl.train()
+    assert logged(by_collator)[0] == pytest.approx(logged(by_trl)[0], rel=1e-4)
+
+
+def test_a_bad_row_in_one_of_several_evaluation_datasets_is_named(tmp_path):
+    rows = {"good": texts(4), "bad": Dataset.from_dict({"text": ["w7 w8 w9 w10", None]})}
+    with pytest.raises(ValueError, match=r"`eval_dataset\['bad'\]` is read by its column 'text', but row 1 has none"):
+        trainer(tmp_path, eval_dataset=rows)
+
+
+def test_num_tokens_counts_no_padding(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 20)), list(range(5, 12))]})
+    trained = trainer(tmp_path, rows, per_device_train_batch_size=2, max_steps=1)
+    trained.train()
+    assert logged(trained, "num_tokens") == [15 + 7]
+
+
+# ---------------------------------------------------------------- schedules, batches, interrupts
+
+
+def test_a_schedule_of_the_users_own_is_left_alone(tmp_path):
+    made = trainer(tmp_path, max_minutes=5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    made.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    assert made.create_scheduler(4, optimizer) is made.lr_scheduler
+    assert made.lr_scheduler.lr_lambdas[0](1) == 0.5
+
+
+def test_a_batch_that_is_too_large_is_halved_and_the_interrupt_given_back(tmp_path, monkeypatch):
+    handler, sizes = signal.getsignal(signal.SIGINT), []
+    made = trainer(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=2)
+    compute = made.compute_loss
+
+    def out_of_memory(model, inputs, **kwargs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return compute(model, inputs, **kwargs)
+
+    monkeypatch.setattr(made, "compute_loss", out_of_memory)
+    made.train()
+    assert sizes[0] == 8 and sizes[-1] <= 4 and made.state.global_step == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_training_that_begins_twice_gives_back_the_first_handler():
+    handler, interrupt = signal.getsignal(signal.SIGINT), SaveOnInterrupt()
+    for _ in range(2):
+        interrupt.on_train_begin(None, None, None)
+    interrupt.restore_handler()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_card_has_what_it_is_told(tmp_path):
+    made = trainer(tmp_path, max_steps=1)
+    made.train()
+    made.create_model_card("my-model", dataset_name="me/data", tags="mine")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "- mine" in text and "- me/data" in text and 'from_pretrained("my-model")' in text
+
+
+def test_loss_with_outputs_has_the_bases_logits(tmp_path):
+    made = trainer(tmp_path)
+    batch = next(iter(made.get_train_dataloader()))
+    loss, outputs = made.compute_loss(made.model, batch, return_outputs=True)
+    assert loss.ndim == 0 and outputs.logits.shape == (*batch["input_ids"].shape, 97)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs.logits, made.model.get_base_model()(**batch).logits)
