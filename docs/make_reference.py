@@ -23,7 +23,7 @@ SECTIONS = {
         "hf_mtp.objective.request": ["ObjectiveRequest"],
         "hf_mtp.objective.compute": ["batch_objective", "Objective"],
         "hf_mtp.passes.training_pass": ["TrainingPass"],
-        "hf_mtp.objective.chunked_backward": ["PartialBackward"],
+        "hf_mtp.objective.chunked_backward": ["ChunkedBackward"],
         "hf_mtp.training.recovery.checkpoint": ["WholeCheckpoints"],
     },
     "Generation": {
@@ -74,7 +74,7 @@ SECTIONS = {
             "latent_consistency",
             "feature_consistency",
         ],
-        "hf_mtp.objective.simulation": ["walk_through", "mean_tokens_per_step", "Walk"],
+        "hf_mtp.objective.simulation": ["simulate_decoding", "mean_tokens_per_step", "SimulatedDecoding"],
         "hf_mtp.layout.mask_plan": ["MaskPlan", "choose_masks", "landing_probability", "mask_values"],
     },
 }

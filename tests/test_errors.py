@@ -108,13 +108,13 @@ def test_a_base_without_a_decoder_of_its_own():
         def forward(self, input_ids=None, **kwargs):
             return CausalLMOutput(logits=self.lm_head(self.embed(input_ids)))
 
-    with pytest.raises(ValueError, match="Whole has no decoder of its own.*does not follow the interfaces"):
+    with pytest.raises(ValueError, match="Whole has no decoder apart from.*does not follow the interfaces"):
         get_peft_model(Whole(PreTrainedConfig()), GatedLoraConfig(k=2, target_modules=["embed"]))
 
 
 def test_encoder_is_refused():
     config = AutoConfig.for_model("bert", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    with pytest.raises(ValueError, match="BertLMHeadModel looks ahead.*is_decoder=True"):
+    with pytest.raises(ValueError, match="BertLMHeadModel attends to later tokens.*is_decoder=True"):
         get_peft_model(AutoModelForCausalLM.from_config(config), GatedLoraConfig())
 
 

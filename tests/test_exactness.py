@@ -31,8 +31,9 @@ def decoded_tokens_repeat_little(output: torch.LongTensor) -> bool:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("k", [1, 3, 8])
-@pytest.mark.parametrize("architecture", WITH_BRANCHES)
+@pytest.mark.parametrize(
+    ("architecture", "k"), [*((name, 3) for name in WITH_BRANCHES), ("llama", 1), ("llama", 8), ("mistral", 8)]
+)
 def test_architectures(architecture, k, strategy, monkeypatch):
     expected = plain_output(architecture, torch.float32)
     assert decoded_tokens_repeat_little(expected)
@@ -114,8 +115,8 @@ def test_adapter_options(config):
 # ---------------------------------------------------------------- counts
 
 
-@pytest.mark.parametrize("new_tokens", [1, 2, 3, 4, 20])
-@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("new_tokens", [1, 2, 4, 20])
+@pytest.mark.parametrize("k", [1, 8])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("right", RIGHT)
 def test_statistics(right, strategy, k, new_tokens, monkeypatch):

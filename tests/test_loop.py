@@ -157,6 +157,22 @@ def test_retired_rows_are_returned(model):
     assert len(batch.sequences) == len(batch.cache.lengths) == len(batch.unread_BT) == len(batch.source_of_row) == 1
 
 
+@torch.no_grad()
+def test_admitted_rows_bring_their_drafts(model):
+    loop = loop_of(model, "quadratic")
+    batch, other = (request.batch() for request in requests("greedy")[1:3])
+    for _ in range(2):
+        loop.step(batch)
+    loop.step(other)
+    before = [part.drafts.token_BK.tolist()[0] for part in (batch, other)]
+    pending = [part.sequences[0].text[-1] for part in (batch, other)]
+    batch.admit(other)
+    assert batch.drafts.token_BK.tolist() == before and before[0] != before[1]
+    assert batch.unread_BT.tolist() == [[token, *drafts] for token, drafts in zip(pending, before, strict=True)]
+    assert batch.source_of_row == [0, 0]
+    assert batch.cache.lengths == [sequence.ids_1S.shape[1] - 1 for sequence in batch.sequences]
+
+
 # ---------------------------------------------------------------- threads
 
 

@@ -27,7 +27,7 @@ adapter: peft_type loading config base_identity card hub gate parameters stacked
 passes: decoding_pass recurrent_pass speculation_mode training_pass
 data: prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
-decoding: noise sequence outcome
+decoding: noise sequence states outcome
 decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
@@ -66,7 +66,7 @@ def imports_of(module: str) -> set[str]:
     rooms = module.split(".")[:-1]
     return {
         ".".join([*rooms[: len(rooms) + 1 - node.level], node.module])
-        for node in ast.walk(tree)
+        for node in ast.simulated(tree)
         if isinstance(node, ast.ImportFrom) and node.level and node.module
     }
 

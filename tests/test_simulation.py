@@ -7,7 +7,7 @@ from tiny_models import VOCAB, generate, prompt, upgraded
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.layout.blocks import IGNORE
 from hf_mtp.objective.request import ObjectiveRequest
-from hf_mtp.objective.simulation import Walk, mean_tokens_per_step, walk_through
+from hf_mtp.objective.simulation import SimulatedDecoding, mean_tokens_per_step, simulate_decoding
 
 
 def test_mean_tokens_per_step():
@@ -30,11 +30,11 @@ def test_a_walk_by_hand():
     right = torch.tensor([[1, 1, 1, 0, 0, 0, 1, 0]], dtype=torch.bool)
     useful = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     # The prompt gives column 3; from 2 to 5 at once, giving 4 to 6; from 5 the last one, 7.
-    assert walk_through(anchors, right, useful, 2) == Walk(tokens=5, passes=3)
-    assert walk_through(anchors, torch.zeros_like(right), useful, 2) == Walk(tokens=5, passes=5)
+    assert simulate_decoding(anchors, right, useful, 2) == SimulatedDecoding(tokens=5, passes=3)
+    assert simulate_decoding(anchors, torch.zeros_like(right), useful, 2) == SimulatedDecoding(tokens=5, passes=5)
     # Two texts in a row.
     apart = anchors + torch.tensor([0, 0, 0, 0, 9, 9, 9, 9])
-    assert walk_through(apart, torch.zeros_like(right), useful, 2) == Walk(tokens=6, passes=6)
+    assert simulate_decoding(apart, torch.zeros_like(right), useful, 2) == SimulatedDecoding(tokens=6, passes=6)
 
 
 @pytest.mark.parametrize("config", [{}, {"sampler": False}, {"sampler_recurrent": True}])
@@ -49,8 +49,10 @@ def test_a_walk_through_the_bases_own_text_is_quadratic_decoding(k, config, trai
         labels = text.clone()
         labels[:, :6] = IGNORE
         with torch.no_grad():
-            walk = model(input_ids=text, labels=labels, mtp_objective=ObjectiveRequest(masks_per_part=30)).walk
-        assert walk == Walk(tokens=statistics.tokens, passes=statistics.forward_passes)
+            simulated = model(
+                input_ids=text, labels=labels, mtp_objective=ObjectiveRequest(masks_per_part=30)
+            ).simulated
+        assert simulated == SimulatedDecoding(tokens=statistics.tokens, passes=statistics.forward_passes)
         accepted += statistics.accepted
     assert accepted > 0
 

@@ -26,7 +26,7 @@ from hf_mtp import MTPConfig, MTPTrainer
 from hf_mtp.evaluation.compare import decode_both_ways, describe_machine, summarize
 from hf_mtp.layout.blocks import IGNORE
 from hf_mtp.objective.request import ObjectiveRequest
-from hf_mtp.objective.simulation import Walk
+from hf_mtp.objective.simulation import SimulatedDecoding
 
 STRATEGIES = ("quadratic", "linear")
 
@@ -79,23 +79,23 @@ def decoded(model: PeftModel, tokenizer, dataset, args: argparse.Namespace) -> d
             name: round(value, 4) if isinstance(value, float) else value for name, value in summarize(records).items()
         }
         if strategy == "quadratic":
-            walk = foreseen(model, prompts, [record.ids for record in records])
-            results[strategy]["foreseen_tokens_per_step"] = round(walk.tokens_per_step, 4)
+            simulated = foreseen(model, prompts, [record.ids for record in records])
+            results[strategy]["foreseen_tokens_per_step"] = round(simulated.tokens_per_step, 4)
     return results
 
 
 @torch.no_grad()
-def foreseen(model: PeftModel, prompts: list[torch.LongTensor], answers: list[list[int]]) -> Walk:
+def foreseen(model: PeftModel, prompts: list[torch.LongTensor], answers: list[list[int]]) -> SimulatedDecoding:
     """What an evaluation of these answers says that decoding them takes."""
-    whole = Walk()
+    whole = SimulatedDecoding()
     for prompt_1T, answer in zip(prompts, answers, strict=True):
         text_1T = torch.cat([prompt_1T, torch.tensor([answer])], dim=1)
         labels_1T = text_1T.clone()
         labels_1T[:, : prompt_1T.shape[1]] = IGNORE
         if (
             objective := model(input_ids=text_1T, labels=labels_1T, mtp_objective=ObjectiveRequest())
-        ).walk is not None:
-            whole += objective.walk
+        ).simulated is not None:
+            whole += objective.simulated
     return whole
 
 

@@ -1,6 +1,6 @@
 """What has to be known of a base model: whether it can be upgraded, where it computes, what its attention accepts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -159,3 +159,13 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def is_checkpointing(model: torch.nn.Module) -> bool:
     """Whether gradient checkpointing runs layers again in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def accepted_inputs(inputs: dict, names: Container[str]) -> dict:
+    """Those of a forward pass's inputs that a model takes.
+
+    Args:
+        inputs (`dict`): By name.
+        names (`Container[str]`): Names of the arguments of the model's `forward`.
+    """
+    return {name: value for name, value in inputs.items() if name in names}

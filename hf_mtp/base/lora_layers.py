@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .caches import cache_name
-from .inspection import evaluation_mode, input_device, weight_shape
+from .inspection import accepted_inputs, evaluation_mode, input_device, weight_shape
 
 logger = logging.get_logger(__name__)
 
@@ -108,11 +108,11 @@ def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
         for number, columns in enumerate(PASSES):
             ids = torch.arange(1, ROWS * columns + 1, device=input_device(model)).view(ROWS, columns)
             inputs = {"input_ids": ids % weight_shape(model.get_input_embeddings())[0], "use_cache": True}
-            inputs |= {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+            inputs["logits_to_keep"] = 1
             if number:
                 inputs[cache_name(known)] = outputs[cache_name(outputs)]
             with evaluation_mode(model):
-                outputs = model(**{name: value for name, value in inputs.items() if name in known})
+                outputs = model(**accepted_inputs(inputs, known))
     except Exception as error:  # whatever a model's code raises, what it did before counts
         logger.debug("%s could not be run in full: %s", type(model).__name__, error)
         if not served:

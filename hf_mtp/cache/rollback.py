@@ -209,7 +209,7 @@ class RollbackCache(Cache):
             layer.keys = torch.cat([_padded(layer.keys, columns), _padded(new.keys, columns)])
             layer.values = torch.cat([_padded(layer.values, columns), _padded(new.values, columns)])
 
-    def see(self, cache: Cache, layers: list[int], extra_inputs: dict[str, torch.Tensor]) -> None:
+    def share_layers(self, cache: Cache, layers: list[int], extra_inputs: dict[str, torch.Tensor]) -> None:
         """Shows the model what is no text: it stays as it is, whatever is read or rolled back.
 
         Args:

@@ -22,7 +22,8 @@ class Batch:
         sequences (`list[Sequence]`): The rows.
         cache ([`DecodingCache`]): What the model has read of each.
         unread_BT (`torch.Tensor`): What it has not: ids of shape `(B, T)`, or embeddings `(B, T, E)`, drafts at the
-        end. drafts ([`Drafts`]): The drafts among these.
+        end.
+        drafts ([`Drafts`]): The drafts among these.
         source_of_row (`list[int]`): Number of the drafter that made each row's drafts, -1 for none.
     """
 

@@ -23,7 +23,7 @@ class _Ready(torch.autograd.Function):
         return None, None, *(gradient.mul_(loss_gradient) for gradient in ctx.gradients)
 
 
-class PartialBackward:
+class ChunkedBackward:
     """Adds up the gradients of a loss that is computed in parts.
 
     Args:
@@ -49,7 +49,7 @@ class PartialBackward:
         return _Ready.apply(loss, self.gradients, *self.parameters)
 
 
-def can_go_backward_in_parts(model: nn.Module, parts: Sized) -> bool:
+def can_go_backward_in_chunks(model: nn.Module, parts: Sized) -> bool:
     """Whether gradients are wanted, in parts, and can be computed before the whole loss is known.
 
     Not in float16, whose gradients need the scale that the whole loss is multiplied by.

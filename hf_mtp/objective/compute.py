@@ -19,11 +19,11 @@ from ..base.distributed import is_sharded
 from ..layout.blocks import IGNORE, BlockLayout, segments, training_layout, weight_of_all_masks
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from ..passes.training_pass import TrainingPass, training_pass
-from .chunked_backward import PartialBackward, can_go_backward_in_parts
+from .chunked_backward import ChunkedBackward, can_go_backward_in_chunks
 from .losses import at_least_float32, cross_entropy, feature_consistency, latent_consistency, likeliest_tokens
 from .recipe import Recipe
 from .request import ObjectiveRequest
-from .simulation import Walk, mean_tokens_per_step, walk_through
+from .simulation import SimulatedDecoding, mean_tokens_per_step, simulate_decoding
 
 
 @dataclass
@@ -34,16 +34,17 @@ class Objective(ModelOutput):
         loss (`torch.Tensor`): Weighted sum of the losses, a scalar with gradient. Zero if no mask had a target.
         metrics (`dict[str, torch.Tensor]`): Each loss by itself, accuracy per mask position (`accuracy_1` ...) and
             `tokens_per_step`, detached scalars. That is what a step from a token taken at random returns; where
-            `walk` is given, it is the walk's, and `tokens_per_block` is the other. Empty if no mask had a target.
+            `simulated` is given, it is that of the whole text, and `tokens_per_block` is the other. Empty if no mask
+            had a target.
         rows (`int`): R, supervised masks.
-        walk ([`Walk`], *optional*): What decoding this very text would take: without gradients, and if there was a
-            block on every token.
+        simulated ([`SimulatedDecoding`], *optional*): What decoding this very text would take: without gradients, and
+            if there was a block on every token.
     """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] | None = None
     rows: int | None = None
-    walk: Walk | None = None
+    simulated: SimulatedDecoding | None = None
 
 
 @dataclass
@@ -167,7 +168,7 @@ def multi_token_objective(
         choice_BT = _base_choices(model.unembedding(), reading.regular[-1], layout.target_columns(labels_BT))
 
     backward = (
-        PartialBackward(model.trainable_parameters()) if can_go_backward_in_parts(model, reading.parts) else None
+        ChunkedBackward(model.trainable_parameters()) if can_go_backward_in_chunks(model, reading.parts) else None
     )
     whole, loss, total = _Whole(), 0.0, weight if request.total is None else request.total
     for blocks in reading.parts:
@@ -184,10 +185,10 @@ def multi_token_objective(
     metrics |= _draft_quality(accepted_BM.view(-1, k), supervised_BM.view(-1, k))
     if torch.is_grad_enabled() or layout.weight_B is not None:
         return Objective(loss, metrics, rows)
-    walk = walk_through(layout.anchor_BM, accepted_BM, supervised_BM, k)
+    simulated = simulate_decoding(layout.anchor_BM, accepted_BM, supervised_BM, k)
     metrics["tokens_per_block"] = metrics["tokens_per_step"]
-    metrics["tokens_per_step"] = torch.tensor(walk.tokens_per_step, device=accepted_BM.device)
-    return Objective(loss, metrics, rows, walk)
+    metrics["tokens_per_step"] = torch.tensor(simulated.tokens_per_step, device=accepted_BM.device)
+    return Objective(loss, metrics, rows, simulated)
 
 
 def _part(

@@ -17,7 +17,7 @@ def at_least_float32(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _kullback_leibler(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, target, reduction="none")
 
 
@@ -30,7 +30,7 @@ def _total_variation(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 # How far what is drafted is from the target. A draft from q is accepted by p with probability 1 - TV(p, q) when
 # sampling (Leviathan et al., arXiv 2211.17192, theorem 3.5).
-DIVERGENCES = {"kl": _kullback_leibler, "tv": _total_variation}
+DIVERGENCES = {"kl": _cross_entropy, "tv": _total_variation}
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass
-class Walk:
+class SimulatedDecoding:
     """Greedy decoding of a known text.
 
     Args:
@@ -25,15 +25,15 @@ class Walk:
         """Tokens per forward pass. Plain decoding has 1."""
         return self.tokens / self.passes if self.passes else 0.0
 
-    def __add__(self, other: "Walk") -> "Walk":
-        return Walk(self.tokens + other.tokens, self.passes + other.passes)
+    def __add__(self, other: "SimulatedDecoding") -> "SimulatedDecoding":
+        return SimulatedDecoding(self.tokens + other.tokens, self.passes + other.passes)
 
 
 def mean_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
     """1 + sum_i prod_{j<=i} accept_j, averaged over blocks: what a step from a token taken at random returns.
 
     Decoding comes by easy stretches in fewer steps than by hard ones, so that it has less than this: see
-    [`walk_through`].
+    [`simulate_decoding`].
 
     Args:
         accepted_CK (`torch.BoolTensor` of shape `(C, K)`): Whether each draft of each of C blocks is the base's own
@@ -46,9 +46,9 @@ def mean_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
 
 
 @torch.compiler.disable
-def walk_through(
+def simulate_decoding(
     anchor_BM: torch.LongTensor, accepted_BM: torch.BoolTensor, supervised_BM: torch.BoolTensor, k: int
-) -> Walk:
+) -> SimulatedDecoding:
     """Decodes a text of which every token has a block, as quadratic decoding does if the text is the base's own.
 
     A step that stands on column c returns the drafts that are right and one token more, and the next one stands on the
@@ -60,7 +60,7 @@ def walk_through(
         supervised_BM (`torch.BoolTensor` of shape `(B, M)`): Whether each mask has a token to predict.
         k (`int`): Masks per block.
     """
-    whole = Walk()
+    whole = SimulatedDecoding()
     accepted_BA = accepted_BM.view(len(accepted_BM), -1, k).long().cumprod(dim=2).sum(dim=2)
     for anchors, accepted, useful in zip(
         anchor_BM[:, ::k].tolist(), accepted_BA.tolist(), supervised_BM[:, ::k].tolist(), strict=True
@@ -69,15 +69,15 @@ def walk_through(
         by_column = {column: right for column, right, is_used in blocks if is_used}
         for first in by_column:
             if first - 1 not in by_column:  # a text begins; the pass over its prompt returns one token
-                whole += _walk(by_column, first)
+                whole += _decode_text(by_column, first)
     return whole
 
 
-def _walk(accepted: dict[int, int], first: int) -> Walk:
+def _decode_text(accepted: dict[int, int], first: int) -> SimulatedDecoding:
     last = first
     while last + 1 in accepted:
         last += 1
     passes, column = 1, first
     while column <= last:
         passes, column = passes + 1, column + 1 + accepted[column]
-    return Walk(tokens=last + 2 - first, passes=passes)
+    return SimulatedDecoding(tokens=last + 2 - first, passes=passes)

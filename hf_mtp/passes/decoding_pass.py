@@ -13,7 +13,7 @@ import torch
 
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
-from ..base.inspection import mask_form
+from ..base.inspection import accepted_inputs, mask_form
 from ..base.rope import rope_switches
 from ..cache.rollback import RollbackCache
 from ..layout.attention import attention_kinds, attention_masks, padded_behind
@@ -114,6 +114,8 @@ class DecodingPass:
         self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
         self.known_arguments = inspect.signature(self.model.forward).parameters
+        if "output_router_logits" in self.known_arguments:  # the loss of a router takes no 4-D mask
+            self.outputs["output_router_logits"] = False
         config = self.model.config.get_text_config(decoder=True)
         self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
         self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
@@ -133,32 +135,8 @@ class DecodingPass:
             cache ([`RollbackCache`]): All tokens before.
             logits_rows (`int`): R, the last regular tokens whose logits are wanted.
         """
-        regular = regular_BT.shape[1]
-        wanted = logits_rows  # of all columns, the last
-        if 0 < layout.masks <= FEW_MASKS:
-            wanted += layout.masks
-        elif layout.masks:
-            wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
-        inputs = {
-            "position_ids": self._positions(layout, cache, regular, drafts=logits_rows - 1),
-            "logits_to_keep": wanted,
-            cache_name(self.known_arguments): cache,
-            "use_cache": True,
-            "output_router_logits": False,  # of experts: their loss takes no 4-D mask
-        }
-        if regular_BT.dim() == 3:
-            masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
-            inputs["inputs_embeds"] = torch.cat([regular_BT, masks_BMD], dim=1)
-        elif layout.masks:
-            inputs["input_ids"] = torch.cat([regular_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
-        else:
-            inputs["input_ids"] = regular_BT
-        if not (cache.is_causal and (layout.masks == 0 or layout.is_chain)):  # else the model's own mask is right
-            inputs["attention_mask"] = self._attention_mask(layout, cache, regular)
-        for name, value_B1 in cache.extra_inputs.items():
-            inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])
-        inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
-        past = list(cache.lengths)
+        regular, past = regular_BT.shape[1], list(cache.lengths)
+        inputs = self._inputs(regular_BT, layout, cache, logits_rows)
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
         with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
             outputs = forward(**inputs, **self.outputs)
@@ -176,9 +154,37 @@ class DecodingPass:
             attentions=outputs.attentions if "output_attentions" in self.outputs else None,
         )
 
+    def _inputs(
+        self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int
+    ) -> dict[str, object]:
+        """What the model's forward pass gets. Arguments as in `__call__`."""
+        regular = regular_BT.shape[1]
+        wanted = logits_rows  # of all columns, the last
+        if 0 < layout.masks <= FEW_MASKS:
+            wanted += layout.masks
+        elif layout.masks:
+            wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
+        inputs = {
+            "position_ids": self._positions(layout, cache, regular, drafts=logits_rows - 1),
+            "logits_to_keep": wanted,
+            cache_name(self.known_arguments): cache,
+            "use_cache": True,
+        }
+        if regular_BT.dim() == 3:
+            masks_BMD = self.tuner.mask_embeddings(layout.index_BM).to(regular_BT.dtype)
+            inputs["inputs_embeds"] = torch.cat([regular_BT, masks_BMD], dim=1)
+        elif layout.masks:
+            inputs["input_ids"] = torch.cat([regular_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
+        else:
+            inputs["input_ids"] = regular_BT
+        if not (cache.is_causal and (layout.masks == 0 or layout.is_chain)):  # else the model's own mask is right
+            inputs["attention_mask"] = self._attention_mask(layout, cache, regular)
+        for name, value_B1 in cache.extra_inputs.items():
+            inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])
+        return accepted_inputs(inputs, self.known_arguments)
+
     def _attention_mask(self, layout: BlockLayout, cache: RollbackCache, regular: int):
-        """What to pass as `attention_mask`: for padded prompts alone the 2-D mask, so that memory grows as the
-        base's."""
+        """What to pass as `attention_mask`. Padded prompts without masks get the 2-D mask, which takes less memory."""
         if not layout.masks and not cache.rows.longest and cache.rows.columns is None:
             seen_BT = layout.segment_BT > NO_DOCUMENT
             return (seen_BT & ~padded_behind(cache.rows.hidden_BP, regular)).long()

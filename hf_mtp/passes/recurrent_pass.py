@@ -13,6 +13,7 @@ from transformers import Cache
 
 from ..adapter.gate import HiddenStateCapture
 from ..base.caches import cache_name, copied
+from ..base.inspection import accepted_inputs
 from ..cache.rows import Rows
 from ..cache.sequence import SequenceCache, TextCache
 from ..layout.blocks import BlockLayout
@@ -81,9 +82,8 @@ class RecurrentPass(DecodingPass):
             "use_cache": True,
             **options,
         }
-        inputs = {name: value for name, value in inputs.items() if name in self.known_arguments}
         with self.tuner.capture_hidden_states() as captured:
-            return self.model(**inputs, **self.outputs), captured
+            return self.model(**accepted_inputs(inputs, self.known_arguments), **self.outputs), captured
 
 
 class RecomputePass(RecurrentPass):

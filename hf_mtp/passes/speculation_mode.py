@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..adapter.gate import HiddenStateCapture
 from ..base.caches import cache_name
-from ..base.inspection import evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
+from ..base.inspection import accepted_inputs, evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
 from ..base.sizes import WINDOW
 from ..base.tiny import tiny_model
 from ..cache.rollback import RollbackCache
@@ -175,7 +175,7 @@ def _plain_logits(model: PreTrainedModel, text_1T: torch.LongTensor, last: int =
     position_1T = torch.arange(text_1T.shape[1], device=text_1T.device)[None]
     for end in range(first, text_1T.shape[1] + 1):
         inputs = {"input_ids": text_1T[:, start:end], "position_ids": position_1T[:, start:end], "use_cache": True}
-        outputs = model(**{name: value for name, value in inputs.items() if name in known}, **past)
+        outputs = model(**accepted_inputs(inputs, known), **past)
         if cache_name(outputs) in outputs:
             past, start = {cache_name(known): outputs[cache_name(outputs)]}, end
         logits.append(outputs.logits[0, -1:])

@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import gather_object
 
 from ..objective.compute import Objective
-from ..objective.simulation import Walk
+from ..objective.simulation import SimulatedDecoding
 
 
 class EvaluationMeasures:
@@ -15,26 +15,26 @@ class EvaluationMeasures:
     def __init__(self):
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
-        self.walk = Walk()
+        self.simulated = SimulatedDecoding()
 
     def add(self, objective: Objective) -> None:
         """Counts one batch in."""
         for name, value in measures_of(objective).items():
             self.sums[name] += value
             self.counts[name] += 1
-        if objective.walk is not None:
-            self.walk += objective.walk
+        if objective.simulated is not None:
+            self.simulated += objective.simulated
 
     def means(self) -> dict[str, float]:
         """By name, what the evaluation measured. All processes ask together, and all are told the same."""
-        sums, counts, walk = defaultdict(float), defaultdict(int), Walk()
-        for other in gather_object([(dict(self.sums), dict(self.counts), self.walk)]):
+        sums, counts, simulated = defaultdict(float), defaultdict(int), SimulatedDecoding()
+        for other in gather_object([(dict(self.sums), dict(self.counts), self.simulated)]):
             for name, value in other[0].items():
                 sums[name] += value
                 counts[name] += other[1][name]
-            walk += other[2]
+            simulated += other[2]
         means = {name: value / counts[name] for name, value in sums.items()}
-        return means | ({"tokens_per_step": walk.tokens_per_step} if walk.passes else {})
+        return means | ({"tokens_per_step": simulated.tokens_per_step} if simulated.passes else {})
 
 
 def measures_of(objective: Objective) -> dict[str, float]:
