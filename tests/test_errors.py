@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.adapter.base_match import tokenizer_fingerprint
+from hf_mtp.adapter.base_identity import tokenizer_fingerprint
 
 # ---------------------------------------------------------------- GatedLoraConfig
 

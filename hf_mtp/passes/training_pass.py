@@ -104,8 +104,8 @@ class TrainingPass:
     def dtype(self) -> torch.dtype:
         """What attention computes in."""
         model = self.tuner.model
-        autocast = torch.is_autocast_enabled(model.device.type)
-        return torch.get_autocast_dtype(model.device.type) if autocast else model.dtype
+        device = input_device(model).type  # `model.device` is "meta" while weights are offloaded
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
     def call(self, input_ids: torch.LongTensor, **inputs) -> list[torch.Tensor]:
         """The decoder's states."""
