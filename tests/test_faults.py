@@ -231,7 +231,7 @@ def test_steps_of_another_length_go_on_and_say_what_changes(trained, tmp_path, l
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [
-        ((1, 8), (2, 8), "written by 1 process.*2 resume it"),
+        ((1, 8), (2, 8), "written by 1 process.*resumed by 2"),
         ((2, 8), (1, 4), "with 1 process.* a step has 8"),
         ((2, 8), (2, 8), None),
     ],
@@ -434,5 +434,5 @@ def test_two_processes_leave_out_the_same_step_and_write_one_checkpoint(tmp_path
     assert damage_of(tmp_path / "checkpoint-4") is None
     alone = trainer(tmp_path, with_bad_row(0), poisoned(), **{**NONFINITE_RUN, "max_steps": 5, "nonfinite": "skip"})
     alone.train(resume_from_checkpoint=True)
-    assert "The checkpoint was written by 2 process(es), and 1 go on" in logs.text
+    assert "The checkpoint was written by 2 process(es) and is resumed by 1" in logs.text
     assert alone.state.global_step == 5

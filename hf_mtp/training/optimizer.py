@@ -119,7 +119,7 @@ class MuonAdamW(torch.optim.Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}  # the key in saved checkpoints
 
     def load_state_dict(self, state_dict: dict) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):

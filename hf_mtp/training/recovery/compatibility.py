@@ -113,7 +113,7 @@ def step_size_warning(there: dict, here: dict) -> str | None:
     if "processes" in different:
         old, new = different["processes"]
         return (
-            f"The checkpoint was written by {old} process(es), but {new} resume it. Steps have the same sequences, "
+            f"The checkpoint was written by {old} process(es) and is resumed by {new}. Steps have the same sequences, "
             "but different masks and dropout, so losses are not bit-identical to those of an uninterrupted training."
         )
     return None
