@@ -22,17 +22,16 @@ def style(axes: Axes, title: str, subtitle: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: list[str], gap: float = GAP) -> None:
+def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: list[str]) -> None:
     """Writes each line's name to the right of its last point, and moves names that would overlap.
 
     Args:
         axes (`matplotlib.axes.Axes`): The panel, with its final limits.
         ends (`dict[str, tuple[float, float]]`): The last point of each line, by name.
         colours (`list[str]`): Colour of each name.
-        gap (`float`, *optional*, defaults to `0.07`): Distance of two names, as a fraction of the panel's height.
     """
     to_panel = axes.transData + axes.transAxes.inverted()
-    heights = spread([to_panel.transform(end)[1] for end in ends.values()], gap)
+    heights = spread([to_panel.transform(end)[1] for end in ends.values()], GAP)
     for name, height, colour in zip(ends, heights, colours, strict=True):
         axes.annotate(
             name,
