@@ -279,4 +279,4 @@ def complete_model_card(model: PeftModel, summaries: dict[str, dict], folder: Pa
     """Writes the measured tokens per step into the adapter's configuration and model card."""
     config = model.peft_config["default"]
     config.tokens_per_step = {domain: round(summary["tokens_per_step"], 2) for domain, summary in summaries.items()}
-    config.save_pretrained(str(folder))
+    model.save_pretrained(folder)
