@@ -34,7 +34,7 @@ def test_figures_can_be_drawn_again(figure, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", ["README.md", "docs/quicktour.md"])
 def test_examples_define_every_name_that_they_use(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    nodes = list(ast.simulated(ast.parse("".join(blocks))))
+    nodes = list(ast.walk(ast.parse("".join(blocks))))
     names = [node for node in nodes if isinstance(node, ast.Name)]
     imported = {
         alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names

@@ -66,7 +66,7 @@ def imports_of(module: str) -> set[str]:
     rooms = module.split(".")[:-1]
     return {
         ".".join([*rooms[: len(rooms) + 1 - node.level], node.module])
-        for node in ast.simulated(tree)
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level and node.module
     }
 

@@ -83,7 +83,7 @@ def functions_of(source: str, max_body_lines: int = 12, max_chars: int = 600) ->
             tree = ast.parse(source)
         except (SyntaxError, ValueError):
             return
-    for node in ast.simulated(tree):
+    for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or node.decorator_list or not ast.get_docstring(node):
             continue
         summary = ast.get_docstring(node).strip().split("\n")[0].strip()

@@ -1,4 +1,7 @@
-"""What has to be known of a base model: whether it can be upgraded, where it computes, what its attention accepts."""
+"""Inspects a base model: whether it can be upgraded, where it computes, which masks its attention accepts.
+
+Knows the interfaces of transformers, and nothing of adapters or of single architectures.
+"""
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -21,7 +24,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"Multi-token prediction upgrades a transformers model, but got {type(model).__name__}. Load it with "
+            f"Multi-token prediction upgrades a transformers model, but got {type(model).__name__}. Load one with "
             "AutoModelForCausalLM.from_pretrained."
         )
     name = type(model).__name__
@@ -32,8 +35,8 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         )
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{name} is not a causal language model: it does not generate text, or no layer turns hidden states into "
-            "logits. Load it with AutoModelForCausalLM.from_pretrained."
+            f"{name} is not a causal language model: it does not generate text, or it has no output embeddings that "
+            "turn hidden states into logits. Load it with AutoModelForCausalLM.from_pretrained."
         )
     if getattr(model.config, "is_decoder", None) is False and hasattr(model.config, "add_cross_attention"):
         raise ValueError(
@@ -50,10 +53,9 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
     """
     if mask_form(model) is None:
         raise ValueError(
-            f"The base model uses attn_implementation={model.config._attn_implementation!r}, which takes no 4-D "
+            f"The base model uses attn_implementation={model.config._attn_implementation!r}, which accepts no 4-D "
             "attention mask, but blocks of masks on several tokens need one. Call "
-            "`model.set_attn_implementation('sdpa')`, or decode with "
-            "mtp_strategy='linear'."
+            "`model.set_attn_implementation('sdpa')`, or decode with mtp_strategy='linear'."
         )
 
 
@@ -71,10 +73,10 @@ def mask_form(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Calla
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal language model that returns the last hidden states. Most models name it themselves.
+    """The part of a causal language model that returns the last hidden states.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The model has no such part.
     """
     for part in (model.get_decoder(), model.base_model, *model.children()):
         if isinstance(part, PreTrainedModel) and part is not model:
@@ -94,17 +96,17 @@ def refuse_without_weights(model: PreTrainedModel) -> None:
     if input_device(model).type == "meta":
         raise ValueError(
             f"{type(model).__name__} is on the meta device: it has shapes, but no weights. Load it with "
-            "AutoModelForCausalLM.from_pretrained, or give it weights by `to_empty` and `load_state_dict`."
+            "AutoModelForCausalLM.from_pretrained, or give it weights with `to_empty` and `load_state_dict`."
         )
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model expects its token ids, and where the adapter's own modules compute."""
+    """The device on which a model expects token ids. The adapter's own modules compute there, too."""
     return device_of(model.get_input_embeddings())
 
 
 def device_of(layer: torch.nn.Module) -> torch.device:
-    """Where a layer computes, even if accelerate keeps its weights elsewhere until they are needed."""
+    """The device on which a layer computes, even if accelerate keeps its weights elsewhere between calls."""
     waiting = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return layer.weight.device if waiting is None else torch.device(waiting)
 
@@ -127,25 +129,25 @@ def unpack_for_gradients(model: torch.nn.Module) -> None:
 
 
 def is_media(config: PreTrainedConfig, input_ids: torch.LongTensor) -> torch.BoolTensor:
-    """Which tokens are the places of an image, a video or a sound."""
+    """Which tokens are placeholders for an image, a video or a sound."""
     return torch.isin(input_ids, input_ids.new_tensor(media_tokens(config)))
 
 
 def media_tokens(config: PreTrainedConfig) -> list[int]:
-    """Ids of the tokens that stand for an image, a video or a sound."""
+    """Ids of the placeholder tokens for images, videos and sounds."""
     tokens = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio"))
     return [token for token in tokens if token is not None]
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether the model says that it keeps a recurrent state. Unlike keys and values, a state cannot be cropped."""
+    """Whether the model declares a recurrent state. Unlike keys and values, such a state cannot be cropped."""
     kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}
     return bool(kinds - _ATTENTION_KINDS) or bool(getattr(model, "_is_stateful", False))
 
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Puts all modules in evaluation mode, and each back in its own mode on exit."""
+    """Puts all modules in evaluation mode, and restores each module's mode on exit."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -162,10 +164,5 @@ def is_checkpointing(model: torch.nn.Module) -> bool:
 
 
 def accepted_inputs(inputs: dict, names: Container[str]) -> dict:
-    """Those of a forward pass's inputs that a model takes.
-
-    Args:
-        inputs (`dict`): By name.
-        names (`Container[str]`): Names of the arguments of the model's `forward`.
-    """
+    """The inputs, by name, that a model's `forward` with arguments of these `names` accepts."""
     return {name: value for name, value in inputs.items() if name in names}
