@@ -158,6 +158,36 @@ def tree() -> str:
     return table(head, [["8, one chain", "1.00x", *chain], *rows]) + f"\n{machine(report)}.\n"
 
 
+def sampling() -> str:
+    """Rejection sampling against noise that drafting and verification share."""
+    report = load("sampling")
+    found = {(row["temperature"], row["mask"], row["way"]): row["rate"] for row in report["rates"]}
+    ways = list(dict.fromkeys(row["way"] for row in report["rates"]))
+    places = sorted({(temperature, mask) for temperature, mask, _ in found})
+    head = ["", *(f"T = {temperature}, mask {mask}" for temperature, mask in places)]
+    rows = [[way, *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
+    note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
+    return table(head, rows) + note
+
+
+def revisions() -> str:
+    """Decoding by this version against the one before, paired."""
+    report = load("revisions")
+    rows = [
+        [
+            way,
+            f"{row['seconds_before']:.2f} s",
+            f"{row['seconds_now']:.2f} s",
+            f"{row['faster']:.2f}x",
+            f"{row['lowest']:.2f} to {row['highest']:.2f}",
+            f"{row['identical']}/{row['prompts']}",
+        ]
+        for way, row in report["ways"].items()
+    ]
+    head = ["way", "before", "now", "before / now", "range", "same text"]
+    return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
+
+
 def ablation() -> str:
     """The gain and the cost of each single change."""
     report = load("ablation")

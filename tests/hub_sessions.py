@@ -40,7 +40,7 @@ def upgrade(base):
     from transformers import AutoTokenizer
 
     from hf_mtp import GatedLoraConfig
-    from hf_mtp.adapter.base_match import tokenizer_fingerprint
+    from hf_mtp.adapter.base_identity import tokenizer_fingerprint
 
     config = GatedLoraConfig(k=3, r=4, recipe="default", train_datasets=["openai/gsm8k", "notes"])
     config.tokenizer_fingerprint = tokenizer_fingerprint(AutoTokenizer.from_pretrained("me/base"))

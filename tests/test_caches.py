@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 from transformers.generation import StoppingCriteria
 
 from hf_mtp.base.tiny import tiny_model
+from hf_mtp.decoding.checks import QuantizedLayer, refuse_cache
 from hf_mtp.evaluation.support import Rehearsal
 
 NEW = 12
@@ -219,3 +220,12 @@ def test_padding_is_the_same_in_every_returned_cache():
         for strategy in ("quadratic", "linear")
     ]
     assert_same(*made)
+
+
+def test_a_quantized_cache_is_refused():
+    rounded = type("Rounded", (QuantizedLayer,), {})
+    rounded.__abstractmethods__ = frozenset()  # the packages that quantize are not needed to refuse
+    cache = DynamicCache()
+    cache.layers, cache._is_user_defined = [object.__new__(rounded)], True
+    with pytest.raises(ValueError, match="quantized.*rounds keys and values"):
+        refuse_cache(cache, columns=9)

@@ -206,6 +206,8 @@ def test_one_process_holds_all(monkeypatch):
     model = upgraded("llama", K)
     assert not is_sharded(model) and not is_sharded(model.base_model)
     model.get_base_model().lm_head.weight.ds_id = 0  # as DeepSpeed marks what it spread
+    assert not is_sharded(model)  # over no other process
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert is_sharded(model)
 
 

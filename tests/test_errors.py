@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.adapter.base_match import tokenizer_fingerprint
+from hf_mtp.adapter.base_identity import tokenizer_fingerprint
 
 # ---------------------------------------------------------------- GatedLoraConfig
 
@@ -108,7 +108,7 @@ def test_a_base_without_a_decoder_of_its_own():
         def forward(self, input_ids=None, **kwargs):
             return CausalLMOutput(logits=self.lm_head(self.embed(input_ids)))
 
-    with pytest.raises(ValueError, match="Whole has no decoder of its own.*does not follow the interfaces"):
+    with pytest.raises(ValueError, match="Whole has no decoder apart from.*does not follow the interfaces"):
         get_peft_model(Whole(PreTrainedConfig()), GatedLoraConfig(k=2, target_modules=["embed"]))
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import get_logger
 
 from hf_mtp import MTPTrainer
-from hf_mtp.adapter.base_match import tokenizer_fingerprint
+from hf_mtp.adapter.base_identity import tokenizer_fingerprint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.adapter.base_match import tokenizer_fingerprint
-from hf_mtp.adapter.card import MARK
+from hf_mtp.adapter.base_identity import tokenizer_fingerprint
+from hf_mtp.adapter.card import MARK, write_model_card
 
 TESTS = Path(__file__).parent
 BY_HAND = "---\nlibrary_name: peft\n---\n\n# My own words\n"
@@ -293,7 +294,64 @@ def test_a_card_without_measurements_says_so(folder):
 def test_a_card_has_a_table_of_what_was_measured(folder):
     config = GatedLoraConfig.from_pretrained(folder / "adapter")
     config.tokens_per_step = {"maths": 3.0, "code": 2.352}
-    config.write_model_card(folder / "adapter", repo="me/named")
+    write_model_card(config, folder / "adapter", repo="me/named")
     card = card_of(folder)
     assert "| domain | tokens per step |\n|---|---|\n| maths | 3.00 |\n| code | 2.35 |" in card
     assert 'from_pretrained("me/named")' in card
+
+
+# ---------------------------------------------------------------- adapters with a name
+
+
+class FolderApi:
+    """The few calls of `push_to_hub`, on a folder."""
+
+    folder: Path
+
+    def __init__(self, **_):
+        pass
+
+    def create_repo(self, repo_id: str, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def file_exists(self, *_, **__) -> bool:
+        return False
+
+    def create_commit(self, repo_id: str, operations, **_) -> None:
+        for operation in operations:
+            path = self.folder / operation.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(Path(operation.path_or_fileobj).read_bytes())
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(FolderApi, "folder", tmp_path / "hub", raising=False)
+    monkeypatch.setattr("hf_mtp.adapter.hub.HfApi", FolderApi)
+    return tmp_path / "hub"
+
+
+def loaded_as_the_card_says(folder: Path, card: Path):
+    """The model that the example of a card makes, with a folder in the place of the repository."""
+    example = card.read_text(encoding="utf-8").split("```python")[1].split("```")[0]
+    names = {}
+    exec(example.partition("tokenizer =")[0].replace("me/named", str(folder)), names)
+    return names["model"]
+
+
+def test_a_pushed_adapter_with_a_name_loads_as_its_card_says(hub_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
+    model = get_peft_model(base, GatedLoraConfig(k=2, r=2), adapter_name="mtp")
+    model.push_to_hub("me/named")
+    assert {path.name for path in hub_folder.rglob("*")} == ADAPTER_FILES
+    assert loaded_as_the_card_says(hub_folder, hub_folder / "README.md").peft_config["default"].k == 2
+
+
+def test_pushed_adapters_each_load_as_their_card_says(hub_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
+    model = get_peft_model(base, GatedLoraConfig(k=2, r=2))
+    model.add_adapter("wide", GatedLoraConfig(k=4, r=2))
+    model.push_to_hub("me/named")
+    for k, card in ((2, hub_folder / "README.md"), (4, hub_folder / "wide" / "README.md")):
+        assert f"| mask tokens (k) | {k} |" in card.read_text(encoding="utf-8")
+        assert loaded_as_the_card_says(hub_folder, card).active_peft_config.k == k

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from packaging.version import Version
-from peft import get_peft_model
-from tiny_models import generate, prompt, randomised, tiny_base
+from peft import LoraConfig, get_peft_model
+from tiny_models import VOCAB, generate, prompt, randomised, tiny_base, upgraded
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
@@ -43,6 +44,33 @@ def test_embeddings_that_are_offloaded(tmp_path):
     ).eval()
     assert base.get_input_embeddings().weight.device.type == "meta"
     assert_exact(base)
+
+
+def above_another(base):
+    users = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4))
+    return randomised(get_peft_model(users, GatedLoraConfig(k=3, r=4), adapter_name="mtp")).eval()
+
+
+@pytest.mark.parametrize("make", [upgraded, above_another], ids=["plain", "above another adapter"])
+@pytest.mark.parametrize("way", ["cpu", "disk", "dispatched"])
+def test_offloading_after_the_upgrade(make, way, tmp_path):
+    model = make(tiny_base("llama"))
+    expected, masks = generate(model, prompt()), torch.arange(VOCAB, VOCAB + 3)[None]
+    drafts = model(torch.cat([prompt(), masks], dim=1)).logits
+    generate(model, prompt(), mtp=True, mtp_strategy="quadratic")
+    steps = model.mtp_statistics.steps
+    if way == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    elif way == "disk":
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        parts = {f"base_model.{name}": "cpu" for name, _ in model.base_model.named_children()}
+        parts.pop("base_model.model")
+        places = {**parts, "base_model.model.model": "disk", "base_model.model.lm_head": "cpu"}
+        dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    torch.testing.assert_close(model(torch.cat([prompt(), masks], dim=1)).logits, drafts)
+    assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy="quadratic"), expected)
+    assert model.mtp_statistics.steps == steps
 
 
 def decode_in_parallel(rank: int, folder: str) -> None:

@@ -16,7 +16,7 @@ from tiny_training import ROWS, SAVING, K, RaisesAt, assert_same_end, logged, te
 from transformers.utils.logging import get_logger
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
-from hf_mtp.adapter.base_match import tokenizer_fingerprint
+from hf_mtp.adapter.base_identity import tokenizer_fingerprint
 from hf_mtp.layout.blocks import segments, training_layout
 
 MEASURES = {

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-if TYPE_CHECKING:
-    from .config import GatedLoraConfig
+from .config import GatedLoraConfig
 
 README = "README.md"
 MARK = "<!-- Written by hf_mtp. Delete this line to keep your own changes when the adapter is saved again. -->"
@@ -30,10 +28,7 @@ is the base model's own: every token is verified by the base before it is return
 ```python
 # pip install hf_mtp
 import hf_mtp
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained("{repo}")
+{loading}
 tokenizer = AutoTokenizer.from_pretrained("{base}")
 inputs = tokenizer("Your prompt", return_tensors="pt")
 output = model.generate(**inputs, mtp=True, do_sample=False, max_new_tokens=128)
@@ -59,14 +54,50 @@ The adapter fits this base, its vocabulary and its tokenizer, and refuses others
 half precision a longer forward pass may flip a near-tie between two tokens.
 """
 
+_LOADING = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
-def render_model_card(config: "GatedLoraConfig", repo: str, tags: Iterable[str] = ()) -> ModelCard:
+model = AutoPeftModelForCausalLM.from_pretrained("{repo}")"""
+# The class above would look for the base in the subfolder, too.
+_LOADING_A_SUBFOLDER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{repo}", subfolder="{subfolder}")"""
+
+
+def write_model_card(
+    config: GatedLoraConfig,
+    folder: str | Path,
+    repo: str | None = None,
+    tags: Iterable[str] | None = None,
+    subfolder: str | None = None,
+) -> None:
+    """Writes `README.md` into `folder`, unless one is there that somebody wrote by hand.
+
+    Args:
+        config ([`GatedLoraConfig`]): All that the card says.
+        folder (`str` or `Path`): The adapter's folder.
+        repo (`str`, *optional*): Name that the card's example loads; the folder's by default.
+        tags (`Iterable[str]`, *optional*): Tags of the card beside our own and those of the card that it replaces.
+        subfolder (`str`, *optional*): Where in the repository the adapter is.
+    """
+    readme = Path(folder, README)
+    if is_replaceable(readme):
+        tags = [*tags_of(readme), *(tags or ())]
+        render_model_card(config, repo or Path(folder).resolve().name, tags, subfolder).save(readme)
+
+
+def render_model_card(
+    config: GatedLoraConfig, repo: str, tags: Iterable[str] = (), subfolder: str | None = None
+) -> ModelCard:
     """The card of an adapter.
 
     Args:
         config ([`GatedLoraConfig`]): All that the card says.
         repo (`str`): The name that the example loads.
         tags (`Iterable[str]`, *optional*): Tags beside our own.
+        subfolder (`str`, *optional*): Where in the repository the adapter is.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -80,10 +111,7 @@ def render_model_card(config: "GatedLoraConfig", repo: str, tags: Iterable[str] 
         tags=list(dict.fromkeys([*TAGS, *([f"{_TAG_OF_BASE}{base}"] if on_hub else []), *tags])),
         datasets=[name for name in config.train_datasets if "/" in name] or None,
     )
-    measured = "Not measured."
-    if config.tokens_per_step:
-        rows = "\n".join(f"| {domain} | {value:.2f} |" for domain, value in config.tokens_per_step.items())
-        measured = f"| domain | tokens per step |\n|---|---|\n{rows}"
+    loading = _LOADING_A_SUBFOLDER if subfolder else _LOADING
     return ModelCard(
         _TEXT.format(
             metadata=metadata.to_yaml(),
@@ -92,16 +120,23 @@ def render_model_card(config: "GatedLoraConfig", repo: str, tags: Iterable[str] 
             base=base,
             base_link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
             paper=PAPER,
-            repo=repo,
+            loading=loading.format(repo=repo, base=base, subfolder=subfolder),
             most=config.k + 1,
             k=config.k,
             r=config.r,
             sampler="yes" if config.sampler else "no",
             recipe=config.recipe or "not recorded",
             data=", ".join(config.train_datasets) or "not recorded",
-            measured=measured,
+            measured=_measured(config.tokens_per_step),
         )
     )
+
+
+def _measured(tokens_per_step: dict[str, float]) -> str:
+    if not tokens_per_step:
+        return "Not measured."
+    rows = "\n".join(f"| {domain} | {value:.2f} |" for domain, value in tokens_per_step.items())
+    return f"| domain | tokens per step |\n|---|---|\n{rows}"
 
 
 def tags_of(readme: Path) -> list[str]:

@@ -1,16 +1,12 @@
 """What an adapter is: [`GatedLoraConfig`]."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
 from peft import LoraConfig, TaskType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
-from .card import README, is_replaceable, render_model_card, tags_of
+from .loading import refuse_unsafe_file
 from .peft_type import ExtensionPeftType, ExtensionTaskType
 
 # Fields of LoraConfig that, when set, change what the base computes for regular tokens.
@@ -30,39 +26,6 @@ SAVE_DTYPES = ("float32", "bfloat16", "float16")
 def _require_positive_int(name: str, value: object, meaning: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer of at least 1 ({meaning}), but got {value!r}.")
-
-
-def _files_of(
-    name: str,
-    subfolder: str | None = None,
-    *,
-    revision: str | None = None,
-    token: bool | str | None = None,
-    cache_dir: str | Path | None = None,
-    **kwargs,
-) -> Callable[[str], bool]:
-    """Tells which files an adapter has: in its folder, in its repository, or, offline, in the cache of that."""
-    folder = Path(name, subfolder or "")
-    if folder.is_dir():
-        return lambda file: (folder / file).is_file()
-    inside = f"{subfolder}/" if subfolder else ""
-    if is_offline_mode():
-        return lambda file: isinstance(try_to_load_from_cache(name, inside + file, cache_dir, revision), str)
-    return lambda file: file_exists(name, inside + file, revision=revision, token=token)
-
-
-def _refuse_broken(weights: Path) -> None:
-    """Raises if the header of a weights file does not fit the file, in words that say which file it is."""
-    if not weights.is_file():
-        return
-    try:
-        with safe_open(weights, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"{weights} is not a whole safetensors file ({error}): it is truncated or was changed. Download it "
-            "again, or train again."
-        ) from error
 
 
 @dataclass
@@ -139,13 +102,7 @@ class GatedLoraConfig(LoraConfig):
     )
 
     def __post_init__(self):
-        _require_positive_int("k", self.k, "the number of mask tokens")
-        _require_positive_int("r", self.r, "the rank of the LoRA matrices")
-        if self.save_dtype not in (None, *SAVE_DTYPES):
-            raise ValueError(
-                f"`save_dtype` must be one of {', '.join(map(repr, SAVE_DTYPES))}, or None for the type that weights "
-                f"are trained in, but got {self.save_dtype!r}."
-            )
+        _require_positive_int("r", self.r, "the rank of the LoRA matrices")  # before PEFT computes with it
         if self.task_type not in (None, TaskType.CAUSAL_LM, ExtensionTaskType.GATED_CAUSAL_LM):
             raise ValueError(
                 f"`task_type` must be 'CAUSAL_LM', since masks stand for next tokens; got {self.task_type!r}."
@@ -153,6 +110,22 @@ class GatedLoraConfig(LoraConfig):
         self.task_type = TaskType.CAUSAL_LM  # the only one of the two that PEFT's own check knows
         super().__post_init__()
         self.peft_type, self.task_type = ExtensionPeftType.GATED_LORA, ExtensionTaskType.GATED_CAUSAL_LM
+        self.check()
+
+    def check(self) -> None:
+        """Checks the fields again, because anybody may set them after the config was made.
+
+        Raises:
+            ValueError: `k` or `r` is not a positive integer, `save_dtype` is unknown, or a field would change the
+                output of regular tokens.
+        """
+        _require_positive_int("k", self.k, "the number of mask tokens")
+        _require_positive_int("r", self.r, "the rank of the LoRA matrices")
+        if self.save_dtype not in (None, *SAVE_DTYPES):
+            raise ValueError(
+                f"`save_dtype` must be one of {', '.join(map(repr, SAVE_DTYPES))}, or None for the type that weights "
+                f"are trained in, but got {self.save_dtype!r}."
+            )
         for name, neutral in _CHANGE_THE_BASE.items():
             value = getattr(self, name, neutral)
             if value != neutral and value:
@@ -177,37 +150,9 @@ class GatedLoraConfig(LoraConfig):
                 or the folder's `adapter_model.safetensors` is truncated.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        has_file = _files_of(str(pretrained_model_name_or_path), subfolder, **kwargs)
-        if not has_file(SAFETENSORS_WEIGHTS_NAME) and has_file(WEIGHTS_NAME):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code "
-                f"when loaded. Adapters are loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the "
-                "`safetensors` library."
-            )
-        _refuse_broken(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+        # PEFT reads the config before it touches the base, and the weights afterwards: this is the last moment.
+        refuse_unsafe_file(str(pretrained_model_name_or_path), subfolder, **kwargs)
         return config
-
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Saves the configuration, and the adapter's model card beside it.
-
-        Args are those of [`~peft.PeftConfig.save_pretrained`]. [`~peft.PeftModel.save_pretrained`] and `push_to_hub`
-        come through here last, when the folder has all else.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        self.write_model_card(save_directory)
-
-    def write_model_card(self, folder: str | Path, repo: str | None = None, tags: Iterable[str] | None = None) -> None:
-        """Writes `README.md` into `folder`, unless one is there that somebody wrote by hand.
-
-        Args:
-            folder (`str` or `Path`): The adapter's folder.
-            repo (`str`, *optional*): Name that the card's example loads; the folder's by default.
-            tags (`Iterable[str]`, *optional*): Tags of the card beside our own and those of the card that it replaces.
-        """
-        readme = Path(folder, README)
-        if is_replaceable(readme):
-            tags = [*tags_of(readme), *(tags or ())]
-            render_model_card(self, repo or Path(folder).resolve().name, tags).save(readme)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 
+from .peft_type import ExtensionPeftType
+
 
 @dataclass(frozen=True)
 class MaskColumns:
@@ -94,6 +96,18 @@ class GateError(ValueError):
     """A layer was asked to act on masks only, but cannot tell which of its inputs are masks."""
 
 
+def refuse_merge(*args, **kwargs) -> None:
+    """In the place of every method that merges a gated LoRA.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+        "A gated LoRA cannot be merged: it acts on mask tokens only, and one merged weight would change regular "
+        "tokens, and so the base model's output, too. Keep the adapter; `unload()` gives the base back as it was."
+    )
+
+
 class GatedVariant(LoraVariant):
     """A [`LoraVariant`] that lets the wrapped variant (or plain LoRA) see and change mask columns only.
 
@@ -127,14 +141,15 @@ class GatedVariant(LoraVariant):
             return result
         if module.training:
             masks_x = module.lora_dropout[active_adapter](masks_x)
-        masks_y.add_(lora_B(lora_A(masks_x)), alpha=module.scaling[active_adapter])
+        masks_y.add_(lora_B(lora_A(masks_x) * module.scaling[active_adapter]))  # scaled where it is small
         return result
 
     @staticmethod
     def _mask_rows(x: torch.Tensor, columns: MaskColumns) -> torch.Tensor:
         """The mask rows of `(B, N, D)`, or of `(B * N, D)` as mixture-of-experts layers pass it: a view of `x`."""
         if x.dim() == 3 and x.shape[1] == columns.length:  # by far the usual case
-            return x[:, columns.first :]
+            # Training reads masks alone. Autograd copies what is written to through a view, of whatever size.
+            return x[:, columns.first :] if columns.first else x
         batch, length = columns.shape
         if x.dim() == 2 and x.shape[0] == batch * length:
             x = x.view(batch, length, -1)
@@ -146,46 +161,66 @@ class GatedVariant(LoraVariant):
             )
         return x[:, columns.first :]
 
-    def _refuse_merge(self, *args, **kwargs):
-        raise NotImplementedError(
-            "A gated LoRA cannot be merged: it acts on mask tokens only, and one merged weight would change regular "
-            "tokens too. Keep the adapter, or use `unload()` to get the base model back."
-        )
+    merge_safe = merge_unsafe = unmerge = refuse_merge
 
-    merge_safe = merge_unsafe = unmerge = _refuse_merge
+
+def add_to_masks(layer: LoraLayer, columns: MaskColumns, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Adds a LoRA to the mask columns of what the base's layer computed, with a short way past PEFT's bookkeeping.
+
+    Decoding runs a few columns through dozens of layers at a time, where bookkeeping is a visible part of the cost.
+
+    Args:
+        layer ([`~peft.tuners.lora.LoraLayer`]): A gated layer.
+        columns ([`MaskColumns`]): Those of the running forward pass.
+        x (`torch.Tensor` of shape `(B, N, D)` or `(B * N, D)`): Input of the base's layer.
+        result (`torch.Tensor`): Its output, which may be written to.
+    """
+    variant = layer.lora_variant.get(columns.adapter)
+    if variant is None:
+        return result
+    if variant.inner is None and not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == columns.length:
+        lora_A, lora_B = layer.lora_A[columns.adapter], layer.lora_B[columns.adapter]
+        is_plain = type(lora_A.weight) is type(lora_B.weight) is torch.nn.Parameter and lora_B.bias is None
+        # ZeRO-3 leaves nothing until the layer is called, and offloading a shape.
+        is_plain = is_plain and lora_A.weight.dim() == 2 and not lora_A.weight.is_meta
+        if is_plain and not layer.training and not torch.is_autocast_enabled(x.device.type):
+            # Two matrices: of a 3-D slice, torch would multiply in batches.
+            masks_x, masks_y = x[:, columns.first :].flatten(0, 1), result[:, columns.first :]
+            low_rank = F.linear(masks_x.to(lora_A.weight.dtype), lora_A.weight)
+            change = F.linear(low_rank, lora_B.weight).view(masks_y.shape)
+            masks_y.add_(change, alpha=layer.scaling[columns.adapter])
+            return result
+    return variant.forward(layer, columns.adapter, x, result)
 
 
 class GatedLinear(Linear):
-    """PEFT's LoRA over an ordinary linear layer, with a short way past PEFT's bookkeeping.
-
-    What it computes is PEFT's. Decoding runs a few columns through dozens of such layers at a time, where bookkeeping
-    is a part of the cost that one can see.
-    """
+    """PEFT's LoRA over an ordinary linear layer. What it computes is PEFT's, by the short way."""
 
     gate: Gate
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or self._disable_adapters:
             return super().forward(x, *args, **kwargs)
-        columns = self.gate.columns
-        variant = None if columns is None else self.lora_variant.get(columns.adapter)
         base = self._modules["base_layer"]
         has_hooks = base._forward_hooks or base._forward_pre_hooks
         result = base(x) if has_hooks else base.forward(x)
-        if variant is None:
-            return result
-        if variant.inner is None and not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == columns.length:
-            lora_A, lora_B = self.lora_A[columns.adapter], self.lora_B[columns.adapter]
-            is_plain = type(lora_A.weight) is type(lora_B.weight) is torch.nn.Parameter and lora_B.bias is None
-            is_plain = is_plain and lora_A.weight.dim() == 2  # ZeRO-3 leaves nothing until the layer is called
-            if is_plain and not self.training and not torch.is_autocast_enabled(x.device.type):
-                # Two matrices: of a 3-D slice, torch would multiply in batches.
-                masks_x, masks_y = x[:, columns.first :].flatten(0, 1), result[:, columns.first :]
-                low_rank = F.linear(masks_x.to(lora_A.weight.dtype), lora_A.weight)
-                change = F.linear(low_rank, lora_B.weight).view(masks_y.shape)
-                masks_y.add_(change, alpha=self.scaling[columns.adapter])
-                return result
-        return variant.forward(self, columns.adapter, x, result)
+        columns = self.gate.columns
+        return result if columns is None else add_to_masks(self, columns, x, result)
+
+    def update_layer(self, adapter_name: str, r: int, *args, config, **kwargs) -> None:
+        """Adds an adapter, which must be a gated one.
+
+        Args are those of [`~peft.tuners.lora.Linear`].
+
+        Raises:
+            ValueError: Somebody adds another LoRA to the upgraded model.
+        """
+        if config.peft_type != ExtensionPeftType.GATED_LORA:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is no gated one, but the model is already upgraded: in a gated layer it "
+                "would act on masks only. Add it to the base first and upgrade then, or call `unload()` before."
+            )
+        super().update_layer(adapter_name, r, *args, config=config, **kwargs)
 
 
 def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) -> None:
@@ -201,7 +236,8 @@ def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) 
         ValueError: The layer class applies its LoRA without asking for a variant (AWQ, AQLM, EETQ, INC and
             TransformerEngine layers do, in silence), or is not a linear layer.
     """
-    if "lora_variant" not in type(layer).forward.__code__.co_names or adapter_name not in layer.lora_A:
+    asks = isinstance(layer, GatedLinear) or "lora_variant" in type(layer).forward.__code__.co_names
+    if not asks or adapter_name not in layer.lora_A:
         raise ValueError(
             f"`{name}` became a PEFT layer of type {type(layer).__module__}.{type(layer).__name__}, which cannot be "
             "gated: its LoRA would act on regular tokens as well and change the base model's output. Target linear "

@@ -14,7 +14,7 @@ from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
 from ..base.autocast import concatenate
-from .gate import Gate, GateError, MaskColumns
+from .gate import Gate, GateError, MaskColumns, refuse_merge
 
 
 class ParamWrapper(peft_layers.ParamWrapper):
@@ -58,13 +58,7 @@ class ParamWrapper(peft_layers.ParamWrapper):
             layer = layer.base_layer
         return [wrapper for wrapper in wrappers if adapter in wrapper.lora_A]
 
-    def merge(self, *args, **kwargs) -> None:
-        """A gated LoRA cannot be merged.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError("A gated LoRA cannot be merged: it acts on mask tokens only. Keep the adapter.")
+    merge = refuse_merge
 
 
 class _Part:

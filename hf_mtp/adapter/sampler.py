@@ -74,7 +74,8 @@ class SamplerHead(nn.Module):
             called once for each step, in order.
         """
         mix, activation, norm, *rest = self.blocks
-        dtype, is_whole = mix.weight.dtype, mix.weight.dim() == 2  # else spread over processes until it is called
+        # Else the weight is spread over processes, or offloaded, until its layer is called.
+        dtype, is_whole = mix.weight.dtype, mix.weight.dim() == 2 and not mix.weight.is_meta
         if is_whole:
             split = mix.in_features - hidden_BKD.shape[-1]
             from_hidden_KBD = F.linear(hidden_BKD.to(dtype), mix.weight[:, split:], mix.bias).unbind(dim=1)

@@ -1,94 +1,79 @@
-"""A user's own adapter beneath the gated one: part of the base, active for all tokens, and not ours to switch.
+"""Gated LoRA on a base that has adapters of its own: beside its layers, in a tree apart.
 
-A gated layer wraps the user's layer whole, so that both keep their own names, weights and switches.
+Users find every layer of those adapters where it was, under its name, and can go on to save, load, add, switch, merge
+and delete them. These adapters are part of the base and act on all tokens. The gated layer does not take the place of
+the base's. A hook on the innermost layer adds what it computes, whatever becomes of the adapters around that layer.
+
+Shapes: as in `gate.py`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from .gate import GatedVariant
-from .parameters import ParamWrapper
+from .config import GatedLoraConfig
+from .gate import Gate, add_to_masks
+
+TREE = "lora_layers"  # the tuner's attribute that holds the layers
+IN_FILES, IN_TREE = "base_model.model.", f"base_model.{TREE}."  # files name all layers by their place in the base
 
 
-class UsersLayer(nn.Module, BaseTunerLayer):
-    """Stands between a gated layer and a layer of the user's own adapter, which PEFT would else take for the same.
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapter layers already: of the user's own, or of an earlier upgrade."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def refuse_parameters(config: GatedLoraConfig) -> None:
+    """Raises if an adapter targets parameters, whose modules can only be wrapped in their place.
+
+    Raises:
+        ValueError: It does.
+    """
+    if config.target_parameters:
+        raise ValueError(
+            f"`target_parameters={config.target_parameters!r}` needs a base without adapters, but this one has some "
+            "already. Leave `target_parameters` out, or merge or `unload()` those adapters first."
+        )
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The base's own layer, beneath all adapters."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def branch(tree: nn.Module, name: str) -> nn.Module:
+    """The module in a tree that has the name of one in the base; made if it is missing."""
+    for part in name.split(".") if name else ():
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree._modules[part]
+    return tree
+
+
+def run_beside(layer: LoraLayer, gate: Gate) -> RemovableHandle:
+    """Adds a gated layer's LoRA to all that the base's layer computes.
 
     Args:
-        base_layer ([`~peft.tuners.tuners_utils.BaseTunerLayer`]): The user's layer.
+        layer ([`~peft.tuners.lora.LoraLayer`]): The gated layer, which from now on only refers to its base layer.
+        gate ([`Gate`]): The gate of the model.
+
+    Returns:
+        What removes it.
     """
-
-    def __init__(self, base_layer: BaseTunerLayer):
-        super().__init__()
-        self.base_layer = base_layer
-
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        return self.base_layer(*args, **kwargs)
+    base = layer._modules.pop("base_layer")
+    layer.__dict__["base_layer"] = base
+    return base.register_forward_hook(partial(_add, layer, gate))
 
 
-def is_gated(layer: nn.Module) -> bool:
-    """Whether a layer belongs to a gated adapter."""
-    if isinstance(layer, ParamWrapper):
-        return True
-    return isinstance(layer, LoraLayer) and any(isinstance(v, GatedVariant) for v in layer.lora_variant.values())
+def _add(layer: LoraLayer, gate: Gate, base: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    columns = gate.columns
+    return None if columns is None or layer.disable_adapters else add_to_masks(layer, columns, args[0], output)
 
 
-def users_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """Layers of the user's own adapters, by the name that each has, or would have without a gated layer around it."""
-    return {
-        name.removesuffix(".base_layer.base_layer") if ".base_layer.base_layer" in name else name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, UsersLayer) and not is_gated(module)
-    }
-
-
-def refuse_name(adapter_name: str, layers: dict[str, BaseTunerLayer]) -> None:
-    """Raises if an adapter of the user's own has this name, by which their weights could not be told apart.
-
-    Raises:
-        ValueError: It has.
-    """
-    if any(adapter_name in layer._get_available_adapters() for layer in layers.values()):
-        raise ValueError(
-            f"The base has an adapter named {adapter_name!r} of its own. Give the gated one another name: "
-            "get_peft_model(model, GatedLoraConfig(...), adapter_name='mtp')."
-        )
-
-
-def refuse_parameter(layer: BaseTunerLayer, parameter_name: str | None) -> None:
-    """Raises if a parameter is to be targeted whose module has an adapter of the user's own.
-
-    Raises:
-        ValueError: It is: both would add to the module's weights while it runs, ours for masks only.
-    """
-    if parameter_name is not None:
-        raise ValueError(
-            f"`target_parameters` names {parameter_name!r}, but its module already has an adapter of its own "
-            f"({type(layer).__name__}). Leave it out, or merge that adapter first."
-        )
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Within, PEFT may switch adapters in all layers that it finds; afterwards the user's are as they were before."""
-    before = [
-        (layer, list(layer.active_adapters), layer.disable_adapters, {p: p.requires_grad for p in layer.parameters()})
-        for layer in users_layers(model).values()
-    ]
-    yield
-    for layer, active, disabled, trainable in before:
-        layer.set_adapter(active)
-        layer.enable_adapters(not disabled)
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad_(requires_grad)
-
-
-def restore(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Puts layers back in the places that they are named after."""
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+def renamed(weights: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
+    """The same weights, with another beginning where their names have this one."""
+    return {new + key.removeprefix(old) if key.startswith(old) else key: t for key, t in weights.items()}

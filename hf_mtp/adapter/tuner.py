@@ -1,103 +1,113 @@
 """The tuner: gated LoRA on the layers of a frozen base, mask embeddings and a sampler head, as PEFT manages them.
 
-It extends PEFT's LoRA tuner through public interfaces: LoRA variants for the gate, tuner-level modules for the two
-heads. It knows nothing of generation or of losses.
+It extends PEFT's LoRA tuner through public interfaces: LoRA variants for the gate, tuner-level modules for the rest.
+It knows nothing of generation or of losses.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import reduce
+from collections.abc import Iterator
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraModel
+from peft import PeftModel, functional
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..base.autocast import concatenate
-from ..base.distributed import hold_in_forward, past_sharding, whole_weight
-from ..base.head import prediction_head
-from ..base.inspection import decoder_of, device_of, input_device, is_checkpointing, refuse_unsupported, weight_shape
-from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, shortened
-from .base_match import refuse_other_base
+from ..base.distributed import whole_weight
+from ..base.head import PredictionHead, prediction_head
+from ..base.inspection import input_device, is_checkpointing, refuse_unsupported, weight_shape
+from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, refuse_layers_out_of_reach, shortened
+from .base_identity import record_base, refuse_other_base
 from .config import GatedLoraConfig
-from .gate import Gate, HiddenStateCapture, MaskColumns, gate_lora_layer
+from .gate import Gate, gate_lora_layer, refuse_merge
+from .loading import refuse_to_save, refuse_weights_unlike
+from .mask_input import MaskInput
 from .parameters import gate_parameter
 from .sampler import SamplerHead
-from .stacked import UsersLayer, is_gated, refuse_name, refuse_parameter, restore, untouched, users_layers
-from .weights import refuse_weights_unlike
+from .stacked import IN_FILES, IN_TREE, branch, has_adapters, innermost, refuse_parameters, renamed, run_beside
+
+HALF = (torch.float16, torch.bfloat16)
 
 
-class GatedLoraTuner(LoraModel):
+class GatedLoraTuner(MaskInput, LoraModel):
     """A PEFT tuner whose LoRA acts at mask positions only. The base alone computes regular tokens.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base, frozen.
         peft_config ([`GatedLoraConfig`]): The adapter.
         adapter_name (`str`): Its name.
-
-    Attributes:
-        vocab_size (`int`): V, ids of the base's vocabulary.
-        active_mtp_config ([`GatedLoraConfig`]): Configuration of the active adapter.
     """
 
     # ---------------------------------------------------------------- building
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, **kwargs):
+        if not isinstance(peft_config, dict):  # of `inject_adapter_in_model`, which throws the tuner away
+            raise ValueError(
+                "A gated adapter needs a PeftModel for its mask embeddings and its sampler head, but it was to be "
+                "injected into the base alone: by AutoModelForCausalLM.from_pretrained(adapter), by `load_adapter` or "
+                "`add_adapter` of a transformers model, or by `inject_adapter_in_model`. Load it with "
+                "AutoPeftModelForCausalLM.from_pretrained(adapter) or PeftModel.from_pretrained(base, adapter). Make "
+                "a new one with get_peft_model(base, config)."
+            )
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        # PEFT keeps the configs of the user's own adapters here, and would add ours to them.
-        configs = base.__dict__.pop("peft_config", None) if users_layers(base) else None
+        theirs = base.__dict__.pop("peft_config", None)  # configs of other adapters, to which PEFT would add ours
         try:
             super().__init__(base, peft_config, adapter_name, **kwargs)
-        except Exception:
-            if configs is not None:
-                base.peft_config = configs
-            raise
-        self._users_configs = configs
+        finally:
+            base.__dict__.pop("peft_config", None)
+            if theirs is not None:
+                base.peft_config = theirs
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, low_cpu_mem_usage: bool = False, **kwargs):
         config: GatedLoraConfig = self.peft_config[adapter_name]
+        config.check()
         refuse_unsupported(model)
-        if "gate" not in self.__dict__:
-            self.head = prediction_head(model)
-        refuse_other_base(config, model, self.head.hidden_size)
-        if "gate" not in self.__dict__:
-            self.gate = Gate()
-            self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
-            embedding, decoder = model.get_input_embeddings(), decoder_of(model)
-            self._hooks = (
-                embedding.register_forward_pre_hook(self._embed_regular_ids),
-                embedding.register_forward_hook(self._append_mask_embeddings),
-                *(
-                    part.register_forward_pre_hook(self._hide_mask_ids, with_kwargs=True)
-                    for part in model.modules()
-                    if part is not model and decoder in part.modules()
-                ),
-                decoder.register_forward_hook(self._keep_last_states),
-                self.register_forward_pre_hook(self._hold_unembedding),
-            )
-        theirs = users_layers(model)
-        refuse_name(adapter_name, theirs)
-        if config.target_modules == "all-linear":  # a saved adapter names its layers
-            config.exclude_modules = exclude_layers_out_of_reach(config.exclude_modules, model)
-            if theirs:  # whose own weights are linear layers, too
-                config.target_modules = set(shortened(set(linear_layers(model)), model))
-        with untouched(model):
+        is_first = "gate" not in self.__dict__
+        head = prediction_head(model) if is_first else self.head
+        refuse_other_base(config, model, head.hidden_size)
+        is_stacked = has_adapters(model) if is_first else self.is_stacked
+        if is_stacked:
+            refuse_parameters(config)
+        self._resolve_targets(config, model, is_stacked)
+        record_base(config, model, head.hidden_size)
+        if is_first:
+            self._begin(model, head, is_stacked)
+        try:
             super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
-        for layer in theirs.values():
-            layer.requires_grad_(False)
+        except Exception:
+            self._withdraw(adapter_name, is_first)
+            raise
+        if is_first and is_stacked:
+            model.requires_grad_(False)  # PEFT lets a second adapter train with the first
         with torch.device("meta") if low_cpu_mem_usage else torch.device("cpu"):
             self._add_heads(adapter_name, config)
         self._sync_heads()
         if is_checkpointing(model):  # switched on before the upgrade: once more, with the gate
             self.activation_checkpointing_enable()
 
+    def _begin(self, model: nn.Module, head: PredictionHead, is_stacked: bool) -> None:
+        """Makes what all adapters of this model share."""
+        self.gate, self.head = Gate(), head
+        self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_layers = nn.Module() if is_stacked else None
+        self._hooks = self._hook_base(model)
+
+    def _resolve_targets(self, config: GatedLoraConfig, model: nn.Module, is_stacked: bool) -> None:
+        """Chooses the layers of a new adapter; a saved one names them."""
+        if config.target_modules == "all-linear":
+            config.exclude_modules = exclude_layers_out_of_reach(config.exclude_modules, model)
+            if is_stacked:  # whose adapters' own weights are linear layers, too
+                config.target_modules = set(shortened(set(linear_layers(model)), model))
+        elif config.base_hidden_size is None:
+            self._prepare_adapter_config(config, self.get_model_config(model))  # PEFT's own choice if there is none
+            refuse_layers_out_of_reach(config, model)
+
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if isinstance(target, BaseTunerLayer) and not is_gated(target):
-            refuse_parameter(target, kwargs.get("parameter_name"))
-            target = UsersLayer(target)
+        is_new = True
+        if self.is_stacked:
+            parent = branch(self.lora_layers, current_key.rpartition(".")[0])
+            is_new = parent._modules.get(target_name) is None
+            target = innermost(target) if is_new else getattr(parent, target_name)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -106,6 +116,18 @@ class GatedLoraTuner(LoraModel):
             gate_parameter(layer, self.gate)
         elif "parameter_name" not in kwargs:  # else one that is gated has weights of another adapter now
             gate_lora_layer(layer, adapter_name, self.gate, name=current_key)
+        if self.is_stacked and is_new:
+            self._hooks.append(run_beside(layer, self.gate))
+
+    def _withdraw(self, adapter_name: str, is_first: bool) -> None:
+        """Removes an adapter that could not be added to all of its layers."""
+        for name, layer in reversed(self.gated_layers().items()):
+            layer.delete_adapter(adapter_name)
+            if not layer.scaling:
+                parent, _, child = name.rpartition(".")
+                setattr(self._tree.get_submodule(parent), child, None if self.is_stacked else layer.base_layer)
+        for hook in self._hooks if is_first else ():
+            hook.remove()
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
         """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""
@@ -123,84 +145,88 @@ class GatedLoraTuner(LoraModel):
                 size, config.base_hidden_size, config.sampler_residual, config.sampler_recurrent
             )
 
+    def _heads(self, adapter_name: str) -> list[nn.Module]:
+        """The mask embeddings and the sampler head of an adapter, as far as it has them."""
+        kinds = (self.lora_mask_embeddings, self.lora_sampler_heads)
+        return [heads[adapter_name] for heads in kinds if adapter_name in heads]
+
     def _sync_heads(self) -> None:
         """Places the heads and lets gradients into those of active adapters that are not for inference."""
         device = input_device(self.model)
-        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
-            for name, head in heads.items():
-                trainable = name in self.active_adapters and not self.peft_config[name].inference_mode
-                head.requires_grad_(trainable)
+        for name, config in self.peft_config.items():
+            for head in self._heads(name):
+                head.requires_grad_(name in self.active_adapters and not config.inference_mode)
                 if device.type != "meta" and all(p.device.type != "meta" for p in head.parameters()):
                     head.to(device)
 
     # ---------------------------------------------------------------- what PEFT asks of a tuner
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the base has adapters of its own, so that the gated layers are beside it."""
+        return self.lora_layers is not None
+
+    @property
+    def _tree(self) -> nn.Module:
+        """Where the gated layers are, and no others."""
+        return self.lora_layers if self.is_stacked else self.model
+
+    def gated_layers(self) -> dict[str, LoraLayer]:
+        """The layers with a gated LoRA, by the name that each has in the base."""
+        return {name: layer for name, layer in self._tree.named_modules() if isinstance(layer, LoraLayer)}
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """All trainable parameters: LoRA weights, mask embeddings, sampler head."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As PEFT casts LoRA weights: to float32 if they are in half precision, or else to the base's own dtype."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
-            if adapter_name in heads:
-                is_half = next(heads[adapter_name].parameters()).dtype in (torch.float16, torch.bfloat16)
-                if is_half or not autocast_adapter_dtype:
-                    heads[adapter_name].to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
+        functional.cast_adapter_dtype(self._tree, adapter_name, autocast_adapter_dtype)
+        for head in self._heads(adapter_name):
+            if not autocast_adapter_dtype or next(head.parameters()).dtype in HALF:
+                head.to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        with untouched(self.model):
-            super().set_adapter(adapter_name, inference_mode=inference_mode)
+        functional.set_adapter(self._tree, adapter_name, inference_mode, self.tuner_layer_cls)
+        self.active_adapter = adapter_name
         self._sync_heads()
         if inference_mode:
             self.lora_mask_embeddings.requires_grad_(False)
             self.lora_sampler_heads.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        with untouched(self.model):
-            super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        functional.set_requires_grad(self._tree, adapter_names, requires_grad)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
-                if name in heads:
-                    heads[name].requires_grad_(requires_grad)
+            for head in self._heads(name):
+                head.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        with untouched(self.model):
-            super().delete_adapter(adapter_name)
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        del self.peft_config[adapter_name]
+        remaining = functional.delete_adapter(self._tree, adapter_name, self.prefix, self.tuner_layer_cls)
+        self.active_adapter = remaining or []
         for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
             heads.pop(adapter_name) if adapter_name in heads else None
         self._sync_heads()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        with untouched(self.model):
-            super()._enable_adapter_layers(enabled)
+        for layer in self.gated_layers().values():
+            layer.enable_adapters(enabled)
 
     @property
     def adapters_disabled(self) -> bool:
         """Whether the adapter layers are switched off, as in `with model.disable_adapter():`."""
         # PEFT switches all layers alike, so the first one tells.
-        return next((layer.disable_adapters for layer in self.model.modules() if is_gated(layer)), False)
+        return next((layer.disable_adapters for layer in self._tree.modules() if isinstance(layer, LoraLayer)), False)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
-            self._refuse_merge()
+            refuse_merge()
         for hook in self._hooks:
             hook.remove()
-        theirs = users_layers(self.model)
-        base = super()._unload_and_optionally_merge(merge=False, **kwargs)
-        restore(base, theirs)
-        if self._users_configs:
-            base.peft_config = self._users_configs
-        return base
+        return self.model if self.is_stacked else super()._unload_and_optionally_merge(merge=False, **kwargs)
 
-    def _refuse_merge(self, *args, **kwargs):
-        """A gated LoRA cannot be merged.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError(
-            "A gated LoRA cannot be merged: it acts on mask tokens only, and one merged weight would change regular "
-            "tokens, and so the base model's output, too. Keep the adapter; `unload()` gives the base back as it was."
-        )
-
-    merge_adapter = add_weighted_adapter = _refuse_merge
+    merge_adapter = add_weighted_adapter = refuse_merge
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """As the base's own, with the gate restored wherever the backward pass runs a layer again.
@@ -223,136 +249,38 @@ class GatedLoraTuner(LoraModel):
         """The older name of [`GatedLoraModel.activation_checkpointing_enable`]."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
+    # ---------------------------------------------------------------- files
+
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
-        """What is saved: weights of this adapter, not those of the user's own beneath it."""
-        own = {key: tensor for key, tensor in state_dict.items() if f".{adapter_name}." in key}
+        """What is saved: weights of this adapter, under the names that they have on a base without adapters."""
+        own = _of_adapter(state_dict, adapter_name, model)
         if config.save_dtype is not None:
             own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
-        return super()._get_adapter_state_dict(
+        refuse_to_save(own, config.save_dtype)
+        own = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=own, **kwargs
         )
+        return renamed(own, IN_TREE, IN_FILES)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Refuses weights that are not this adapter's; PEFT would leave what is missing at its random start."""
+        if model.base_model.is_stacked:
+            state_dict = renamed(state_dict, IN_FILES, IN_TREE)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
         remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
-        expected = {key: t for key, t in model.state_dict().items() if "lora_" in key and f".{adapter_name}." in key}
+        expected = {
+            key: t for key, t in _of_adapter(model.state_dict(), adapter_name, model).items() if "lora_" in key
+        }
         refuse_weights_unlike(remapped, expected)
         return remapped
 
-    # ---------------------------------------------------------------- masks in the input
 
-    @property
-    def vocab_size(self) -> int:
-        return weight_shape(self.model.get_input_embeddings())[0]
-
-    @property
-    def active_mtp_config(self) -> GatedLoraConfig:
-        if len(self.active_adapters) != 1:
-            raise ValueError(
-                f"Masks belong to one adapter, but {len(self.active_adapters)} are active: {self.active_adapters}. "
-                "Choose one with `set_adapter`."
-            )
-        return self.peft_config[self.active_adapters[0]]
-
-    def sampler_head(self) -> SamplerHead | None:
-        """The sampler head of the active adapter, if it has one."""
-        name = self.active_adapters[0]
-        return self.lora_sampler_heads[name] if name in self.lora_sampler_heads else None
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """All trainable parameters: LoRA weights, mask embeddings, sampler head."""
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
-
-    def unembedding(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The base's prediction head, `(..., D)` to `(..., V)`. Its result is where the rest of ours computes."""
-        layers, dtype = self.head.layers(self.model), None
-        if not self.head.names:
-            weight = layers[0].weight
-            if weight.is_floating_point() and weight.dtype.itemsize > self.model.dtype.itemsize:
-                dtype = weight.dtype  # some models keep their unembedding in float32
-            elif device_of(layers[0]) == input_device(self.model):
-                return past_sharding(layers[0])
-        return lambda hidden: reduce(lambda states, layer: layer(states), layers, hidden.to(dtype)).to(hidden.device)
-
-    @contextmanager
-    def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
-        """Within, inputs hold mask tokens `index_BM` in the columns from `first` on, and LoRA acts there."""
-        with self.gate.open(MaskColumns(first, index_BM, self.active_adapters[0]) if index_BM.shape[1] else None):
-            yield
-
-    def capture_hidden_states(self) -> AbstractContextManager[HiddenStateCapture]:
-        """Within, a forward pass leaves the last hidden states of all its columns in what is yielded."""
-        return self.gate.capture_hidden_states()
-
-    def _embed_regular_ids(self, embedding: nn.Module, args: tuple) -> tuple | None:
-        """Forward pre-hook: the base embeds regular ids only; it has no row for a mask."""
-        columns = self.gate.columns
-        return None if columns is None else (args[0][:, : columns.first], *args[1:])
-
-    def _hide_mask_ids(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Forward pre-hook: the base's code, which may have other tables of ids, gets an ordinary id for each mask."""
-        if self.gate.columns is None:
-            return None
-        is_padding = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None) == 0
-        ids_BN = args[0] if args else kwargs.get("input_ids")
-        if ids_BN is None:
-            return None
-        ids_BN = ids_BN.where(ids_BN < self.vocab_size, int(is_padding))
-        return ((ids_BN, *args[1:]), kwargs) if args else ((), {**kwargs, "input_ids": ids_BN})
-
-    def _append_mask_embeddings(self, embedding: nn.Module, args: tuple, regular: torch.Tensor) -> torch.Tensor | None:
-        """Forward hook: the masks' own embeddings follow."""
-        columns = self.gate.columns
-        if columns is None:
-            return None
-        masks = self.lora_mask_embeddings[columns.adapter](columns.index).to(regular.dtype)
-        return concatenate([regular, masks], dim=1)
-
-    def _keep_last_states(self, decoder: nn.Module, args: tuple, outputs) -> None:
-        """Forward hook: decoding needs the last hidden states of all columns, which logits alone do not give."""
-        capture = self.gate.capture
-        if capture is not None:
-            capture.states = outputs.last_hidden_state.to(input_device(self.model))
-
-    def _hold_unembedding(self, *_) -> None:
-        """Forward pre-hook: training unembeds more often than the base does."""
-        for layer in self.head.layers(self.model):
-            hold_in_forward(self, layer)
-
-    def mask_embeddings(self, index_BM: torch.LongTensor) -> torch.Tensor:
-        """`(B, M, E)`: what the active adapter embeds masks `index_BM` as."""
-        return self.lora_mask_embeddings[self.active_adapters[0]](index_BM)
-
-    def forward(self, input_ids: torch.LongTensor | None = None, *args, **kwargs):
-        """The base's forward pass, in which the ids V..V+k-1 are mask tokens.
-
-        Masks stand after all regular tokens, in the same columns of every row. The caller passes the attention mask
-        and the position ids that a layout needs. Without these the input is a plain causal sequence.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, N)`): Token ids.
-            args, kwargs: What the base's `forward` takes.
-
-        Raises:
-            ValueError: Ids above V+k-1, a regular token after a mask, or a column with masks in some rows only.
-        """
-        if input_ids is None or not (is_mask_BN := input_ids >= self.vocab_size).any():
-            return self.model(input_ids, *args, **kwargs)
-        index_BN = input_ids - self.vocab_size
-        first = int((~is_mask_BN).sum(dim=1).max())
-        if (
-            index_BN.max() >= self.active_mtp_config.k
-            or is_mask_BN[:, :first].any()
-            or not is_mask_BN[:, first:].all()
-        ):
-            raise ValueError(
-                f"Got token ids up to {input_ids.max().item()}. Ids {self.vocab_size} to "
-                f"{self.vocab_size + self.active_mtp_config.k - 1} are mask tokens and must stand after all regular "
-                "tokens, in the same columns of every row; there are none above."
-            )
-        with self.masks_in_columns(first, index_BN[:, first:]):
-            return self.model(input_ids, *args, **kwargs)
+def _of_adapter(state: dict[str, torch.Tensor], adapter_name: str, model: PeftModel) -> dict[str, torch.Tensor]:
+    """What belongs to a gated adapter, and not to one of the base's own that may have the same name."""
+    own = {key: tensor for key, tensor in state.items() if f".{adapter_name}." in key}
+    if model.base_model.is_stacked:
+        own = {key: tensor for key, tensor in own.items() if not key.startswith(IN_FILES)}
+    return own

@@ -10,8 +10,9 @@ import re
 from collections import defaultdict
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -47,6 +48,28 @@ def exclude_layers_out_of_reach(
     if isinstance(exclude_modules, str):
         return "|".join([f"(?:{exclude_modules})", *(rf"(?:.*\.)?{re.escape(name)}" for name in names)])
     return sorted({*(exclude_modules or ()), *names})
+
+
+def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Raises if an adapter targets layers that cannot have a gated LoRA.
+
+    Args:
+        config ([`~peft.LoraConfig`]): Its `target_modules` and `exclude_modules` count.
+        model ([`~transformers.PreTrainedModel`]): The base.
+
+    Raises:
+        ValueError: A target gets other rows than the columns of the model's input, or is the unembedding.
+    """
+    if not config.target_modules:
+        return
+    heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    refused = [name for name in heads | layers_out_of_reach(model) if check_target_module_exists(config, name)]
+    if refused:
+        raise ValueError(
+            f"`target_modules={config.target_modules!r}` includes {', '.join(shortened(set(refused), model))}, which "
+            "do not get one row per column of the model's input, so a gate could not tell masks from regular tokens. "
+            "Leave them out, or use target_modules='all-linear'."
+        )
 
 
 @torch.no_grad()
@@ -100,15 +123,14 @@ def shortened(names: set[str], model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """All linear layers by name, except the unembedding and the layers of adapters."""
-    layers, inside = {}, ()
+    """All linear layers by name, except the unembedding and the layers of adapters; under an adapter, the base's own."""
+    layers, inside, unembedding = {}, (), model.get_output_embeddings()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
-        inside = (f"{name}.",) if isinstance(module, LoraLayer) else inside
+        inside = (f"{name}.",) if isinstance(module, BaseTunerLayer) else inside
         if isinstance(module, ParamWrapper):  # wraps a parameter, not a linear layer
             continue
-        if hasattr(module, "in_features") or isinstance(module, Conv1D):
-            layers[name] = module
-    unembedding = model.get_output_embeddings()
-    return {name: layer for name, layer in layers.items() if layer is not unembedding}
+        if (hasattr(module, "in_features") or isinstance(module, Conv1D)) and module is not unembedding:
+            layers[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return layers

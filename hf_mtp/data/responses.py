@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..adapter.base_match import tokenizer_fingerprint
+from ..adapter.base_identity import tokenizer_fingerprint
 from ..adapter.tuner import GatedLoraTuner
 from ..base.inspection import evaluation_mode
 from .answers import answer, end_tokens, pad_token

@@ -16,11 +16,11 @@ from ..cache.rollback import RollbackCache
 from ..passes.speculation_mode import PASSES, SpeculationMode
 from .batch import Batch
 from .checks import (
+    refuse_cache,
     refuse_for_sequences,
     refuse_generation_mode,
     refuse_ids,
     refuse_rope_switches,
-    refuse_short_cache,
 )
 from .drafters.masks import MaskDrafter
 from .drafters.ngrams import NgramDrafter
@@ -110,7 +110,7 @@ class GenerateCall:
         return _output(ids, sequences, given if is_users else held, statistics)
 
     def _refuse(self, prompt: Prompt, columns: int, config: GenerationConfig) -> None:
-        refuse_short_cache(prompt.cache, columns)
+        refuse_cache(prompt.cache, columns)
         if _is_static(config):
             refuse_rope_switches(self.tuner.model.config, columns)
         if self.mode is not SpeculationMode.TREE:

@@ -1,11 +1,14 @@
 """Rejects requests that `generate(mtp=True)` cannot decode exactly, before anything is computed."""
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedConfig
+from transformers import Cache, GenerationConfig, PreTrainedConfig, cache_utils
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..base.rope import rope_switches
 from .prompt import Prompt
+
+# transformers 5.20 has only the narrower class.
+QuantizedLayer = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 # Settings that select another generation mode, named in the error.
 MODE_SETTINGS = (
@@ -72,14 +75,16 @@ def refuse_generation_mode(config: GenerationConfig) -> None:
     _refuse_quantized(config.cache_implementation)
 
 
-def refuse_short_cache(cache: Cache | None, columns: int) -> None:
-    """Raises `ValueError` if a cache of fixed size cannot hold the output.
+def refuse_cache(cache: Cache | None, columns: int) -> None:
+    """Raises `ValueError` if the user's cache is quantized, or has a fixed size that cannot hold the output.
 
     Args:
         cache ([`~transformers.Cache`], *optional*): The cache that was passed to `generate`.
         columns (`int`): The most tokens that it must hold in the end.
     """
     for layer in cache.layers if getattr(cache, "_is_user_defined", False) else ():
+        if isinstance(layer, QuantizedLayer):
+            _refuse_quantized("quantized")
         size = layer.get_max_length()
         if size != -1 and not layer.is_sliding and size < columns:
             raise ValueError(

@@ -105,8 +105,8 @@ class TrainingPass:
     def dtype(self) -> torch.dtype:
         """The dtype in which attention computes."""
         model = self.tuner.model
-        autocast = torch.is_autocast_enabled(model.device.type)
-        return torch.get_autocast_dtype(model.device.type) if autocast else model.dtype
+        device = input_device(model).type  # `model.device` is "meta" while weights are offloaded
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
     def call(self, input_ids: torch.LongTensor, **inputs) -> list[torch.Tensor]:
         """Runs the decoder and returns its states."""

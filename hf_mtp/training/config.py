@@ -75,8 +75,7 @@ class MTPConfig(SFTConfig):
             AdamW's.
         muon (`bool`, *optional*, defaults to `True`):
             Whether LoRA's matrices are trained by Muon and the rest by AdamW. AdamW trains all if parameters are
-            sharded (DeepSpeed, FSDP) or torch is older than 2.9, and `optim`, if set, or an optimizer passed to the
-            trainer are used instead.
+            sharded (DeepSpeed, FSDP), and `optim`, if set, or an optimizer passed to the trainer are used instead.
         muon_learning_rate (`float`, *optional*, defaults to `5e-3`):
             Muon's. The schedule drives both.
 

@@ -1,14 +1,83 @@
 """Muon for the LoRA matrices, AdamW for the rest.
 
 Muon takes matrices only and gives all directions of an update the same length (Jordan et al., 2024,
-kellerjordan.github.io/posts/muon). torch has it since 2.9.
+kellerjordan.github.io/posts/muon). An adapter has hundreds of small matrices of a few shapes. `torch.optim.Muon` takes
+them one by one, which keeps a GPU waiting; here those of one shape go together.
+
+Shapes: N matrices, each of R rows and C columns.
 """
+
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from transformers import Trainer
 
 from .config import MTPConfig
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum, its updates scaled to the size of AdamW's. Computes as `torch.optim.Muon` does.
+
+    Args:
+        params (`Iterable[torch.nn.Parameter]`): Matrices.
+        lr (`float`): Learning rate.
+        weight_decay (`float`, *optional*, defaults to 0): Decoupled, as in AdamW.
+        momentum (`float`, *optional*, defaults to 0.95): Share of the old gradients.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape[matrix.shape].append(matrix)
+            for matrices in by_shape.values():
+                self._update(matrices, group["lr"], group["weight_decay"], group["momentum"])
+        return loss
+
+    def _update(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
+        gradients = [matrix.grad for matrix in matrices]
+        averages = [self._average(matrix) for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        update_NRC = orthogonalized(torch.stack(torch._foreach_lerp(gradients, averages, momentum)))
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        size = 0.2 * max(matrices[0].shape) ** 0.5  # the root mean square of AdamW's updates
+        torch._foreach_add_(matrices, list(update_NRC.to(matrices[0].dtype).unbind()), alpha=-lr * size)
+
+    def _average(self, matrix: nn.Parameter) -> torch.Tensor:
+        """The moving average of a matrix's gradients."""
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        return state["momentum_buffer"]
+
+
+def orthogonalized(matrix_NRC: torch.Tensor) -> torch.Tensor:
+    """`(N, R, C)` in bfloat16: each matrix with all of its singular values near 1, by Newton-Schulz iteration.
+
+    Args:
+        matrix_NRC (`torch.Tensor` of shape `(N, R, C)`): The matrices.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrix_NRC.shape[1] > matrix_NRC.shape[2]
+    x = (matrix_NRC.mT if is_tall else matrix_NRC).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -37,7 +106,7 @@ class MuonAdamW(torch.optim.Optimizer):
         others = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if not matrix]
         self.parts = [  # AdamW first: the first group's learning rate, the one asked for, is the one that is logged
             torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True),
-            torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
         ]
         super().__init__([{"params": others}, {"params": matrices}], {"lr": lr})
         # The very groups of the parts, so that a schedule that sets `lr` here sets it there.

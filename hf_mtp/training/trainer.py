@@ -11,7 +11,8 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..adapter.base_match import record_tokenizer
+from ..adapter.base_identity import record_tokenizer
+from ..adapter.card import write_model_card
 from ..adapter.config import in_full_precision
 from ..base.distributed import whole_adapter
 from ..base.inspection import unpack_for_gradients
@@ -281,11 +282,17 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Writes the adapter's own model card into `output_dir`. Arguments are those of TRL's trainers."""
         if not self.is_world_process_zero():
             return
-        config = gated(self.model).active_mtp_config
+        tuner = gated(self.model)
+        config, name = tuner.active_mtp_config, tuner.active_adapters[0]
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
-        tags = [tags] if isinstance(tags, str) else tags
-        config.write_model_card(self.args.output_dir, repo=self.hub_model_id or model_name, tags=tags)
+        write_model_card(
+            config,
+            self.args.output_dir,
+            repo=self.hub_model_id or model_name,
+            tags=[tags] if isinstance(tags, str) else tags,
+            subfolder=None if name == "default" else name,
+        )
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ...adapter.stacked import is_gated
 from ...model import GatedLoraModel
 from ...objective.recipe import Recipe
 
@@ -34,7 +33,7 @@ def describe(model: GatedLoraModel) -> dict:
     """
     config = model.active_mtp_config
     described = {name: getattr(config, name) for name in FIELDS}
-    described[LAYERS] = sorted(name for name, layer in model.model.named_modules() if is_gated(layer))
+    described[LAYERS] = sorted(model.gated_layers())
     table = model.model.get_input_embeddings().weight.detach()
     if table.device.type == "meta" or hasattr(table, "full_tensor") or not table.numel():  # elsewhere, or in parts
         return described

@@ -115,7 +115,9 @@ class NonfiniteGuard:
         raise FloatingPointError(
             message + f"The step was not taken, and the checkpoints in {self.trainer.args.output_dir} are as they "
             "were. Look at these rows; try a lower `learning_rate` or `max_grad_norm`, or `bf16=True` if it was "
-            "float16; or set `nonfinite='skip'` to leave such steps out."
+            "float16; on a Hopper GPU `torch.backends.cuda.enable_cudnn_sdp(False)`, since cuDNN's backward pass of "
+            "attention gives NaN for some lengths (pytorch/pytorch#196678); or set `nonfinite='skip'` to leave such "
+            "steps out."
         )
 
 

@@ -1,17 +1,14 @@
-"""Whether an adapter and a base belong together: sizes, and the tokenizer."""
+"""Which base an adapter was made for: sizes, and the tokenizer."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..base.inspection import weight_shape
-
-if TYPE_CHECKING:
-    from .config import GatedLoraConfig
+from .config import GatedLoraConfig
 
 logger = logging.get_logger(__name__)
 
@@ -27,12 +24,23 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None =
     return hashlib.sha256(json.dumps(sorted(known), ensure_ascii=True).encode()).hexdigest()[:16]
 
 
-def record_tokenizer(config: "GatedLoraConfig", tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Writes into an adapter's config what tokens the base has. One that only adds some agrees with it.
+def record_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_size: int) -> None:
+    """Writes into an adapter's config which sizes its base has.
+
+    Args:
+        config ([`GatedLoraConfig`]): Its `base_hidden_size` and `base_vocab_size` are filled in.
+        model ([`~transformers.PreTrainedModel`]): The base.
+        hidden_size (`int`): Of the states that the base's prediction head reads.
+    """
+    config.base_hidden_size, config.base_vocab_size = hidden_size, _rows(model)
+
+
+def record_tokenizer(config: GatedLoraConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Writes into an adapter's config which tokens its base has. A tokenizer that only adds some agrees with it.
 
     Args:
         config ([`GatedLoraConfig`]): Its `tokenizer_fingerprint` and `tokenizer_size` are filled in.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): What the training reads its texts with.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the training.
         model ([`~transformers.PreTrainedModel`]): The base, whose own tokenizer counts if it is at hand.
     """
     own, vocabulary = _tokenizer_of(model) or tokenizer, tokenizer.get_vocab()
@@ -46,31 +54,26 @@ def record_tokenizer(config: "GatedLoraConfig", tokenizer: PreTrainedTokenizerBa
     config.tokenizer_size = max(own.get_vocab().values(), default=-1) + 1
 
 
-def refuse_other_base(config: "GatedLoraConfig", model: PreTrainedModel, hidden_size: int) -> None:
-    """Records what the base looks like in a new adapter's config; raises if a trained adapter's base looked different.
+def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_size: int) -> None:
+    """Raises if a base is not the one that an adapter was trained for.
 
     Args:
-        config ([`GatedLoraConfig`]): Its `base_hidden_size` and `base_vocab_size` are filled in if empty.
+        config ([`GatedLoraConfig`]): What it records of the base counts.
         model ([`~transformers.PreTrainedModel`]): The base.
-        hidden_size (`int`): Of the base.
+        hidden_size (`int`): Of the states that the base's prediction head reads.
 
     Raises:
         ValueError: The base has another hidden size, vocabulary or tokenizer than the adapter was trained for.
     """
     tokenizer = _tokenizer_of(model) if config.tokenizer_fingerprint is not None else None
     found = None if tokenizer is None else tokenizer_fingerprint(tokenizer, config.tokenizer_size)
-    vocab_size = weight_shape(model.get_output_embeddings())[0]
-    for name, meaning, actual in (
-        ("base_hidden_size", "hidden size", hidden_size),
-        ("base_vocab_size", "vocabulary size", vocab_size),
-    ):
-        recorded = getattr(config, name)
-        has_grown = name == "base_vocab_size" and found is not None  # in rows; its tokens are looked at below
-        if recorded is None:
-            setattr(config, name, actual)
-        elif recorded != actual and not has_grown:
+    recorded = {"hidden size": (config.base_hidden_size, hidden_size)}
+    if found is None:  # else the tokens tell more than the number of rows, some of which may be spare ones
+        recorded["vocabulary size"] = config.base_vocab_size, _rows(model)
+    for meaning, (expected, actual) in recorded.items():
+        if expected not in (None, actual):
             raise ValueError(
-                f"This adapter was trained for a base of {meaning} {recorded}, but {_name(model)} has {actual}. Load "
+                f"This adapter was trained for a base of {meaning} {expected}, but {_name(model)} has {actual}. Load "
                 f"it on the base it was trained for: {config.base_model_name_or_path}."
             )
     if found not in (None, config.tokenizer_fingerprint):
@@ -87,6 +90,10 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None  # the base was made in memory or comes without a tokenizer
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return weight_shape(model.get_output_embeddings())[0]
 
 
 def _name(model: PreTrainedModel) -> str:

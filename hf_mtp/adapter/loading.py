@@ -1,0 +1,110 @@
+"""Refuses files that are no adapter: pickles, broken files, and weights that do not fit their config."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+
+def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> None:
+    """Raises if the weights of an adapter are a pickle or, in a folder, no whole safetensors file.
+
+    Args:
+        name (`str`): The adapter's folder or repository.
+        subfolder (`str`, *optional*): Where in it.
+        kwargs: `revision`, `token` and `cache_dir` of the Hub.
+
+    Raises:
+        ValueError: It has `adapter_model.bin` and no `adapter_model.safetensors`, or the latter is truncated.
+    """
+    has_file = _files_of(name, subfolder, **kwargs)
+    if not has_file(SAFETENSORS_WEIGHTS_NAME) and has_file(WEIGHTS_NAME):
+        raise ValueError(
+            f"{name} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when loaded. Adapters are "
+            f"loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the `safetensors` library."
+        )
+    weights = Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+    if not weights.is_file():
+        return
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights} is not a whole safetensors file ({error}): it is truncated or was changed. Download it "
+            "again, or train again."
+        ) from error
+
+
+def _files_of(
+    name: str,
+    subfolder: str | None = None,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs,
+) -> Callable[[str], bool]:
+    """Tells which files an adapter has: in its folder, in its repository, or, offline, in the cache of that."""
+    folder = Path(name, subfolder or "")
+    if folder.is_dir():
+        return lambda file: (folder / file).is_file()
+    inside = f"{subfolder}/" if subfolder else ""
+    if is_offline_mode():
+        return lambda file: isinstance(try_to_load_from_cache(name, inside + file, cache_dir, revision), str)
+    return lambda file: file_exists(name, inside + file, revision=revision, token=token)
+
+
+def refuse_weights_unlike(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raises for weights that an adapter cannot have.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): What a file holds, under the names of the model's.
+        expected (`dict[str, torch.Tensor]`): The adapter's in the model, whose shapes count.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, of another shape or not finite.
+    """
+    both = [key for key in expected if key in weights]
+    problems = {
+        "lack": sorted(expected.keys() - weights.keys()),
+        "have the unknown": sorted(weights.keys() - expected.keys()),
+        "have the wrong shape for": [key for key in both if weights[key].shape != expected[key].shape],
+        "have values that are not finite in": [key for key in both if not _is_finite(weights[key])],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            raise ValueError(
+                f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is truncated, "
+                "was changed, or belongs to another base or config. Download it again, or train again."
+            )
+
+
+def refuse_to_save(weights: dict[str, torch.Tensor], dtype: str | None) -> None:
+    """Raises for weights that would be refused when they are loaded again.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): What a file is to hold.
+        dtype (`str`, *optional*): The `save_dtype` that they were cast to.
+
+    Raises:
+        ValueError: A tensor is not finite.
+    """
+    keys = [key for key, tensor in weights.items() if not _is_finite(tensor)]
+    if keys:
+        advice = (
+            "They became NaN or infinite in training: go back to an earlier checkpoint, with a lower learning rate."
+        )
+        if dtype is not None:
+            advice += f" If they are finite in memory, `save_dtype={dtype!r}` is too narrow: use 'bfloat16'."
+        raise ValueError(
+            f"The adapter's weights are not finite in {len(keys)} tensor(s), such as {keys[0]!r}, so the file could "
+            f"not be loaded again. {advice}"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "meta" or bool(torch.isfinite(tensor).all())
