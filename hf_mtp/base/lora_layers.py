@@ -53,12 +53,8 @@ def exclude_layers_out_of_reach(
 def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> None:
     """Raises if an adapter targets layers that cannot have a gated LoRA.
 
-    Args:
-        config ([`~peft.LoraConfig`]): Its `target_modules` and `exclude_modules` count.
-        model ([`~transformers.PreTrainedModel`]): The base.
-
     Raises:
-        ValueError: A target gets other rows than the columns of the model's input, or is the unembedding.
+        ValueError: A target does not read one row per column of the model's input, or is the unembedding.
     """
     if not config.target_modules:
         return
@@ -67,7 +63,7 @@ def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> No
     if refused:
         raise ValueError(
             f"`target_modules={config.target_modules!r}` includes {', '.join(shortened(set(refused), model))}, which "
-            "do not get one row per column of the model's input, so a gate could not tell masks from regular tokens. "
+            "do not read one row per column of the model's input, so a gate could not tell masks from regular tokens. "
             "Leave them out, or use target_modules='all-linear'."
         )
 
@@ -123,7 +119,7 @@ def shortened(names: set[str], model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """All linear layers by name, except the unembedding and the layers of adapters; under an adapter, the base's own."""
+    """The base's linear layers by name, except the unembedding. Adapters' own layers are left out."""
     layers, inside, unembedding = {}, (), model.get_output_embeddings()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):

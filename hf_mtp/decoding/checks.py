@@ -126,7 +126,7 @@ def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | No
         (whole and prompt.read, "a cache that is not empty", "Pass none"),
         (whole and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
         (whole and prompt.offset_B.any(), "`position_ids`", "Leave them out"),
-        (batch and prompt.read, "a batch that goes on from a cache", "Pass one sequence at a time"),
+        (batch and prompt.read, "a batch that continues from a cache", "Pass one sequence at a time"),
         (batch and synced_gpus, "a batch with `synced_gpus`", "Pass one sequence at a time"),
     ):
         if asked:
