@@ -113,7 +113,7 @@ def test_rolling_back_copies_nothing():
     assert keys[1, 0, :3, 0].tolist() == [3, 9, 10]
     assert cache.layers[0].keys.data_ptr() == storage
     cache.keep([0, 2])
-    assert cache.lengths == [3, 3]
+    assert cache.rows.lengths == [3, 3]
 
 
 # ---------------------------------------------------------------- inputs and outputs

@@ -4,7 +4,7 @@ Knows the interfaces of transformers, and nothing of adapters or of single archi
 """
 
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -145,17 +145,26 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     return bool(kinds - _ATTENTION_KINDS) or bool(getattr(model, "_is_stateful", False))
 
 
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> AbstractContextManager[None]:
     """Puts all modules in evaluation mode, and restores each module's mode on exit."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    return _switched_off(model, "training")
+
+
+def without_checkpointing(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Turns gradient checkpointing off, and on again on exit."""
+    return _switched_off(model, "gradient_checkpointing")
+
+
+@contextmanager
+def _switched_off(model: torch.nn.Module, attribute: str) -> Iterator[None]:
+    modules = [module for module in model.modules() if getattr(module, attribute, False)]
+    for module in modules:
+        setattr(module, attribute, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in modules:
+            setattr(module, attribute, True)
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:

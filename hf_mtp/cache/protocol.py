@@ -16,10 +16,6 @@ class DecodingCache(Protocol):
 
     rows: Rows
 
-    @property
-    def lengths(self) -> list[int]:
-        """Number of columns that each row holds."""
-
     def keep(self, tokens: list[int]) -> None:
         """For each row, keeps the first `tokens` columns of the last pass and rolls the others back."""
 

@@ -110,11 +110,6 @@ class RollbackCache(Cache):
         self.extra_inputs: dict[str, torch.Tensor] = {}  # passed to the model with each token, `(B, 1, ...)`
         super().__init__(layer_class_to_replicate=partial(RollbackLayer, self.rows), offloading=offloading)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Number of columns that each row holds."""
-        return self.rows.lengths
-
     def seen_by(self, new: int) -> CachedColumns:
         """The cached columns as the attention mask of a pass of `new` columns needs them."""
         rows = self.rows
@@ -167,7 +162,7 @@ class RollbackCache(Cache):
             padding = (0, 0, length - held, 0)
             pad = torch.nn.functional.pad
             self.update(pad(keys[:, :, :held], padding), pad(values[:, :, :held], padding), index)
-        self.keep([length] * len(self.lengths))
+        self.keep([length] * len(self.rows.lengths))
 
     def give_back(self, given: Cache) -> Cache:
         """Appends the new tokens to the cache that was passed to `generate`. Padding at the left is zeros."""

@@ -24,13 +24,8 @@ class SequenceCache:
         self._new, self._confirmed_BC, self._draft_BK = 0, None, None
 
     @property
-    def lengths(self) -> list[int]:
-        """Number of tokens that the row holds, unread ones included."""
-        return self.rows.lengths
-
-    @property
     def read(self) -> int:
-        """How many of these tokens are in the model's own cache."""
+        """How many of the row's tokens are in the model's own cache."""
         return self.rows.longest - (0 if self.unread_BU is None else self.unread_BU.shape[1])
 
     def split(self, regular_BT: torch.Tensor, drafts: int) -> tuple[torch.Tensor, torch.LongTensor]:

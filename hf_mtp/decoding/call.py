@@ -125,13 +125,13 @@ class GenerateCall:
         config: GenerationConfig,
         processors: LogitsProcessorList,
     ) -> list[Sequence]:
-        batch, vocab = len(input_ids), self.tuner.vocab_size
+        batch, vocab, padding = len(input_ids), self.tuner.vocab_size, prompt.start_B.tolist()
         seed = draw_seed(self.generator) if config.do_sample else None
         return [
             Sequence(
                 input_ids[row],
                 row,
-                min(prompt.padding[row], input_ids.shape[1]),
+                min(padding[row], input_ids.shape[1]),
                 new_tokens,
                 config,
                 processors_of_row(processors, row, batch),

@@ -46,11 +46,6 @@ class Prompt:
         """All columns, read or not, padding included."""
         return self.read + self.unread_BT.shape[1]
 
-    @property
-    def padding(self) -> list[int]:
-        """Number of columns of padding at the left of each row."""
-        return self.start_B.tolist()
-
     @classmethod
     def of(
         cls, model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, mask_length: int | None = None

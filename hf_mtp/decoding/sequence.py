@@ -102,11 +102,6 @@ class Sequence:
             for name, value in entry.items():
                 setattr(record, name, value)
 
-    @property
-    def scores(self) -> tuple[torch.Tensor, ...] | None:
-        """What a stopping criterion gets."""
-        return tuple(record.score[None] for record in self.records) if self.keeps_scores else None
-
 
 def padded_ids(sequences: list[Sequence], pad_token: int) -> torch.LongTensor:
     """`(B, S + n)`: the ids of all rows, padded on the right to the longest.

@@ -133,7 +133,7 @@ class DecodingPass:
             cache ([`RollbackCache`]): All earlier tokens.
             logits_rows (`int`): R, the number of last regular tokens to return logits for.
         """
-        regular, past = regular_BT.shape[1], list(cache.lengths)
+        regular, past = regular_BT.shape[1], cache.rows.lengths
         inputs = self._inputs(regular_BT, layout, cache, logits_rows)
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
         with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
@@ -196,7 +196,7 @@ class DecodingPass:
             ids_BS (`torch.LongTensor` of shape `(B, S)`): The padded texts. The cache needs all but the last column.
         """
         while not cache.rows.are_equal:
-            missing = [cache.rows.longest - length for length in cache.lengths]
+            missing = [cache.rows.longest - length for length in cache.rows.lengths]
             most = max(missing) if cache.rows.columns is None else min(max(missing), CATCH_UP_COLUMNS)
             rows = [ids[-1 - lacking :][:most] for ids, lacking in zip(ids_BS, missing, strict=True)]
             ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -27,7 +27,7 @@ class RecurrentPass(DecodingPass):
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: SequenceCache, logits_rows: int
     ) -> PassOutput:
         """Reads all columns. Arguments as in [`DecodingPass`]. All masks hang on the last regular token."""
-        drafts, past = logits_rows - 1, list(cache.lengths)
+        drafts, past = logits_rows - 1, cache.rows.lengths
         start = cache.read
         confirmed, draft_BK = cache.split(regular_BT, drafts)
         end = start + confirmed.shape[1]
@@ -94,7 +94,7 @@ class RecomputePass(RecurrentPass):
         self, regular_BT: torch.LongTensor, layout: BlockLayout, cache: TextCache, logits_rows: int
     ) -> PassOutput:
         """Reads the text from its start. Arguments as in [`DecodingPass`]."""
-        past = list(cache.lengths)
+        past = cache.rows.lengths
         confirmed, draft_BK = cache.split(regular_BT, logits_rows - 1)
         text = torch.cat([confirmed, draft_BK, layout.index_BM + self.tuner.vocab_size], dim=1)
         tokens = text.shape[1] - layout.masks

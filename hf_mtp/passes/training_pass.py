@@ -8,8 +8,6 @@ Shapes: B batch, T regular tokens, M masks per row (of a chunk), N = T + M, Q qu
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from transformers import Cache, DynamicCache
@@ -27,6 +25,7 @@ from ..base.inspection import (
     is_media,
     mask_form,
     refuse_attention_without_masks,
+    without_checkpointing,
 )
 from ..layout.attention import attention_kinds, attention_masks
 from ..layout.blocks import NO_DOCUMENT, BlockLayout
@@ -267,16 +266,3 @@ def _refuse_multimodal(tuner: GatedLoraTuner, base_inputs: dict, allows_tree: bo
 def each_row_is_one_text(layout: BlockLayout) -> bool:
     """Whether each row is one text that starts in the first column."""
     return not bool((layout.segment_BT > 0).any() or (layout.segment_BT[:, 0] < 0).any())
-
-
-@contextmanager
-def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """Turns gradient checkpointing off within the context."""
-    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in marked:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in marked:
-            module.gradient_checkpointing = True
