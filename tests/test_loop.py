@@ -156,8 +156,6 @@ def test_retired_rows_are_returned(model):
     assert batch.retire() == [first]
     assert len(batch.sequences) == len(batch.cache.rows.lengths) == 1
     assert len(batch.unread_BT) == len(batch.source_of_row) == 1
-        len(batch.sequences) == len(batch.cache.rows.lengths) == len(batch.unread_BT) == len(batch.source_of_row) == 1
-    )
 
 
 @torch.no_grad()
