@@ -38,7 +38,7 @@ class Rows:
         return self.longest + self.largest_offset
 
     def positions_of(self, place_BN: torch.LongTensor) -> torch.LongTensor:
-        """`(B, N)` or `(R, B, N)`: position ids of columns counted from each row's first token."""
+        """`(B, N)` or `(R, B, N)`: position ids of columns that are counted from each row's first token."""
         return place_BN + self.offset_B[..., None]
 
     def set_lengths(self, lengths: list[int]) -> None:
@@ -46,9 +46,9 @@ class Rows:
         self.lengths, self.longest = lengths, max(lengths)
         self.are_equal = min(lengths) == self.longest
 
-    def next_columns(self, new: int) -> torch.LongTensor:
-        """`(B, new)`: the columns that a pass over `new` tokens writes."""
-        return self.length_B[:, None] + torch.arange(new, device=self.length_B.device)
+    def next_places(self, new: int) -> torch.LongTensor:
+        """`(B, new)`: the columns that a pass over `new` tokens writes, counted from each row's first token."""
+        return (self.length_B - self.start_B)[:, None] + torch.arange(new, device=self.length_B.device)
 
     def add(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
         """Adds to the length of each row. `tokens_B` are the same numbers, if already on the device."""

@@ -85,8 +85,7 @@ class DecodingLoop:
         if before > LONG_PROMPT and any(cache.rows.starts):
             k = 0
         plan = self.schedule.plan_masks(batch.drafts, self.k if self.fixed_shape else k)
-        places_BT = cache.rows.next_columns(regular) - cache.rows.start_B[:, None]
-        return plan, decoding_layout(places_BT, plan, first=before)
+        return plan, decoding_layout(cache.rows.next_places(regular), plan, first=before)
 
     def _observe(self, outcome: Outcome) -> None:
         self.statistics.count_pass(outcome)
@@ -111,10 +110,10 @@ class DecodingLoop:
 
     def _counts(self, batch: Batch, outcome: Outcome) -> list[list[int]]:
         """How many drafts each drafter makes for each row, as the schedule decides, within all limits."""
-        room = self.forward.positions_left(batch.cache.rows.positions + 1)
+        positions = self.forward.positions_left(batch.cache.rows.positions + 1)
         expected = [
             [
-                row[: max(0, min(room, sequence.remaining_tokens - 1))] if not sequence.is_finished else []
+                row[: max(0, min(positions, sequence.remaining_tokens - 1))] if not sequence.is_finished else []
                 for row, sequence in zip(drafter.expect(outcome), batch.sequences, strict=True)
             ]
             for drafter in self.drafters
@@ -155,8 +154,8 @@ class DecodingLoop:
         regular_BT = pending_B[:, None].repeat(1, 1 + drafted)
         value_BRk = torch.ones(rows, 1 + drafted, self.k, device=pending_B.device)
         plan = choose_masks(value_BRk, columns - 1 - drafted)
-        places_BT = batch.cache.rows.next_columns(1 + drafted) - batch.cache.rows.start_B[:, None]
-        output = self.forward(regular_BT, decoding_layout(places_BT, plan), batch.cache, logits_rows=1 + drafted)
+        layout = decoding_layout(batch.cache.rows.next_places(1 + drafted), plan)
+        output = self.forward(regular_BT, layout, batch.cache, logits_rows=1 + drafted)
         last = output.logits_BRV.argmax(dim=-1)
         if with_masks:
             column_BK = plan.column_BRk[:, 0, : min(self.k, plan.masks)]

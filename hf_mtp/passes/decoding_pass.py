@@ -107,23 +107,18 @@ class DecodingPass:
     ):
         self.compiled = compiled
         self.tuner, self.model = tuner, tuner.model
-        self.kinds = attention_kinds(self.model.config.get_text_config(decoder=True))
-        self.form = mask_form(self.model)
-        self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
-        self.known_arguments = inspect.signature(self.model.forward).parameters
-        if "output_router_logits" in self.known_arguments:  # the loss of a router takes no 4-D mask
-            self.outputs["output_router_logits"] = False
         config = self.model.config.get_text_config(decoder=True)
+        self.kinds, self.form = attention_kinds(config), mask_form(self.model)
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        self.outputs = {name: True for name, is_wanted in wanted.items() if is_wanted}
+        self.known_arguments = inspect.signature(self.model.forward).parameters
+        if "output_router_logits" in self.known_arguments:  # the router's loss accepts no 4-D mask
+            self.outputs["output_router_logits"] = False
         self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
         self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
 
     def __call__(
-        self,
-        regular_BT: torch.Tensor,
-        layout: BlockLayout,
-        cache: RollbackCache,
-        logits_rows: int,
+        self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int
     ) -> PassOutput:
         """Runs all columns and writes them after the tokens that the cache holds.
 
@@ -200,9 +195,8 @@ class DecodingPass:
             most = max(missing) if cache.rows.columns is None else min(max(missing), CATCH_UP_COLUMNS)
             rows = [ids[-1 - lacking :][:most] for ids, lacking in zip(ids_BS, missing, strict=True)]
             ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            places_BT = cache.rows.next_columns(ids_BT.shape[1]) - cache.rows.start_B[:, None]
-            plan = no_masks(len(rows), 1, 1, ids_BT.device)
-            self(ids_BT, decoding_layout(places_BT, plan), cache, logits_rows=1)
+            layout = decoding_layout(cache.rows.next_places(ids_BT.shape[1]), no_masks(len(rows), 1, 1, ids_BT.device))
+            self(ids_BT, layout, cache, logits_rows=1)
             cache.keep([min(most, lacking) for lacking in missing])
 
     def _positions(self, layout: BlockLayout, cache: RollbackCache, regular: int, drafts: int) -> torch.LongTensor:

@@ -217,7 +217,7 @@ def _passes_equal_sequences(
             ]
             regular_BT = torch.tensor(columns, device=ids.device)
             before, drafts, kept = 0, 2, [1 + right for right in accepted[:rows]]
-        positions_BT = cache.rows.next_columns(regular_BT.shape[1]) - cache.rows.start_B[:, None]
+        positions_BT = cache.rows.next_places(regular_BT.shape[1])
         plan = whole_blocks(torch.full((rows,), drafts, device=ids.device), drafts, MASKS, linear)
         layout = decoding_layout(positions_BT, plan, first=before)
         logits_BRV = forward(regular_BT, layout, cache, logits_rows=1 + drafts).logits_BRV

@@ -88,7 +88,7 @@ class AdaptiveSchedule:
     def _length(self, survivals: list[list[float]]) -> int:
         """The number of drafts per row that saves most. A column costs the same however many rows use it."""
         costs, masks = self.costs or FIRST_GUESS, 0 if self.resting else self.budget
-        token_value = 1 / (self._plain_pace() * len(survivals))
+        token_value = 1 / (self._plain_throughput() * len(survivals))
         base = 1 + masks
         saved, best, gain = 0.0, 0, 0.0
         for length in range(1, max(map(len, survivals), default=0) + 1):
@@ -111,7 +111,7 @@ class AdaptiveSchedule:
         tokens, masks = sum(outcome.verified.new_tokens) / len(outcome.sequences), outcome.plan.masks
         cost = costs.of(outcome.columns, masks > 0)
         if masks:
-            self.credit -= cost - tokens / self._plain_pace()
+            self.credit -= cost - tokens / self._plain_throughput()
             self._learn_yield(tokens, any(outcome.verified.offered))
         else:
             self.credit += self.TRIAL_SHARE * cost
@@ -134,8 +134,8 @@ class AdaptiveSchedule:
     def plan(self) -> None:
         """Sets the budget with the most expected tokens per cost, or starts a rest."""
         self.passes_to_plan = self.PLAN_EVERY
-        self.budget = max(self._budgets(), key=self.pace)
-        if self.pace(self.budget) < self.MARGIN * self._plain_pace():
+        self.budget = max(self._budgets(), key=self.throughput)
+        if self.throughput(self.budget) < self.MARGIN * self._plain_throughput():
             self.resting = self.REST
         else:
             self.credit = 0.0  # trials may not spend what masks gained
@@ -144,11 +144,11 @@ class AdaptiveSchedule:
         """Starts a trial if the credit covers its expected loss, or else the next rest."""
         self.passes_to_plan = self.TRIAL
         masks = self.budget
-        loss = self.cost(masks) - self.tokens(masks) / self._plain_pace()
+        loss = self.cost(masks) - self.tokens(masks) / self._plain_throughput()
         if self.credit < self.TRIAL * loss:
             self.resting = self.REST
 
-    def pace(self, masks: int) -> float:
+    def throughput(self, masks: int) -> float:
         """Expected tokens per row and unit of cost, with so many masks per pass."""
         return self.tokens(masks) / self.cost(masks)
 
@@ -161,7 +161,7 @@ class AdaptiveSchedule:
         columns = 1 + self.mask_acceptance.expected_columns(masks) + masks
         return (self.costs or FIRST_GUESS).of(columns, masks=True)
 
-    def _plain_pace(self) -> float:
+    def _plain_throughput(self) -> float:
         """Tokens per row and unit of cost without masks, drafts from n-grams included."""
         cost = sum(cost for _, cost in self.maskless)
         return max(1.0, sum(tokens for tokens, _ in self.maskless) / cost) if cost else 1.0
