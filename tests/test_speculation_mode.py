@@ -158,8 +158,6 @@ def test_what_plain_sequences_do_not_allow():
         both = ids(rows=2)
         generate(model, both[:, :6], 1, **{CACHE: cache})
         generate(model, both, **{CACHE: cache}, mtp=True)
-    with pytest.raises(NotImplementedError, match="`output_hidden_states` with `mtp=True`"):
-        generate(model_of("mamba2"), ids(), mtp=True, return_dict_in_generate=True, output_hidden_states=True)
 
 
 @pytest.mark.parametrize("name", OF_EACH_KIND)
