@@ -23,7 +23,7 @@ def copied(held: Cache) -> Cache:
 
 
 def _copied_layer(layer):
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # make new tensors when they grow
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # these layers create new tensors when they grow
         return copy.copy(layer)
     if type(layer) is not StaticLayer:
         return copy.deepcopy(layer)

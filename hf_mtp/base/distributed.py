@@ -36,7 +36,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
     whole model.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False  # told at once: to go through all weights in every step takes a tenth of a second
+        return False  # looping over all weights in every step takes a tenth of a second
     is_part = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
     return is_part or any(hasattr(m, "unshard") or is_fsdp_managed_module(m) for m in model.modules())
 

@@ -16,7 +16,7 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the list of names in a folder, would survive a power failure."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:

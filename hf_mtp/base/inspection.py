@@ -60,7 +60,7 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
 
 
 def mask_form(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Callable | None:
-    """The form in which the attention implementation in use accepts an attention mask; `None` if it accepts none.
+    """The function that converts masks for the attention implementation in use; `None` if it accepts no mask.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
@@ -91,7 +91,7 @@ def refuse_without_weights(model: PreTrainedModel) -> None:
     """Raises if the model has no weights.
 
     Raises:
-        ValueError: It is on the meta device, and nothing loads its weights when they are needed.
+        ValueError: It is on the meta device, and no hook of accelerate loads its weights.
     """
     if input_device(model).type == "meta":
         raise ValueError(

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _DrawsFrom(TorchDispatchMode):
-    """Hands a generator to every operation of this thread that draws random numbers."""
+    """Passes a seeded generator to every operation of this thread that draws random numbers."""
 
     def __init__(self, seed: int):
         super().__init__()

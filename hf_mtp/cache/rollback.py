@@ -131,7 +131,7 @@ class RollbackCache(Cache):
         self.rows.add(tokens, tokens_B)
 
     def select_rows(self, rows: list[int]) -> None:
-        """Drops all rows but these."""
+        """Drops all other rows."""
         index = torch.tensor(rows, device=self.rows.length_B.device)
         self.rows.starts = [self.rows.starts[row] for row in rows]
         self.rows.set_lengths([self.rows.lengths[row] for row in rows])

@@ -97,7 +97,7 @@ class Sequence:
         self.is_stopped = self.is_finished = True
 
     def record_states(self, start: int, states: list[dict]) -> None:
-        """Adds hidden states and attentions to the new tokens from number `start` on, one entry per token."""
+        """Adds hidden states and attentions to the records from number `start` on, one entry per token."""
         for record, entry in zip(self.records[start:], states, strict=False):
             for name, value in entry.items():
                 setattr(record, name, value)

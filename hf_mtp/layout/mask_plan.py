@@ -102,7 +102,7 @@ def choose_masks(value_BRk: torch.Tensor, budget: int) -> MaskPlan:
     batch, regular, k = value_BRk.shape
     if not budget:
         return no_masks(batch, regular, k, value_BRk.device)
-    # Among equals the earlier mask of a block comes first, so that a block has no gaps.
+    # Ties go to the earlier mask of a block, so that blocks have no gaps.
     order_k = 1 - 1e-4 * torch.arange(k, device=value_BRk.device, dtype=value_BRk.dtype)
     value_BF = (value_BRk.clamp(min=0) * order_k).flatten(1)
     flat_BM = value_BF.topk(budget, dim=1, sorted=False).indices.sort(dim=1).values

@@ -119,7 +119,7 @@ def _modes_of_kind(model: PreTrainedModel, implementation: str) -> list[Speculat
     if key not in _of_kinds:
         try:
             stand_in = tiny_model(model.config, model_class=type(model))
-            if mask_form(model) not in (None, in_blocks):  # flash and flex take no float64 on a CPU
+            if mask_form(model) not in (None, in_blocks):  # flash and flex attention do not support float64 on a CPU
                 stand_in.set_attn_implementation(model.config._attn_implementation)
         except Exception as error:  # a config may lead to any error of its model's code
             logger.debug("No tiny model can stand in for %s: %s", type(model).__name__, error)

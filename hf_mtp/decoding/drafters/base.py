@@ -21,7 +21,7 @@ class Drafts:
 
     Args:
         token_BK (`torch.LongTensor` of shape `(B, K)`): The drafts, -1 where a row has no more.
-        confidence_BK (`torch.Tensor` of shape `(B, K)`): How likely each is to be accepted if all before it are.
+        confidence_BK (`torch.Tensor` of shape `(B, K)`): Probability that each is accepted if all before it are.
     """
 
     token_BK: torch.LongTensor
