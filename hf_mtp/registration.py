@@ -1,11 +1,7 @@
 """Registers the adapter type with PEFT, so that PEFT's own functions create, save, load and share gated adapters."""
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .adapter.config import GatedLoraConfig
 from .adapter.hub import PeftModelForCausalLM

@@ -15,13 +15,7 @@ from ..cache.protocol import DecodingCache
 from ..cache.rollback import RollbackCache
 from ..passes.speculation_mode import PASSES, SpeculationMode
 from .batch import Batch
-from .checks import (
-    refuse_cache,
-    refuse_for_sequences,
-    refuse_generation_mode,
-    refuse_ids,
-    refuse_rope_switches,
-)
+from .checks import refuse_cache, refuse_for_sequences, refuse_generation_mode, refuse_ids, refuse_rope_switches
 from .drafters.masks import MaskDrafter
 from .drafters.ngrams import NgramDrafter
 from .loop import DecodingLoop

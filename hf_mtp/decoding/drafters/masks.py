@@ -59,11 +59,7 @@ class MaskDrafter:
         output = outcome.output
         noise_of = None if outcome.sequences[0].noise is None else _noise_of(outcome.sequences)
         drafts = self.tuner.draft(
-            outcome.verified.pending_B,
-            output.block(column_BK),
-            noise_of,
-            self.warpers,
-            output.block_logits(column_BK),
+            outcome.verified.pending_B, output.block(column_BK), noise_of, self.warpers, output.block_logits(column_BK)
         )
         if noise_of is not None:  # with noise, a draft's probability says little about its acceptance
             rates_K = torch.tensor(self.acceptance.rates[: drafts.count], device=column_BK.device)
