@@ -141,8 +141,8 @@ def _small(name: str, value, values: dict, kept: list[int], sizes: SmallSizes):
 def _kept_layers(values: dict, depth: int | None, of_each_kind: int) -> list[int]:
     """The layers to keep: the first of each kind, and at least two.
 
-    The kind of a layer is told by all lists with an entry per layer, and by whether it shares another layer's keys and
-    values. Kinds that alternate stay for one full cycle.
+    Layers are of one kind if they agree in all lists with an entry per layer, and in whether they share the keys and
+    values of other layers. Kinds that alternate stay for one full cycle.
     """
     if not depth:
         return list(range(LAYERS))
