@@ -1,7 +1,6 @@
-"""hf_mtp: any causal language model of the Hub generates several tokens per forward pass, with unchanged output.
+"""Multi-token prediction for the causal language models of transformers, with unchanged output.
 
-Importing the package registers its adapter type with PEFT. What needs `trl`, such as the trainer, loads
-when first used.
+Importing the package registers its adapter type with PEFT. Names that need `trl` are imported on first use.
 """
 
 import importlib

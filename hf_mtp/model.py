@@ -11,14 +11,14 @@ from .objective.request import ObjectiveRequest
 class GatedLoraModel(GenerationMixin, GatedLoraTuner):
     """A causal language model that predicts several tokens at mask positions.
 
-    [`~peft.get_peft_model`] makes it from a [`GatedLoraConfig`], and [`~peft.PeftModel.from_pretrained`] loads it. Do
-    not construct it by hand. The base alone computes regular tokens. Mask tokens have the ids V..V+k-1, above the
-    base's V ids, and stand after all regular tokens of an input.
+    Create it with [`~peft.get_peft_model`] and a [`GatedLoraConfig`], or load it with
+    [`~peft.PeftModel.from_pretrained`]; do not construct it by hand. Regular tokens are computed by the base alone.
+    Mask tokens have the ids V..V+k-1, above the base's V ids, and follow all regular tokens of an input.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base, frozen.
-        peft_config ([`GatedLoraConfig`]): The adapter.
-        adapter_name (`str`): Its name.
+        peft_config ([`GatedLoraConfig`]): The adapter's configuration.
+        adapter_name (`str`): The adapter's name.
 
     Attributes:
         vocab_size (`int`): V, the number of ids in the base's vocabulary.
@@ -33,13 +33,13 @@ class GatedLoraModel(GenerationMixin, GatedLoraTuner):
         mtp_objective: ObjectiveRequest | None = None,
         **kwargs,
     ):
-        """The base's forward pass over regular tokens and masks; or, if asked for, the training objective.
+        """Runs the base's forward pass over regular tokens and masks, or computes the training objective.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`): Token ids.
-            mtp_objective ([`ObjectiveRequest`], *optional*): If given, the result is an [`Objective`], and `kwargs`
-                are those of [`~hf_mtp.objective.compute.batch_objective`].
-            args, kwargs: What the base's `forward` takes.
+            mtp_objective ([`ObjectiveRequest`], *optional*): If given, the method returns an [`Objective`], and
+                `kwargs` are those of [`~hf_mtp.objective.compute.batch_objective`].
+            args, kwargs: Further arguments of the base's `forward`.
         """
         if mtp_objective is not None:
             return batch_objective(self, input_ids, mtp_objective, **kwargs)

@@ -146,16 +146,16 @@ def test_ids_outside_the_vocabulary(bad):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_beams": 4}, "num_beams=4 asks for beam search"),
-        ({"num_beams": 4, "do_sample": True}, "num_beams=4 asks for beam sample"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6 asks for contrastive search"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 asks for assisted generation"),
-        ({"generation_config": GenerationConfig(num_beams=2, max_new_tokens=5)}, "num_beams=2 asks for beam search"),
+        ({"num_beams": 4}, "num_beams=4 selects beam search"),
+        ({"num_beams": 4, "do_sample": True}, "num_beams=4 selects beam sample"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha=0.6 selects contrastive search"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 selects assisted generation"),
+        ({"generation_config": GenerationConfig(num_beams=2, max_new_tokens=5)}, "num_beams=2 selects beam search"),
     ],
 )
 @pytest.mark.parametrize("strategy", ["quadratic", "linear", "auto"])
 def test_modes_that_are_not_token_by_token(arguments, message, strategy):
-    with pytest.raises(ValueError, match=f"{message}.*Drop these settings, or `mtp=True`"):
+    with pytest.raises(ValueError, match=f"{message}.*Leave these settings out, or `mtp=True`"):
         upgraded("llama").generate(
             prompt(), mtp=True, mtp_strategy=strategy, **{"max_new_tokens": 5, "do_sample": False, **arguments}
         )
@@ -164,7 +164,7 @@ def test_modes_that_are_not_token_by_token(arguments, message, strategy):
 def test_beams_of_the_models_own_generation_config():
     base = tiny_base("llama")
     base.generation_config.num_beams = 3
-    with pytest.raises(ValueError, match="num_beams=3 asks for beam search"):
+    with pytest.raises(ValueError, match="num_beams=3 selects beam search"):
         upgraded(base).generate(prompt(), mtp=True, max_new_tokens=5)
 
 
@@ -184,7 +184,7 @@ def test_two_ways_to_draft():
 
 def test_what_cannot_be_exact_is_refused():
     model = upgraded("llama")
-    with pytest.raises(ValueError, match="'quantized' rounds keys and values a group of tokens at a time"):
+    with pytest.raises(ValueError, match="'quantized' rounds keys and values in groups of tokens"):
         generate(model, prompt(), mtp=True, cache_implementation="quantized")
     with pytest.raises(ValueError, match="`use_cache=False` with `mtp=True`"):
         generate(model, prompt(), mtp=True, use_cache=False)
@@ -201,7 +201,7 @@ def test_refused_call_leaves_the_model_as_it_was():
 def test_disabled_adapter_warns_and_decodes_plainly():
     model = upgraded("llama")
     expected = generate(model, prompt())
-    with model.disable_adapter(), pytest.warns(UserWarning, match="adapter is disabled: decoding plainly") as caught:
+    with model.disable_adapter(), pytest.warns(UserWarning, match="adapter is disabled. It decodes plainly") as caught:
         output = generate(model, prompt(), mtp=True)
     assert len(caught) == 1
     assert torch.equal(output, expected)

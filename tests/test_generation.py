@@ -97,7 +97,7 @@ def test_a_static_cache_is_filled():
 def test_a_cache_that_holds_the_whole_prompt():
     model, cache = small_model(), DynamicCache()
     sequence = generate(model, small_prompt(), 5, **{CACHE: cache}, mtp=True)
-    with pytest.raises(ValueError, match="nothing is left to read"):
+    with pytest.raises(ValueError, match="no token is left to read"):
         generate(model, sequence[:, :-1], 5, **{CACHE: cache}, mtp=True)
 
 
@@ -113,7 +113,7 @@ def test_rolling_back_copies_nothing():
     assert keys[1, 0, :3, 0].tolist() == [3, 9, 10]
     assert cache.layers[0].keys.data_ptr() == storage
     cache.keep([0, 2])
-    assert cache.lengths == [3, 3]
+    assert cache.rows.lengths == [3, 3]
 
 
 # ---------------------------------------------------------------- inputs and outputs

@@ -95,7 +95,7 @@ def test_a_bridge_that_is_no_layer_is_refused_by_name():
     base.__class__ = Bridged
     base.lm_head = nn.Linear(24, base.config.vocab_size)
     base.bridge = nn.Parameter(torch.randn(32, 24))
-    with pytest.raises(ValueError, match="Bridged cannot be upgraded: its decoder gives hidden states of size 32"):
+    with pytest.raises(ValueError, match="Bridged cannot be upgraded: its decoder returns hidden states of size 32"):
         get_peft_model(base, GatedLoraConfig(k=2, target_modules=["q_proj"]))
 
 

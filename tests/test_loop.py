@@ -154,7 +154,8 @@ def test_retired_rows_are_returned(model):
     first = batch.sequences[0]
     first.finish()
     assert batch.retire() == [first]
-    assert len(batch.sequences) == len(batch.cache.lengths) == len(batch.unread_BT) == len(batch.source_of_row) == 1
+    assert len(batch.sequences) == len(batch.cache.rows.lengths) == 1
+    assert len(batch.unread_BT) == len(batch.source_of_row) == 1
 
 
 @torch.no_grad()
@@ -170,7 +171,7 @@ def test_admitted_rows_bring_their_drafts(model):
     assert batch.drafts.token_BK.tolist() == before and before[0] != before[1]
     assert batch.unread_BT.tolist() == [[token, *drafts] for token, drafts in zip(pending, before, strict=True)]
     assert batch.source_of_row == [0, 0]
-    assert batch.cache.lengths == [sequence.ids_1S.shape[1] - 1 for sequence in batch.sequences]
+    assert batch.cache.rows.lengths == [sequence.ids_1S.shape[1] - 1 for sequence in batch.sequences]
 
 
 # ---------------------------------------------------------------- threads

@@ -125,5 +125,5 @@ def test_embeddings_into_models_that_read_chains(architecture, form):
 
 
 def test_an_empty_prompt_says_so():
-    with pytest.raises(ValueError, match="no token to go on from. Start it with the tokenizer's bos token"):
+    with pytest.raises(ValueError, match="The prompt is empty. Start it with the tokenizer's bos token"):
         generate(model_of("llama"), input_ids=torch.empty(1, 0, dtype=torch.long), mtp=True)

@@ -289,7 +289,7 @@ def test_a_cache_with_an_image_is_not_taken_for_tokens():
     model = upgraded(base, k=3, dtype=torch.float64)
     for mtp in (False, True):
         first = generate(model, **inputs, return_dict_in_generate=True, mtp=mtp)
-        with pytest.raises(NotImplementedError, match="holds something else than tokens.*Leave the cache out"):
+        with pytest.raises(NotImplementedError, match="holds something other than tokens.*Leave the cache out"):
             generate(model, input_ids=torch.cat([first.sequences, text(3)], dim=1), **{CACHE: first[CACHE]}, mtp=True)
 
 
@@ -309,7 +309,7 @@ def test_what_a_model_is_given_with_every_token():
             return outputs
 
     base.__class__ = Whole
-    with pytest.raises(NotImplementedError, match="Whole is given shift with every token"):
+    with pytest.raises(NotImplementedError, match="Whole needs shift with every token"):
         generate(upgraded(base, k=3, dtype=torch.float64), **inputs, mtp=True)
 
 
@@ -322,5 +322,5 @@ def test_layers_that_see_images_only_get_no_lora():
 def test_a_prompt_that_ends_in_an_image():
     base, inputs = image_model("llava")
     inputs["input_ids"], inputs["attention_mask"] = inputs["input_ids"][:, :8], inputs["attention_mask"][:, :8]
-    with pytest.raises(NotImplementedError, match="last token of the prompt is no text.*add_generation_prompt=True"):
+    with pytest.raises(NotImplementedError, match="last token of the prompt is not text.*add_generation_prompt=True"):
         generate(upgraded(base, k=3, dtype=torch.float64), **inputs, mtp=True)

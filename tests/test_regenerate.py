@@ -315,7 +315,7 @@ def test_conversations_need_a_chat_template(tmp_path):
 def test_the_command_refuses_temperature_without_sampling(capsys):
     with pytest.raises(SystemExit):
         regenerate.parse_args(["--model", "m", "--dataset", "d", "--output", "o", "--temperature", "0.7"])
-    assert "have an effect with --do-sample only" in capsys.readouterr().err
+    assert "--temperature, --top-p and --top-k need --do-sample" in capsys.readouterr().err
 
 
 def test_the_command_reads_saved_datasets_and_adapters(tmp_path):

@@ -97,7 +97,7 @@ def test_a_block_that_fills_up_a_row_may_hang_within_an_image():
 
 def test_an_image_that_is_read_otherwise_is_refused():
     model, batch = image_batch("mllama")
-    with pytest.raises(NotImplementedError, match="reads text otherwise if it is given .*pixel_values"):
+    with pytest.raises(NotImplementedError, match="computes other states for text when it also gets .*pixel_values"):
         model(**batch, mtp_objective=ObjectiveRequest())
 
 
@@ -106,7 +106,7 @@ def test_token_types_that_the_masks_cannot_have_are_refused():
     model = upgraded("gpt2", K)
     ids = torch.arange(5, 20)[None]
     types = ids % 3
-    with pytest.raises(NotImplementedError, match="reads text otherwise if it is given .*token_type_ids"):
+    with pytest.raises(NotImplementedError, match="computes other states for text when it also gets .*token_type_ids"):
         model(input_ids=ids, token_type_ids=types, mtp_objective=ObjectiveRequest())
 
 
@@ -129,7 +129,7 @@ def test_token_types_of_a_tokenizer_that_gives_them_to_every_model(architecture)
 def test_a_recurrent_model_with_images_is_refused():
     model = upgraded("bloom", K)
     ids = torch.arange(5, 20)[None]
-    with pytest.raises(NotImplementedError, match="The batch has .*pixel_values.* beside its text, but Bloom"):
+    with pytest.raises(NotImplementedError, match="The batch has .*pixel_values.* besides text, but Bloom"):
         model(input_ids=ids, pixel_values=torch.ones(1, 3, 8, 8), mtp_objective=ObjectiveRequest())
 
 

@@ -1,1 +1,1 @@
-"""What has to be known of a base model, found out from the model itself."""
+"""Facts about a base model, read from the model itself rather than from the name of its architecture."""

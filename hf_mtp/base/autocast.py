@@ -1,4 +1,4 @@
-"""What autocast should leave alone. Knows nothing of models."""
+"""Tensor operations that must run outside autocast."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,6 @@ import torch
 
 
 def concatenate(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """`torch.cat`, which autocast to bfloat16 refuses for float16."""
+    """`torch.cat` without autocast: autocast to bfloat16 rejects float16 tensors."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         return torch.cat(tensors, dim=dim)

@@ -1,4 +1,4 @@
-"""What transformers calls a cache, and what any cache holds."""
+"""Helpers for transformers' caches: their argument names, their contents, and copies of them."""
 
 import copy
 from collections.abc import Container
@@ -9,12 +9,12 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first
 
 
 def cache_name(names: Container[str]) -> str:
-    """What a cache is called among these names of arguments or fields, which transformers' releases differ in."""
+    """The name of the cache among these arguments or fields. It differs between releases of transformers."""
     return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
 def copied(held: Cache) -> Cache:
-    """A copy to write to; what `held` has is as before. Most layers share their storage with it."""
+    """A copy that can be written to without changing `held`. Most layers share their storage with it."""
     if not isinstance(held, Cache):
         return copy.deepcopy(held)
     twin = copy.copy(held)
@@ -23,23 +23,23 @@ def copied(held: Cache) -> Cache:
 
 
 def _copied_layer(layer):
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # make new tensors when they grow
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # these layers create new tensors when they grow
         return copy.copy(layer)
     if type(layer) is not StaticLayer:
         return copy.deepcopy(layer)
-    twin = copy.copy(layer)  # writes behind what it holds, where nobody looks
+    twin = copy.copy(layer)  # the copy writes past the columns that `layer` counts, so the storage can be shared
     twin.cumulative_length = layer.cumulative_length.clone()
     return twin
 
 
 def replace_contents(cache: Cache, copy: Cache) -> None:
-    """Makes a cache what a copy of it has become, in one step that cannot fail halfway."""
+    """Gives a cache the contents of its copy, in one step that cannot fail halfway."""
     if cache is not copy:
         cache.layers[:] = copy.layers
 
 
 def tokens_by_layer(cache: Cache) -> dict[int, int]:
-    """How many columns of keys and values each layer of a cache has seen, of those that hold some."""
+    """The number of columns that each initialized layer of keys and values has seen."""
     return {
         index: int(layer.get_seq_length())
         for index, layer in enumerate(cache.layers)

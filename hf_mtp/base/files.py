@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Atomic file writes: a file appears whole or not at all, even if the writing process is killed."""
 
 import os
 from collections.abc import Iterable
@@ -6,12 +6,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
-    """Writes a file under a hidden name, and gives it its own name once all of it is on the disk.
-
-    Args:
-        path (`Path`): Where the file goes; an older one there is replaced.
-        chunks (`Iterable[bytes]`): What it holds.
-    """
+    """Writes a file under a hidden name, and renames it to `path` once all of it is on the disk."""
     draft = path.with_name(f".{path.name.lstrip('.')}.tmp")
     with draft.open("wb") as file:
         file.writelines(chunks)
@@ -20,8 +15,8 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, would survive a loss of power."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    """Waits until a file, or the list of names in a folder, would survive a power failure."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:

@@ -1,6 +1,6 @@
-"""The prediction head: what turns the decoder's last hidden states into logits.
+"""The prediction head: the layers that turn the decoder's last hidden states into logits.
 
-Most models unembed these states as they are. Those of BERT's kind transform them first, perhaps to another size.
+In most models the unembedding is all of it. BERT-like models transform the states first, perhaps to another size.
 """
 
 from dataclasses import dataclass
@@ -20,28 +20,27 @@ class PredictionHead:
     """The layers from hidden states to logits, one after the other.
 
     Args:
-        names (`tuple[str, ...]`): The layers by name; none if the output embeddings are the only one.
-        hidden_size (`int`): D, size of the hidden states that the first one reads.
+        names (`tuple[str, ...]`): Names of the layers; empty if the output embeddings are the only one.
+        hidden_size (`int`): D, the size of the hidden states that the first layer reads.
     """
 
     names: tuple[str, ...]
     hidden_size: int
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The layers of this model, as they are now."""
+        """The modules that the model has under these names now."""
         return [model.get_submodule(name) for name in self.names] or [model.get_output_embeddings()]
 
 
 def prediction_head(model: PreTrainedModel) -> PredictionHead:
-    """The head of a model, found by a short forward pass if the model has any weight that could belong to it.
+    """Finds the prediction head of a base model.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The base. If it cannot be run as it is, its output embeddings are
-            taken to be all of its head.
+    A short forward pass finds it if the model has weights besides its decoder and its output embeddings. If the model
+    cannot run, its output embeddings are assumed to be the whole head.
 
     Raises:
-        ValueError: The output embeddings read something of another size than the decoder gives, and no layers are
-            found that would make one of the other.
+        ValueError: The output embeddings read another size than the decoder returns, and no layers were found that
+            convert one to the other.
     """
     unembedding, decoder = model.get_output_embeddings(), decoder_of(model)
     simple = PredictionHead((), weight_shape(unembedding)[1])
@@ -58,9 +57,9 @@ def prediction_head(model: PreTrainedModel) -> PredictionHead:
         return PredictionHead(names, hidden_BTD.shape[-1])
     if hidden_BTD.shape[-1] != simple.hidden_size:
         raise ValueError(
-            f"{type(model).__name__} cannot be upgraded: its decoder gives hidden states of size "
-            f"{hidden_BTD.shape[-1]}, its output embeddings read {simple.hidden_size}, and what comes between is not "
-            "made of layers that read one tensor each, so that masks could not be turned into tokens."
+            f"{type(model).__name__} cannot be upgraded: its decoder returns hidden states of size "
+            f"{hidden_BTD.shape[-1]}, but its output embeddings read size {simple.hidden_size}. Masks can be turned "
+            "into tokens only if the layers between the two each read and return one tensor."
         )
     return simple
 
@@ -75,7 +74,7 @@ class _Call:
 
 @torch.no_grad()
 def _trial(model: PreTrainedModel, decoder: nn.Module) -> tuple[torch.Tensor, list[_Call]]:
-    """The decoder's states, `(B, T, D)`, and all calls of layers outside of it, inner ones before outer ones."""
+    """The decoder's states, `(B, T, D)`, and all calls of layers outside it, inner ones before outer ones."""
     calls, states = [], []
     inside = set(decoder.modules())
 
@@ -100,7 +99,7 @@ def _trial(model: PreTrainedModel, decoder: nn.Module) -> tuple[torch.Tensor, li
 
 
 def _path(hidden_BTD: torch.Tensor, calls: list[_Call], unembedding: nn.Module) -> tuple[str, ...] | None:
-    """Names of the layers that make logits of the states, one after the other; `None` if they do not say how."""
+    """Names of the layers from the states to the logits, in order; `None` if the calls form no such path."""
     last = [call for call in calls if call.layer is unembedding][-1:]
     if not last or _is_same(last[0].read, hidden_BTD):
         return () if last else None

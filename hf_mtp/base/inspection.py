@@ -1,7 +1,10 @@
-"""What has to be known of a base model: whether it can be upgraded, where it computes, what its attention accepts."""
+"""Inspects a base model: whether it can be upgraded, where it computes, which masks its attention accepts.
+
+Knows the interfaces of transformers, and nothing of adapters or of single architectures.
+"""
 
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -21,7 +24,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"Multi-token prediction upgrades a transformers model, but got {type(model).__name__}. Load it with "
+            f"Multi-token prediction upgrades a transformers model, but got {type(model).__name__}. Load one with "
             "AutoModelForCausalLM.from_pretrained."
         )
     name = type(model).__name__
@@ -32,8 +35,8 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         )
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{name} is not a causal language model: it does not generate text, or no layer turns hidden states into "
-            "logits. Load it with AutoModelForCausalLM.from_pretrained."
+            f"{name} is not a causal language model: it does not generate text, or it has no output embeddings that "
+            "turn hidden states into logits. Load it with AutoModelForCausalLM.from_pretrained."
         )
     if getattr(model.config, "is_decoder", None) is False and hasattr(model.config, "add_cross_attention"):
         raise ValueError(
@@ -50,15 +53,14 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
     """
     if mask_form(model) is None:
         raise ValueError(
-            f"The base model uses attn_implementation={model.config._attn_implementation!r}, which takes no 4-D "
+            f"The base model uses attn_implementation={model.config._attn_implementation!r}, which accepts no 4-D "
             "attention mask, but blocks of masks on several tokens need one. Call "
-            "`model.set_attn_implementation('sdpa')`, or decode with "
-            "mtp_strategy='linear'."
+            "`model.set_attn_implementation('sdpa')`, or decode with mtp_strategy='linear'."
         )
 
 
 def mask_form(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Callable | None:
-    """The form in which the attention implementation in use accepts an attention mask; `None` if it accepts none.
+    """The function that converts masks for the attention implementation in use; `None` if it accepts no mask.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
@@ -71,10 +73,10 @@ def mask_form(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Calla
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal language model that returns the last hidden states. Most models name it themselves.
+    """The part of a causal language model that returns the last hidden states.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The model has no such part.
     """
     for part in (model.get_decoder(), model.base_model, *model.children()):
         if isinstance(part, PreTrainedModel) and part is not model:
@@ -89,22 +91,22 @@ def refuse_without_weights(model: PreTrainedModel) -> None:
     """Raises if the model has no weights.
 
     Raises:
-        ValueError: It is on the meta device, and nothing loads its weights when they are needed.
+        ValueError: It is on the meta device, and no hook of accelerate loads its weights.
     """
     if input_device(model).type == "meta":
         raise ValueError(
             f"{type(model).__name__} is on the meta device: it has shapes, but no weights. Load it with "
-            "AutoModelForCausalLM.from_pretrained, or give it weights by `to_empty` and `load_state_dict`."
+            "AutoModelForCausalLM.from_pretrained, or give it weights with `to_empty` and `load_state_dict`."
         )
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model expects its token ids, and where the adapter's own modules compute."""
+    """The device on which a model expects token ids. The adapter's own modules compute there, too."""
     return device_of(model.get_input_embeddings())
 
 
 def device_of(layer: torch.nn.Module) -> torch.device:
-    """Where a layer computes, even if accelerate keeps its weights elsewhere until they are needed."""
+    """The device on which a layer computes, even if accelerate keeps its weights elsewhere between calls."""
     waiting = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return layer.weight.device if waiting is None else torch.device(waiting)
 
@@ -127,33 +129,42 @@ def unpack_for_gradients(model: torch.nn.Module) -> None:
 
 
 def is_media(config: PreTrainedConfig, input_ids: torch.LongTensor) -> torch.BoolTensor:
-    """Which tokens are the places of an image, a video or a sound."""
+    """Which tokens are placeholders for an image, a video or a sound."""
     return torch.isin(input_ids, input_ids.new_tensor(media_tokens(config)))
 
 
 def media_tokens(config: PreTrainedConfig) -> list[int]:
-    """Ids of the tokens that stand for an image, a video or a sound."""
+    """Ids of the placeholder tokens for images, videos and sounds."""
     tokens = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio"))
     return [token for token in tokens if token is not None]
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether the model says that it keeps a recurrent state. Unlike keys and values, a state cannot be cropped."""
+    """Whether the model declares a recurrent state. Unlike keys and values, such a state cannot be cropped."""
     kinds = {kind.name for kind in attention_kinds(model.config.get_text_config(decoder=True))}
     return bool(kinds - _ATTENTION_KINDS) or bool(getattr(model, "_is_stateful", False))
 
 
+def evaluation_mode(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Puts all modules in evaluation mode, and restores each module's mode on exit."""
+    return _switched_off(model, "training")
+
+
+def without_checkpointing(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Turns gradient checkpointing off, and on again on exit."""
+    return _switched_off(model, "gradient_checkpointing")
+
+
 @contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Puts all modules in evaluation mode, and each back in its own mode on exit."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def _switched_off(model: torch.nn.Module, attribute: str) -> Iterator[None]:
+    modules = [module for module in model.modules() if getattr(module, attribute, False)]
+    for module in modules:
+        setattr(module, attribute, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in modules:
+            setattr(module, attribute, True)
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:
@@ -162,10 +173,5 @@ def is_checkpointing(model: torch.nn.Module) -> bool:
 
 
 def accepted_inputs(inputs: dict, names: Container[str]) -> dict:
-    """Those of a forward pass's inputs that a model takes.
-
-    Args:
-        inputs (`dict`): By name.
-        names (`Container[str]`): Names of the arguments of the model's `forward`.
-    """
+    """The inputs, by name, that a model's `forward` with arguments of these `names` accepts."""
     return {name: value for name, value in inputs.items() if name in names}

@@ -1,7 +1,7 @@
-"""Which linear layers can have a gated LoRA: those whose input has one row for each column of the forward pass.
+"""Finds the linear layers that can have a gated LoRA: their input has one row for each column of the forward pass.
 
-Other layers get a selection of tokens (experts of a mixture), the whole cache (latents that are expanded to keys and
-values) or the last column only (a head), or the model reads their weight without calling them. A LoRA in such a layer
+Other layers read a selection of tokens (experts of a mixture), the whole cache (latents that are expanded to keys and
+values) or only the last column (a head), or the model uses their weight without calling them. A LoRA in such a layer
 could not tell masks from regular tokens, or would have no effect.
 """
 
@@ -23,22 +23,14 @@ from .inspection import accepted_inputs, evaluation_mode, input_device, weight_s
 
 logger = logging.get_logger(__name__)
 
-# Two rows, in two passes, the second behind the first: no selection of tokens has these sizes by chance in both.
+# The second pass continues the first. No selection of tokens has these sizes by chance in both passes.
 ROWS, PASSES = 2, (7, 5)
 
 
 def exclude_layers_out_of_reach(
     exclude_modules: list[str] | str | None, model: PreTrainedModel
 ) -> list[str] | str | None:
-    """Adds the layers that cannot have a gated LoRA to those that the user excludes.
-
-    Args:
-        exclude_modules (`list[str]` or `str`, *optional*): Names, or a regular expression, as in
-            [`~peft.LoraConfig`].
-        model ([`~transformers.PreTrainedModel`]): The base.
-
-    Returns:
-        The same, and more.
+    """Adds the layers that cannot have a gated LoRA to `exclude_modules`, which is as in [`~peft.LoraConfig`].
 
     Raises:
         ValueError: No layer can have one.
@@ -46,8 +38,8 @@ def exclude_layers_out_of_reach(
     unserved = layers_out_of_reach(model)
     if unserved and len(unserved) == len(linear_layers(model)):
         raise ValueError(
-            f"No linear layer of {type(model).__name__} gets one row per column of the model's input, so none can "
-            "tell masks from regular tokens."
+            f"{type(model).__name__} cannot be upgraded: no linear layer reads one row per column of the model's "
+            "input, so none can tell masks from regular tokens."
         )
     names = shortened(unserved, model)
     if not names:
@@ -61,12 +53,8 @@ def exclude_layers_out_of_reach(
 def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> None:
     """Raises if an adapter targets layers that cannot have a gated LoRA.
 
-    Args:
-        config ([`~peft.LoraConfig`]): Its `target_modules` and `exclude_modules` count.
-        model ([`~transformers.PreTrainedModel`]): The base.
-
     Raises:
-        ValueError: A target gets other rows than the columns of the model's input, or is the unembedding.
+        ValueError: A target does not read one row per column of the model's input, or is the unembedding.
     """
     if not config.target_modules:
         return
@@ -75,24 +63,22 @@ def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> No
     if refused:
         raise ValueError(
             f"`target_modules={config.target_modules!r}` includes {', '.join(shortened(set(refused), model))}, which "
-            "do not get one row per column of the model's input, so a gate could not tell masks from regular tokens. "
+            "do not read one row per column of the model's input, so a gate could not tell masks from regular tokens. "
             "Leave them out, or use target_modules='all-linear'."
         )
 
 
 @torch.no_grad()
 def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers that cannot have a gated LoRA, found by two short forward passes.
+    """Finds the linear layers that cannot have a gated LoRA by two short forward passes.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Any. If it has no weights or cannot run as it is, nothing is found,
-            and the gate raises at the first such layer.
+    It returns an empty set if the model has no weights or cannot run. Then the gate raises at the first such layer.
     """
-    is_offloaded = bool(getattr(model, "hf_device_map", None))  # then weights come when they are needed
+    is_offloaded = bool(getattr(model, "hf_device_map", None))  # then weights are loaded when needed
     if not is_offloaded and any(parameter.device.type == "meta" for parameter in model.parameters()):
         return set()
     layers = linear_layers(model)
-    served = defaultdict(list)  # call by call, whether its input has one row per column
+    served = defaultdict(list)  # for each call of a layer, whether the input had one row per column
     columns = 0
 
     def record(name: str, layer: nn.Module, args: tuple, output) -> None:
@@ -113,7 +99,7 @@ def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
                 inputs[cache_name(known)] = outputs[cache_name(outputs)]
             with evaluation_mode(model):
                 outputs = model(**accepted_inputs(inputs, known))
-    except Exception as error:  # whatever a model's code raises, what it did before counts
+    except Exception as error:  # a model's code may raise anything; calls before the error count
         logger.debug("%s could not be run in full: %s", type(model).__name__, error)
         if not served:
             return set()
@@ -124,7 +110,7 @@ def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
 
 
 def shortened(names: set[str], model: nn.Module) -> list[str]:
-    """The same layers, by the last part of their names where no other layer shares it, else by their whole names."""
+    """Shortens names to their last part, if all layers that end in it are among them."""
     by_end = defaultdict(set)
     for name in linear_layers(model):
         by_end[name.rpartition(".")[2]].add(name)
@@ -133,13 +119,13 @@ def shortened(names: set[str], model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """By name, all linear layers but the unembedding and those of adapters; the base's own beneath an adapter."""
+    """The base's linear layers by name, except the unembedding. Adapters' own layers are left out."""
     layers, inside, unembedding = {}, (), model.get_output_embeddings()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
         inside = (f"{name}.",) if isinstance(module, BaseTunerLayer) else inside
-        if isinstance(module, ParamWrapper):  # around a parameter of something else
+        if isinstance(module, ParamWrapper):  # wraps a parameter, not a linear layer
             continue
         if (hasattr(module, "in_features") or isinstance(module, Conv1D)) and module is not unembedding:
             layers[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

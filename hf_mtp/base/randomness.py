@@ -1,4 +1,4 @@
-"""Random numbers of our own, which leave the process's random state alone."""
+"""Seeded random numbers that leave the process's global random state unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _DrawsFrom(TorchDispatchMode):
-    """Hands a generator to every operation of this thread that draws random numbers."""
+    """Passes a seeded generator to every operation of this thread that draws random numbers."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -16,7 +16,7 @@ class _DrawsFrom(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        # Functions such as `rand` take a generator in a form of their own.
+        # Functions such as `rand` accept a generator only in a separate overload.
         own_form = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
         if own_form in func.overloadpacket.overloads():
             func = getattr(func.overloadpacket, own_form)
@@ -37,10 +37,6 @@ class _DrawsFrom(TorchDispatchMode):
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Within, torch draws in this thread from `seed` on. All other draws of the process stay as they would have been.
-
-    Args:
-        seed (`int`): Where to start.
-    """
+    """Within the context, all random draws of torch in this thread come from generators seeded with `seed`."""
     with _DrawsFrom(seed):
         yield

@@ -1,7 +1,7 @@
-"""Small sizes that compare as the sizes of a config do: equal ones stay equal, and others keep their order.
+"""Shrinks the sizes of a config: equal sizes stay equal, and different ones keep their order.
 
-A size is known by what the configs of transformers call it, never by architecture. Sizes of one kind (widths, numbers
-of heads, ranks ...) shrink in one ratio, so that sums and products of theirs hold too where that gives whole steps.
+The kind of a size is known by its name in the configs of transformers, never by architecture. Sizes of one kind
+(widths, numbers of heads, ranks ...) shrink by one ratio, so that most sums and products of them still hold.
 """
 
 import re
@@ -12,7 +12,7 @@ from itertools import pairwise
 from transformers import PreTrainedConfig
 
 VOCAB, POSITIONS, WINDOW = 40, 128, 8
-SPECIAL = VOCAB - 4  # a token that all vocabularies have
+SPECIAL = VOCAB - 4  # a token id within all shrunk vocabularies
 WIDTH, HEADS, HEAD_WIDTH, EXPERTS, STATE_HEADS = 64, 4, 16, 16, 8
 
 # The first pattern that matches the whole name of an integer gives its kind.
@@ -28,10 +28,10 @@ _KINDS = {
     "rank": r".*rank",
     "experts": r".*(experts|expert_num)|num_experts_per_tok(en)?|moe_topk|moe_k|.*top_k|.*topk_blocks",
     "groups": r"n_group|topk_group|num_expert_group|o_groups|.*n_groups|.*ngroups",
-    # Shorter than any text, also where a window is as long as the positions: rotary embeddings go on behind them.
+    # Shorter than any text, even where a window is as long as the positions: rotary embeddings continue past them.
     "window": r".*(chunk|block|window)_size|sliding_window|local_attention|index_topk|.*compressed.*_attention",
 }
-# Sizes that are compared with no other.
+# Sizes that need no fixed ratio to any other.
 _LIMITS = {
     r"max_position_embeddings|n_positions|max_seq_len|context_length|model_max_length|n_ctx": POSITIONS,
     r".*(d_state|state_size)": 8,
@@ -42,23 +42,13 @@ _LIMITS = {
 
 
 class SmallSizes:
-    """How small each size of a config becomes.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]): Stays as it is. With the configs within it.
-    """
+    """Maps each size of a config, or of a config nested in it, to its small size."""
 
     def __init__(self, config: PreTrainedConfig):
         self.of_kinds = _small_by_kind(_by_kind(config.to_dict()), config.get_text_config(decoder=True))
 
     def __call__(self, name: str, value: int, siblings: dict) -> int:
-        """The small size for one of a config.
-
-        Args:
-            name (`str`): What the config calls it.
-            value (`int`): Its size there.
-            siblings (`dict`): All values of the config that it stands in.
-        """
+        """The small size of the field `name`. `siblings` are all values of the config that has it."""
         kind = _kind_of(name, siblings)
         if kind is not None:
             return min(value, self.of_kinds[kind].get(value, value))
@@ -73,7 +63,7 @@ def _kind_of(name: str, siblings: dict) -> str | None:
 
 
 def _by_kind(config: dict) -> dict[str, set[int]]:
-    """All sizes of each kind in a config and those within it."""
+    """All sizes of each kind in a config and the configs nested in it."""
     values = defaultdict(set)
     for name, value, siblings in _numbers(config):
         if (kind := _kind_of(name, siblings)) is not None:
@@ -85,7 +75,7 @@ def _by_kind(config: dict) -> dict[str, set[int]]:
 
 
 def _numbers(config: dict) -> Iterator[tuple[str, int, dict]]:
-    """Name, value and siblings of each positive integer, in lists of one per layer and configs within too."""
+    """Name, value and siblings of each positive integer, including those in lists and nested configs."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _numbers(value)
@@ -125,13 +115,13 @@ def _small_by_kind(values: dict[str, set[int]], text: PreTrainedConfig) -> dict[
         },
     }
     sizes |= _states(values, sizes["width"])
-    if width <= WIDTH:  # small enough, with all that goes with it
+    if width <= WIDTH:  # small already, and so is everything that depends on it
         sizes |= {kind: {} for kind in ("width", "rank", "head width", "heads", "state heads", "state head width")}
     return sizes
 
 
 def _scaled(values: set[int], anchor: int, small: int, step: int, least: int | None = None) -> dict[int, int]:
-    """Sizes that are to `small` as `values` to `anchor`, in whole steps, all apart. None is over 8 times `small`."""
+    """Scales `values` by `small / anchor`, in whole steps, kept distinct, at most to 8 times `small`."""
     if anchor <= small:
         return {}
     least = step if least is None else least
@@ -142,7 +132,7 @@ def _scaled(values: set[int], anchor: int, small: int, step: int, least: int | N
 
 
 def _apart(sizes: dict[int, int], step: int, anchor: int) -> dict[int, int]:
-    """The same in the order of their keys, a step apart at least; that of the anchor stays."""
+    """Moves sizes to the order of their keys, at least one step apart. The anchor's size stays."""
     above, below = [], []
     for value in sorted(sizes):
         (above if value > anchor else below).append(value)
@@ -154,7 +144,7 @@ def _apart(sizes: dict[int, int], step: int, anchor: int) -> dict[int, int]:
 
 
 def _powers(values: set[int], anchor: int, small: int) -> dict[int, int]:
-    """Powers of two, so that smaller ones divide larger ones. One stays one."""
+    """Maps values to powers of two, so that smaller ones divide larger ones. One stays one."""
     sizes = {anchor: small}
     for value, larger in reversed(list(pairwise(sorted({v for v in values if v < anchor} | {anchor})))):
         sizes[value] = 1 if value == 1 else max(1, sizes[larger] // 2)
@@ -164,7 +154,7 @@ def _powers(values: set[int], anchor: int, small: int) -> dict[int, int]:
 
 
 def _states(values: dict[str, set[int]], small_width: dict[int, int]) -> dict[str, dict[int, int]]:
-    """Heads of a recurrent state and their width, whose product is a width that the model's code compares."""
+    """Heads of a recurrent state and their width. The model's code compares their product with another width."""
     heads, head_width = max(values["state heads"], default=1), max(values["state head width"], default=1)
     whole = small_width.get(heads * head_width, STATE_HEADS * HEAD_WIDTH)
     small = min(heads, STATE_HEADS if whole >= WIDTH else 2)

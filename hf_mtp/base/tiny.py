@@ -1,8 +1,8 @@
-"""A tiny random model of the same kind as a given one, from its config alone.
+"""Builds a tiny random model of the same kind as a given one, from its config alone.
 
-Sizes shrink by what the configs of transformers call them (layers, widths, heads, experts ...), never by architecture,
-and every kind of layer that the config names stays at least once. Some configs do not say all that their model needs,
-or have kinds of layers that come in pairs: then other ways to shrink them are tried.
+Sizes shrink by their names in the configs of transformers (layers, widths, heads, experts ...), never by architecture.
+Every kind of layer in the config stays at least once. Some configs leave out sizes that their model needs, or have
+kinds of layers that come in pairs; for those, other ways to shrink are tried.
 """
 
 import itertools
@@ -39,21 +39,20 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def tiny_model(
     config: PreTrainedConfig, seed: int = 0, model_class: type[PreTrainedModel] | None = None
 ) -> PreTrainedModel:
-    """A tiny random model of the kind that a config describes, in float64, evaluation mode, without end of sequence.
+    """A tiny random model of the kind that a config describes, in evaluation mode and, if its code allows, float64.
 
-    Weights are drawn widely enough that the likeliest token is clear and depends on the text.
+    The weights are large enough that one token is clearly the likeliest, and which one depends on the text.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]): Stays as it is.
-        seed (`int`, *optional*, defaults to 0): Of the weights.
-        model_class (`type`, *optional*): The class to make. transformers' class for causal language models with such a
-            config if `None`.
+        config ([`~transformers.PreTrainedConfig`]): The config, which is not changed.
+        seed (`int`, *optional*, defaults to 0): Seed of the weights.
+        model_class (`type`, *optional*): The model class; if `None`, the one of `AutoModelForCausalLM`.
 
     Raises:
-        ValueError: No tiny model of this kind could be made.
+        ValueError: No tiny model of this kind can be built.
     """
     failure = None
-    # Some code is not made for float64.
+    # Some models do not run in float64.
     for dtype, fill, of_each_kind in itertools.product((torch.float64, torch.float32), (False, True), (1, 2)):
         try:
             model = _random_model(tiny_config(config, fill, of_each_kind), dtype, seed, model_class)
@@ -65,12 +64,12 @@ def tiny_model(
 
 
 def tiny_config(config: PreTrainedConfig, fill: bool = False, of_each_kind: int = 1) -> PreTrainedConfig:
-    """The same config with small sizes, which compare as its own do: see [`SmallSizes`].
+    """A copy of a config with small sizes, see [`SmallSizes`].
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]): Stays as it is.
-        fill (`bool`, *optional*, defaults to `False`): Whether sizes that it leaves open are set.
-        of_each_kind (`int`, *optional*, defaults to 1): How many layers of each kind stay.
+        config ([`~transformers.PreTrainedConfig`]): The config, which is not changed.
+        fill (`bool`, *optional*, defaults to `False`): Whether to set sizes that the config leaves open.
+        of_each_kind (`int`, *optional*, defaults to 1): Number of layers of each kind to keep.
     """
     return type(config).from_dict(_shrunk(config, SmallSizes(config), fill, of_each_kind))
 
@@ -84,7 +83,7 @@ def _random_model(
     if size > MOST_PARAMETERS:
         raise ValueError(f"it would have {size:,} parameters: some of its sizes are unknown")
     with own_randomness(seed), torch.no_grad():
-        # Not `dtype=...`, which would be the default dtype of the whole process for a moment.
+        # `dtype=...` would change the default dtype of the whole process for a moment.
         model = make(config, dtype=None, experts_implementation="eager").to(dtype).eval()
         for module in model.modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -94,7 +93,7 @@ def _random_model(
 
 
 def _shrunk(config: PreTrainedConfig, sizes: SmallSizes, fill: bool, of_each_kind: int) -> dict:
-    """The values of a small config, and of the configs within it."""
+    """The values of a small config, and of the configs nested in it."""
     values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
     depth = next((values[name] for name in _DEPTHS if isinstance(values.get(name), int)), None)
     kept = _kept_layers(values, depth, of_each_kind)
@@ -127,7 +126,7 @@ def _shrunk(config: PreTrainedConfig, sizes: SmallSizes, fill: bool, of_each_kin
 
 
 def _small(name: str, value, values: dict, kept: list[int], sizes: SmallSizes):
-    """The size that a number of a config may have; anything else stays."""
+    """The small size of an integer; any other value is unchanged."""
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     if name == "num_kv_shared_layers":  # the last ones
@@ -140,9 +139,10 @@ def _small(name: str, value, values: dict, kept: list[int], sizes: SmallSizes):
 
 
 def _kept_layers(values: dict, depth: int | None, of_each_kind: int) -> list[int]:
-    """Which layers stay: the first of each kind, by all lists that have an entry per layer, and two at least.
+    """The layers to keep: the first of each kind, and at least two.
 
-    Of layers that share the keys and values of others some stay too. Kinds that alternate stay once around.
+    Layers are of one kind if they agree in all lists with an entry per layer, and in whether they share the keys and
+    values of other layers. Kinds that alternate stay for one full cycle.
     """
     if not depth:
         return list(range(LAYERS))

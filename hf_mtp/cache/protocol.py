@@ -1,4 +1,4 @@
-"""What the decode loop asks of a cache."""
+"""The interface of a cache that the decode loop uses."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from .rows import Rows
 
 
 class DecodingCache(Protocol):
-    """A cache whose rows grow by what was accepted and forget the rest.
+    """A cache whose rows keep accepted tokens and roll back the others.
 
     Attributes:
         rows ([`Rows`]): Where the tokens of each row begin and end.
@@ -16,15 +16,11 @@ class DecodingCache(Protocol):
 
     rows: Rows
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens that each row holds."""
-
     def keep(self, tokens: list[int]) -> None:
-        """Keeps so many of the first columns of the last pass, for each row, and rolls all others back."""
+        """For each row, keeps the first `tokens` columns of the last pass and rolls the others back."""
 
     def adopt(self, given: Cache) -> None:
-        """Starts with the tokens of the cache that `generate` got."""
+        """Takes over the tokens of the cache that was passed to `generate`."""
 
     def give_back(self, given: Cache | None) -> Cache | None:
-        """Appends to that cache the tokens that it lacks, and returns it, or the one that the model made itself."""
+        """Returns the cache for the user: `given`, completed, or the one that the model created."""

@@ -1,8 +1,7 @@
-"""The cache of decoding: every row grows and rolls back by itself.
+"""The cache of decoding, in which every row grows and rolls back independently.
 
-A forward pass writes the keys and values of its columns right after the tokens that a row holds. Tokens that stay are
-then counted in, `keep`, and all others are overwritten by the next pass: rolling back moves a number and copies
-nothing, however differently rows go on.
+A forward pass writes the keys and values of its columns right after the tokens that a row holds. `keep` then counts
+the accepted ones; the next pass overwrites the others. So a rollback only changes a length, and copies nothing.
 
 Shapes: B batch, H heads, N columns of a pass, S columns of storage, D features.
 """
@@ -13,17 +12,17 @@ from functools import partial
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..layout.attention import CachedColumns, padded_behind
+from ..layout.attention import CachedColumns, padded_right
 from .rows import Rows
 
-SPARE_COLUMNS = 64  # storage grows by half and by no less than this
+SPARE_COLUMNS = 64  # storage grows by half, and at least by this many
 
 
 class RollbackLayer(CacheLayerMixin):
     """Keys and values of one layer, `(B, H, S, D)`.
 
     Args:
-        rows ([`Rows`]): Behind which columns the next pass is written.
+        rows ([`Rows`]): The lengths of the rows, after which the next pass is written.
     """
 
     is_sliding = False
@@ -31,7 +30,7 @@ class RollbackLayer(CacheLayerMixin):
     def __init__(self, rows: Rows):
         super().__init__()
         self.rows = rows
-        # transformers makes a mask even for a plain causal pass if the cache is to be compiled.
+        # With a compileable cache, transformers creates a mask even for a plain causal pass.
         self.is_compileable = rows.columns is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -41,23 +40,23 @@ class RollbackLayer(CacheLayerMixin):
             for states in (key_states, value_states)
         )
         if self.rows.columns is not None and not torch.compiler.is_compiling():
-            for tensor in (self.keys, self.values):  # else CUDA graphs would copy them in and out
+            for tensor in (self.keys, self.values):  # otherwise CUDA graphs would copy them in and out
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Writes the columns of a pass behind each row's tokens.
+        """Writes the columns of a pass after each row's tokens.
 
         Args:
             key_states, value_states (`torch.Tensor` of shape `(B, H, N, D)`): The new columns.
 
         Returns:
-            Keys and values to attend to: all of a fixed storage, else up to the last column written in any row.
+            Keys and values to attend to: all columns of a fixed storage, else those up to the longest row's end.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.rows.columns is not None and torch.compiler.is_compiling():
-            self._write_behind_each_row(key_states, value_states)
+            self._write_after_each_row(key_states, value_states)
             return self.keys, self.values
         end = self.rows.longest + key_states.shape[2]
         if self.rows.columns is None and end > self.keys.shape[2]:
@@ -67,11 +66,11 @@ class RollbackLayer(CacheLayerMixin):
             self.keys.narrow(2, *new).copy_(key_states)
             self.values.narrow(2, *new).copy_(value_states)
         else:
-            self._write_behind_each_row(key_states, value_states)
+            self._write_after_each_row(key_states, value_states)
         end = self.rows.columns or end
         return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
-    def _write_behind_each_row(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _write_after_each_row(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         new_N = torch.arange(key_states.shape[2], device=key_states.device)
         column_BN = self.rows.length_B[:, None] + new_N
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
@@ -96,48 +95,43 @@ class RollbackLayer(CacheLayerMixin):
 
 
 class RollbackCache(Cache):
-    """A [`~transformers.Cache`] whose rows roll back each by itself.
+    """A [`~transformers.Cache`] whose rows roll back independently.
 
-    Layers keep every token, also those with a sliding window: the attention masks limit what these see.
+    All layers keep every token. Where a layer has a sliding window, the attention mask limits what it sees.
 
     Args:
-        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
-        columns (`int`, *optional*): Fixed size of the storage. `None` lets it grow.
-        offloading (`bool`, *optional*): Whether layers wait on the CPU while others run.
+        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is not padding.
+        columns (`int`, *optional*): Fixed size of the storage. If `None`, it grows.
+        offloading (`bool`, *optional*): Whether layers are kept on the CPU while others run.
     """
 
     def __init__(self, start_B: torch.LongTensor, columns: int | None = None, offloading: bool = False):
         self.rows = Rows(start_B, columns)
-        self.extra_inputs: dict[str, torch.Tensor] = {}  # what the model is given with each token, `(B, 1, ...)`
+        self.extra_inputs: dict[str, torch.Tensor] = {}  # passed to the model with each token, `(B, 1, ...)`
         super().__init__(layer_class_to_replicate=partial(RollbackLayer, self.rows), offloading=offloading)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens that each row holds."""
-        return self.rows.lengths
-
     def seen_by(self, new: int) -> CachedColumns:
-        """What the attention of a pass of `new` columns sees."""
+        """The cached columns as the attention mask of a pass of `new` columns needs them."""
         rows = self.rows
         return CachedColumns(rows.start_B, rows.length_B, rows.columns or rows.longest + new, rows.hidden_BP)
 
     @property
     def is_causal(self) -> bool:
-        """Whether a model's own causal mask is right for a plain pass: nothing hidden, and all rows equally long."""
+        """Whether the model's own causal mask is right for a pass: nothing is hidden, all rows are equally long."""
         rows = self.rows
         return not any(rows.starts) and not rows.hidden_BP.shape[1] and rows.are_equal and rows.columns is None
 
     def keep(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
-        """Counts in the first columns of the last pass; all others are rolled back.
+        """Keeps the first columns of the last pass and rolls the others back.
 
         Args:
-            tokens (`list[int]`): How many, for each row.
-            tokens_B (`torch.LongTensor` of shape `(B,)`, *optional*): The same, if it is on the device already.
+            tokens (`list[int]`): Number of columns to keep, for each row.
+            tokens_B (`torch.LongTensor` of shape `(B,)`, *optional*): The same numbers, if already on the device.
         """
         self.rows.add(tokens, tokens_B)
 
     def select_rows(self, rows: list[int]) -> None:
-        """Drops all rows but these."""
+        """Drops all other rows."""
         index = torch.tensor(rows, device=self.rows.length_B.device)
         self.rows.starts = [self.rows.starts[row] for row in rows]
         self.rows.set_lengths([self.rows.lengths[row] for row in rows])
@@ -145,7 +139,7 @@ class RollbackCache(Cache):
         self.rows.offset_B, self.rows.hidden_BP = self.rows.offset_B[..., index], self.rows.hidden_BP[index]
         self.extra_inputs = {name: value[index.to(value.device)] for name, value in self.extra_inputs.items()}
         for layer in self.layers:
-            if not layer.is_initialized:  # of an image, and there is none
+            if not layer.is_initialized:  # cross-attention to an image, without an image
                 continue
             layer.keys, layer.values = (
                 layer.keys[index.to(layer.keys.device)],
@@ -153,31 +147,25 @@ class RollbackCache(Cache):
             )
 
     def adopt(self, given: Cache) -> None:
-        """Starts with the tokens of another cache, which stays as it is.
+        """Copies the tokens of the cache that was passed to `generate`.
 
-        Args:
-            given ([`~transformers.Cache`]): What `generate` got. A layer with a sliding window holds the last tokens
-                only, and needs no others.
+        A layer with a sliding window may hold only the last tokens; it needs no others.
         """
         length = int(given.get_seq_length())
         for index, layer in enumerate(given.layers):
             if not layer.is_initialized:
                 continue
             held = min(length, layer.keys.shape[2])
-            keys, values = layer.keys.to(layer.device), layer.values.to(layer.device)  # it may be offloaded
+            keys, values = layer.keys.to(layer.device), layer.values.to(layer.device)  # they may be offloaded
             if layer.get_max_length() == -1 or held < length:  # a growing layer, or a full window
                 keys, values = keys[:, :, -held:], values[:, :, -held:]
             padding = (0, 0, length - held, 0)
             pad = torch.nn.functional.pad
             self.update(pad(keys[:, :, :held], padding), pad(values[:, :, :held], padding), index)
-        self.keep([length] * len(self.lengths))
+        self.keep([length] * len(self.rows.lengths))
 
     def give_back(self, given: Cache) -> Cache:
-        """Appends to the cache that `generate` got the tokens that it lacks. Padding at the left is zeros.
-
-        Args:
-            given ([`~transformers.Cache`]): What `generate` got.
-        """
+        """Appends the new tokens to the cache that was passed to `generate`. Padding at the left is zeros."""
         known, length = int(given.get_seq_length()), self.rows.longest
         if length == known:
             return given
@@ -191,11 +179,7 @@ class RollbackCache(Cache):
         return given
 
     def append_rows(self, other: "RollbackCache") -> None:
-        """Adds the rows of another cache of the same model behind these.
-
-        Args:
-            other ([`RollbackCache`]): A cache that grows, as this one does. It must not be used afterwards.
-        """
+        """Appends the rows of another growing cache of the same model. `other` must not be used afterwards."""
         rows, more = self.rows, other.rows
         rows.starts = rows.starts + more.starts
         rows.set_lengths(rows.lengths + more.lengths)
@@ -203,19 +187,19 @@ class RollbackCache(Cache):
         rows.length_B = torch.cat([rows.length_B, more.length_B])
         rows.set_position_offset(torch.cat([rows.offset_B, more.offset_B], dim=-1))
         columns = max(rows.hidden_BP.shape[1], more.hidden_BP.shape[1])
-        rows.hidden_BP = torch.cat([padded_behind(each.hidden_BP, columns) for each in (rows, more)])
+        rows.hidden_BP = torch.cat([padded_right(each.hidden_BP, columns) for each in (rows, more)])
         for layer, new in zip(self.layers, other.layers, strict=True):
             columns = max(layer.keys.shape[2], new.keys.shape[2])
             layer.keys = torch.cat([_padded(layer.keys, columns), _padded(new.keys, columns)])
             layer.values = torch.cat([_padded(layer.values, columns), _padded(new.values, columns)])
 
     def share_layers(self, cache: Cache, layers: list[int], extra_inputs: dict[str, torch.Tensor]) -> None:
-        """Shows the model what is no text: it stays as it is, whatever is read or rolled back.
+        """Adds what is not text, such as an image. No pass or rollback changes it.
 
         Args:
-            cache ([`~transformers.Cache`]): What `generate` was given.
-            layers (`list[int]`): Its layers that hold an image, say.
-            extra_inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): What the model gets with each token.
+            cache ([`~transformers.Cache`]): The cache that was passed to `generate`.
+            layers (`list[int]`): Indices of its layers that hold something other than text.
+            extra_inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): What the model is given with each token.
         """
         for index in layers:
             self.layers[index] = copy.copy(cache.layers[index])
@@ -223,5 +207,5 @@ class RollbackCache(Cache):
 
 
 def _padded(storage: torch.Tensor, columns: int) -> torch.Tensor:
-    """`(B, H, columns, D)`: the same keys or values, with empty columns behind them."""
+    """`(B, H, columns, D)`: keys or values, padded on the right with zeros."""
     return torch.nn.functional.pad(storage, (0, 0, 0, columns - storage.shape[2]))

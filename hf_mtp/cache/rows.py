@@ -4,28 +4,28 @@ import torch
 
 
 class Rows:
-    """Where the tokens of each row begin and end; one object for all layers of a cache.
+    """Start, length and position offset of each row, shared by all layers of a cache.
 
     Args:
-        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
-        columns (`int`, *optional*): Fixed size of the storage. `None` lets it grow.
+        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is not padding.
+        columns (`int`, *optional*): Fixed size of the storage. If `None`, it grows.
 
     Attributes:
-        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns of the prompt behind each row's first
-            token that nobody sees.
+        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns after each row's first token that the
+            prompt's attention mask hides.
     """
 
     def __init__(self, start_B: torch.LongTensor, columns: int | None = None):
         self.start_B = start_B
         self.length_B = torch.zeros_like(start_B)
-        self.starts = start_B.tolist()  # the same, without asking the device
+        self.starts = start_B.tolist()  # a copy on the host, so that reading it does not wait for the device
         self.columns = columns
         self.hidden_BP = torch.zeros(len(start_B), 0, dtype=torch.bool, device=start_B.device)
         self.set_lengths([0] * len(start_B))
         self.set_position_offset(torch.zeros_like(start_B))
 
     def set_position_offset(self, offset_B: torch.LongTensor) -> None:
-        """Says how far each row's positions are ahead of a count from 0 at its first token.
+        """Sets how far each row's position ids are ahead of a count from 0 at its first token.
 
         Args:
             offset_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models of R position ids per token).
@@ -34,24 +34,24 @@ class Rows:
 
     @property
     def positions(self) -> int:
-        """Positions that the row which is farthest has used."""
+        """The most positions that any row has used."""
         return self.longest + self.largest_offset
 
     def positions_of(self, place_BN: torch.LongTensor) -> torch.LongTensor:
-        """`(B, N)` or `(R, B, N)`: position ids of columns counted from each row's first token."""
+        """`(B, N)` or `(R, B, N)`: position ids of columns that are counted from each row's first token."""
         return place_BN + self.offset_B[..., None]
 
     def set_lengths(self, lengths: list[int]) -> None:
-        """Says how many columns each row holds, what all layers go by until the next time."""
+        """Sets the number of columns that each row holds."""
         self.lengths, self.longest = lengths, max(lengths)
         self.are_equal = min(lengths) == self.longest
 
-    def next_columns(self, new: int) -> torch.LongTensor:
-        """`(B, new)`: the columns that a pass of so many writes."""
-        return self.length_B[:, None] + torch.arange(new, device=self.length_B.device)
+    def next_places(self, new: int) -> torch.LongTensor:
+        """`(B, new)`: the columns that a pass over `new` tokens writes, counted from each row's first token."""
+        return (self.length_B - self.start_B)[:, None] + torch.arange(new, device=self.length_B.device)
 
     def add(self, tokens: list[int], tokens_B: torch.LongTensor | None = None) -> None:
-        """Counts in so many columns more of each row; `tokens_B` is the same, if it is on the device already."""
+        """Adds to the length of each row. `tokens_B` are the same numbers, if already on the device."""
         if tokens_B is None:
             tokens_B = torch.tensor(tokens, device=self.length_B.device)
         self.set_lengths([length + kept for length, kept in zip(self.lengths, tokens, strict=True)])

@@ -1,1 +1,1 @@
-"""`generate(mtp=True)`: reading several tokens per pass, drafting, verification, pacing."""
+"""`generate(mtp=True)`: the decode loop, drafters, verification and schedules."""

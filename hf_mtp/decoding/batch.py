@@ -1,6 +1,8 @@
-"""The rows that are decoded together. They come and go between passes.
+"""The rows that are decoded together. Rows are admitted and retired between passes.
 
-Shapes: B batch, T tokens that the model has not read, K drafts.
+Knows requests, their cache and their drafts. Knows nothing of models or of how drafts are made.
+
+Shapes: B batch, T tokens that the model has not read, K drafts, E embedding size.
 """
 
 from dataclasses import dataclass, field
@@ -16,15 +18,15 @@ NO_SOURCE = -1
 
 @dataclass
 class Batch:
-    """Requests, and what the next pass reads of each.
+    """Requests, and the tokens of each that the next pass reads.
 
     Args:
         sequences (`list[Sequence]`): The rows.
-        cache ([`DecodingCache`]): What the model has read of each.
-        unread_BT (`torch.Tensor`): What it has not: ids of shape `(B, T)`, or embeddings `(B, T, E)`, drafts at the
-        end.
-        drafts ([`Drafts`]): The drafts among these.
-        source_of_row (`list[int]`): Number of the drafter that made each row's drafts, -1 for none.
+        cache ([`DecodingCache`]): The tokens of each row that the model has read.
+        unread_BT (`torch.Tensor`): The tokens that the next pass reads, with the drafts at the end: ids of shape
+            `(B, T)`, or embeddings of shape `(B, T, E)`.
+        drafts ([`Drafts`], *optional*): The drafts among these; none if `None`.
+        source_of_row (`list[int]`, *optional*): Number of the drafter that made each row's drafts, -1 for none.
     """
 
     sequences: list[Sequence]
@@ -41,21 +43,21 @@ class Batch:
 
     @property
     def is_done(self) -> bool:
-        """Whether no row wants more tokens."""
+        """Whether all rows are finished."""
         return all(sequence.is_finished for sequence in self.sequences)
 
     @property
     def remaining_tokens(self) -> int:
-        """New tokens that may still come in the row where most may."""
+        """The largest number of new tokens that any row may still get."""
         return max(sequence.remaining_tokens for sequence in self.sequences)
 
     def set_drafts(self, pending_B: torch.LongTensor, drafts: Drafts, source_of_row: list[int]) -> None:
-        """Says what the next pass reads: each row's last token, and drafts behind it."""
+        """Sets what the next pass reads: each row's pending token, and drafts after it."""
         self.drafts, self.source_of_row = drafts, source_of_row
         self.unread_BT = torch.cat([pending_B[:, None], drafts.token_BK.clamp(min=0)], dim=1)
 
     def admit(self, other: "Batch") -> None:
-        """Adds rows whose prompts were read. Their cache must be a [`RollbackCache`], as this one is."""
+        """Adds rows whose prompts have been read. Both caches must be a growing [`RollbackCache`]."""
         device = self.unread_BT.device
         pending_B = torch.cat([self.unread_BT[:, 0], other.unread_BT[:, 0].to(device)])
         self.cache.append_rows(other.cache)
@@ -63,7 +65,7 @@ class Batch:
         self.set_drafts(pending_B, self.drafts.with_rows(other.drafts), self.source_of_row + other.source_of_row)
 
     def retire(self) -> list[Sequence]:
-        """Drops rows that want no more tokens, but never the last row, and returns them."""
+        """Drops and returns finished rows, unless all rows are finished."""
         alive = [index for index, row in enumerate(self.sequences) if not row.is_finished]
         if not alive or len(alive) == len(self.sequences):
             return []

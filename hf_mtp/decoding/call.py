@@ -1,4 +1,4 @@
-"""One call of `generate(mtp=True)`: from what transformers prepared to what it returns."""
+"""One call of `generate(mtp=True)`: from the arguments that transformers prepared to the output that it returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,7 @@ from ..cache.protocol import DecodingCache
 from ..cache.rollback import RollbackCache
 from ..passes.speculation_mode import PASSES, SpeculationMode
 from .batch import Batch
-from .checks import (
-    refuse_cache,
-    refuse_for_sequences,
-    refuse_generation_mode,
-    refuse_ids,
-    refuse_rope_switches,
-)
+from .checks import refuse_cache, refuse_for_sequences, refuse_generation_mode, refuse_ids, refuse_rope_switches
 from .drafters.masks import MaskDrafter
 from .drafters.ngrams import NgramDrafter
 from .loop import DecodingLoop
@@ -48,10 +42,10 @@ class GenerateCall:
         tuner ([`GatedLoraModel`]): The upgraded model.
         mode ([`SpeculationMode`]): How it computes several tokens per pass.
         strategy (`str`): `"auto"`, `"quadratic"` or `"linear"`.
-        k (`int`): Drafts per pass that masks give at most.
+        k (`int`): Masks per block.
         generator (`torch.Generator`, *optional*), streamer
             ([`~transformers.generation.streamers.BaseStreamer`], *optional*), synced_gpus (`bool`, *optional*): As
-            passed to `generate`, which does not hand them on to a custom decode loop.
+            passed to `generate`, which does not pass them on to a custom decode loop.
     """
 
     tuner: GatedLoraTuner
@@ -71,12 +65,12 @@ class GenerateCall:
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> torch.LongTensor | MTPGenerateOutput:
-        """Decodes a batch. Arguments are those of a decode loop of transformers."""
+        """Decodes a batch. Arguments are those that transformers passes to a decode loop."""
         refuse_generation_mode(generation_config)
         refuse_ids(input_ids, self.tuner.vocab_size)
         given = model_kwargs.get(cache_name(model_kwargs))
         is_users = getattr(given, "_is_user_defined", False)
-        if is_users:  # so that it is whole, whatever happens
+        if is_users:  # so that an error cannot leave it half written
             model_kwargs = {**model_kwargs, cache_name(model_kwargs): copied(given)}
         prompt = Prompt.of(self.tuner.model, input_ids, model_kwargs, getattr(generation_config, "_mask_length", None))
         new_tokens = most_new_tokens(stopping_criteria, input_ids.shape[1])
@@ -125,13 +119,13 @@ class GenerateCall:
         config: GenerationConfig,
         processors: LogitsProcessorList,
     ) -> list[Sequence]:
-        batch, vocab = len(input_ids), self.tuner.vocab_size
+        batch, vocab, padding = len(input_ids), self.tuner.vocab_size, prompt.start_B.tolist()
         seed = draw_seed(self.generator) if config.do_sample else None
         return [
             Sequence(
                 input_ids[row],
                 row,
-                min(prompt.padding[row], input_ids.shape[1]),
+                min(padding[row], input_ids.shape[1]),
                 new_tokens,
                 config,
                 processors_of_row(processors, row, batch),
@@ -149,12 +143,12 @@ class GenerateCall:
         config: GenerationConfig,
         keeps_cache: bool,
     ) -> None:
-        """Decodes rows together, until they and those of other processes are done."""
+        """Decodes rows together until they, and those of other processes, are finished."""
         is_static = _is_static(config)
         key = (self.tuner.active_adapters[0], self.k, len(batch.sequences), is_static, str(self.tuner.model.device))
         schedule = self._schedule(key, is_static)
         drafters = [MaskDrafter(self.tuner, schedule.mask_acceptance, verifier.processors)]
-        if isinstance(schedule, AdaptiveSchedule) and not is_static:  # whose passes have no room for longer drafts
+        if isinstance(schedule, AdaptiveSchedule) and not is_static:  # fixed shapes have no room for these
             drafters.append(NgramDrafter(schedule.ngram_rates))
         loop = DecodingLoop(
             self._forward(config), schedule, drafters, verifier, self.k, fixed_shape=is_static, statistics=statistics
@@ -189,7 +183,7 @@ class GenerateCall:
         )
 
     def _cache(self, prompt: Prompt, columns: int, config: GenerationConfig) -> DecodingCache:
-        """An own cache for some rows, which starts with what the given one holds."""
+        """The cache in which some rows are decoded. It starts with the tokens of the given one."""
         kind = PASSES[self.mode][1]
         if kind is not RollbackCache:
             cache = kind(prompt.start_B, held=prompt.cache)
@@ -203,12 +197,12 @@ class GenerateCall:
         cache.rows.hidden_BP = prompt.hidden_BP
         if prompt.read:
             cache.adopt(prompt.cache)
-        if prompt.extra.layers or prompt.extra.inputs:  # refused for all other kinds of caches
+        if prompt.extra.layers or prompt.extra.inputs:  # other kinds of caches were rejected before
             cache.share_layers(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:
-        """The base's compiled forward pass, under the conditions under which `generate` itself would compile it."""
+        """The base's compiled forward pass, if `generate` itself would compile it."""
         model = self.tuner.model
         if config.disable_compile or (model.device.type == "cpu" and config.compile_config is None):
             return None
@@ -234,9 +228,9 @@ def _is_static(config: GenerationConfig) -> bool:
 
 
 def _fixed_columns(tokens: int, k: int, config: GenerationConfig) -> int:
-    """Columns of a cache of fixed size: room for the longest output and one more pass.
+    """Columns of a cache of fixed size, with room for the longest output and one more pass.
 
-    Rounded up, so that outputs of about the same length share one compiled graph.
+    The size is rounded up, so that outputs of similar length share one compiled graph.
     """
     columns = max(tokens, getattr(config, "max_cache_len", None) or 0) + (k + 1) ** 2 + k
     return -(-columns // COLUMNS_STEP) * COLUMNS_STEP

@@ -1,4 +1,4 @@
-"""Refusals: what `generate(mtp=True)` cannot do exactly, said before anything is computed."""
+"""Rejects requests that `generate(mtp=True)` cannot decode exactly, before anything is computed."""
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedConfig, cache_utils
@@ -7,10 +7,10 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..base.rope import rope_switches
 from .prompt import Prompt
 
-# transformers 5.20 has the narrower class only.
+# transformers 5.20 has only the narrower class.
 QuantizedLayer = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
-# Settings that choose another mode.
+# Settings that select another generation mode, named in the error.
 MODE_SETTINGS = (
     "num_beams",
     "num_beam_groups",
@@ -25,7 +25,7 @@ MODE_SETTINGS = (
 
 
 def refuse_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
-    """Raises for token ids that the base does not have."""
+    """Raises `ValueError` for token ids outside the base's vocabulary."""
     if input_ids.numel() and (input_ids.min() < 0 or input_ids.max() >= vocab_size):
         raise ValueError(
             f"The prompt has token ids from {input_ids.min().item()} to {input_ids.max().item()}, but the vocabulary "
@@ -34,7 +34,7 @@ def refuse_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
 
 
 def refuse_arguments(kwargs: dict) -> None:
-    """Refuses arguments that `generate` would use up before the decode loop could see them."""
+    """Raises `ValueError` for arguments that `generate` would consume before the decode loop could check them."""
     if kwargs.get("custom_generate") is not None:
         raise ValueError("`custom_generate` and `mtp=True` are two ways to decode: pass one of them.")
     if kwargs.get("assistant_model") is not None:
@@ -46,44 +46,41 @@ def refuse_arguments(kwargs: dict) -> None:
         )
     if kwargs.get("use_cache") is False:
         raise ValueError("`use_cache=False` with `mtp=True`: drafts are verified against a cache. Leave it out.")
-    _refuse_quantized(kwargs.get("cache_implementation"))  # before the packages for it are asked for
+    _refuse_quantized(kwargs.get("cache_implementation"))  # before transformers asks for its packages
 
 
 def _refuse_quantized(cache_implementation: str | None) -> None:
     if cache_implementation == "quantized":
         raise ValueError(
-            "cache_implementation='quantized' rounds keys and values a group of tokens at a time, and which tokens "
-            "form a group depends on how many are decoded per pass, so `mtp=True` could not return the same output. "
-            "Use 'dynamic', 'static' or 'offloaded'."
+            "cache_implementation='quantized' rounds keys and values in groups of tokens. The groups depend on how "
+            "many tokens are decoded per pass, so `mtp=True` could not return the same output. Use 'dynamic', "
+            "'static' or 'offloaded'."
         )
 
 
 def refuse_generation_mode(config: GenerationConfig) -> None:
-    """Refuses all modes but greedy decoding and sampling, by the final configuration, wherever it comes from.
+    """Raises `ValueError` for all modes except greedy decoding and sampling.
 
     Args:
-        config ([`~transformers.GenerationConfig`]): As `generate` prepared it.
-
-    Raises:
-        ValueError: Another mode.
+        config ([`~transformers.GenerationConfig`]): The final configuration, as `generate` prepared it.
     """
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         values = {name: getattr(config, name, None) for name in MODE_SETTINGS}
         given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value and str(value) != "1")
         raise ValueError(
-            f"{given} asks for {mode.value.replace('_', ' ')}, which does not decode one sequence token by token, so "
-            "`mtp=True` could not return the same output. Drop these settings, or `mtp=True`."
+            f"{given} selects {mode.value.replace('_', ' ')}, which does not decode one sequence token by token, so "
+            "`mtp=True` could not return the same output. Leave these settings out, or `mtp=True`."
         )
     _refuse_quantized(config.cache_implementation)
 
 
 def refuse_cache(cache: Cache | None, columns: int) -> None:
-    """Raises if the cache that was passed is quantized, or has a fixed size that cannot hold the output.
+    """Raises `ValueError` if the user's cache is quantized, or has a fixed size that cannot hold the output.
 
     Args:
-        cache ([`~transformers.Cache`], *optional*): What `generate` was given.
-        columns (`int`): Tokens that it will hold in the end, at most.
+        cache ([`~transformers.Cache`], *optional*): The cache that was passed to `generate`.
+        columns (`int`): The most tokens that it must hold in the end.
     """
     for layer in cache.layers if getattr(cache, "_is_user_defined", False) else ():
         if isinstance(layer, QuantizedLayer):
@@ -97,47 +94,43 @@ def refuse_cache(cache: Cache | None, columns: int) -> None:
 
 
 def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
-    """Raises if rotary embeddings become others on the way, which passes of a fixed shape cannot avoid to cross.
+    """Raises `NotImplementedError` if a pass of fixed shape could cross a length at which rotary embeddings change.
 
     Args:
-        config ([`~transformers.PreTrainedConfig`]): Of the model.
-        columns (`int`): Tokens of the text in the end, at most.
+        config ([`~transformers.PreTrainedConfig`]): The model's config.
+        columns (`int`): The most tokens that the text may have in the end.
     """
     for length in rope_switches(config.get_text_config(decoder=True)):
         if columns >= length:
             raise NotImplementedError(
                 f"This model's rotary embeddings change at {length} tokens, and the text may have {columns}: passes "
-                "of a fixed shape could not go on exactly. Leave out `cache_implementation` or lower `max_new_tokens`."
+                "of a fixed shape would not be exact. Leave `cache_implementation` out, or lower `max_new_tokens`."
             )
 
 
 def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool) -> None:
-    """Refuses what only models that take branches can do.
+    """Raises `NotImplementedError` for requests that need a model that allows trees.
 
     Args:
         prompt ([`Prompt`]): The prompts.
-        is_static (`bool`): Whether a static cache is asked for.
+        is_static (`bool`): Whether a static cache is requested.
         synced_gpus (`bool`, *optional*): As passed to `generate`.
         whole (`bool`): Whether the model must read each text from its start.
-
-    Raises:
-        NotImplementedError: A static cache, or cross-attention; in a batch also a cache that holds something, or
-            synchronised processes.
     """
     batch = len(prompt.rows) > 1 or bool(prompt.start_B.any())
     for asked, what, instead in (
         (is_static, "a static cache", "Leave `cache_implementation` out"),
         (prompt.hidden_BP.any(), "an attention mask with holes", "Pad on the left: tokenizer.padding_side = 'left'"),
         (prompt.extra.layers, "cross-attention to an image", "Leave the image out"),
-        (prompt.extra.inputs, "more than a token at a time", f"Leave out {', '.join(prompt.extra.inputs)}"),
+        (prompt.extra.inputs, "other inputs with each token", f"Leave out {', '.join(prompt.extra.inputs)}"),
         (whole and prompt.read, "a cache that is not empty", "Pass none"),
         (whole and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
         (whole and prompt.offset_B.any(), "`position_ids`", "Leave them out"),
-        (batch and prompt.read, "a batch that goes on from a cache", "Pass one sequence at a time"),
+        (batch and prompt.read, "a batch that continues from a cache", "Pass one sequence at a time"),
         (batch and synced_gpus, "a batch with `synced_gpus`", "Pass one sequence at a time"),
     ):
         if asked:
             raise NotImplementedError(
-                f"This model reads one plain sequence at a time, which {what} does not allow with `mtp=True`. "
-                f"{instead}, or decode with mtp=False."
+                f"This model reads one plain sequence at a time, so `mtp=True` does not support {what}. {instead}, or "
+                "decode with mtp=False."
             )

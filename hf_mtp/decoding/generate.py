@@ -1,4 +1,4 @@
-"""`generate(mtp=True)`: checks what was asked for and hands the decode loop to transformers' own `generate`."""
+"""`generate(mtp=True)`: checks the arguments and passes the decode loop to transformers' own `generate`."""
 
 import copy
 import inspect
@@ -42,37 +42,36 @@ class GenerationMixin:
     ):
         """[`~transformers.GenerationMixin.generate`] with several tokens per forward pass and the same output.
 
-        Greedy decoding returns the same tokens. Sampling draws from the same distribution, whatever the logits
-        processors, and the same seed gives the same text, whatever the strategy. `mtp`, `mtp_strategy` and `mtp_k` may
-        also be attributes of the generation config, so that a pipeline or a chat uses them with no change of code.
+        Greedy decoding returns the same tokens. Sampling draws from the same distribution with any logits processors,
+        and the same seed returns the same text with any strategy. `mtp`, `mtp_strategy` and `mtp_k` may also be
+        attributes of the generation config, so that pipelines and chats use them without a change of code.
 
         Args:
             mtp (`bool`, *optional*, defaults to `False`):
                 Whether to use multi-token prediction. If not, this is exactly the base model's `generate`.
             mtp_strategy (`str`, *optional*, defaults to `"auto"`):
                 `"quadratic"` hangs a whole block of masks on every draft, so that each pass has drafts to verify.
-                `"linear"` hangs one on the last draft only: passes are shorter, but the one after a rejected draft has
-                none to verify. `"auto"` computes the masks that are worth their cost on this machine, takes drafts
-                from the text itself where it repeats, and decodes plainly while that is faster. It is `"linear"` for
-                models that read plain sequences only, such as recurrent ones.
-            mtp_k (`int`, *optional*):
-                Masks per block, and so drafts that masks give per forward pass: at most the adapter's `k`, which is
-                the default.
+                `"linear"` hangs one on the last draft only: passes are shorter, but after a rejected draft the next
+                pass has none to verify. `"auto"` computes the masks that are worth their cost on this machine, takes
+                drafts from the text itself where it repeats, and decodes plainly while that is faster. For models that
+                read plain sequences only, such as recurrent ones, `"auto"` is `"linear"`.
+            mtp_k (`int`, *optional*, defaults to the adapter's `k`):
+                Masks per block, and so the most drafts that masks make per forward pass; at most the adapter's `k`.
             generator (`torch.Generator`, *optional*):
-                Where sampling draws its seed from; torch's global generator if `None`.
+                The generator from which sampling draws its seed; torch's global one if `None`.
             args, kwargs:
-                Everything that `generate` takes.
+                All arguments of `generate`.
 
         Returns:
-            What `generate` returns; with `return_dict_in_generate=True` an [`MTPGenerateOutput`], which carries the
-            counts. They are also in `model.mtp_statistics` afterwards.
+            What `generate` returns. With `return_dict_in_generate=True` it is an [`MTPGenerateOutput`], which includes
+            the counts. They are also in `model.mtp_statistics` afterwards.
 
         Raises:
-            ValueError: An unknown strategy, `mtp_k` out of range, token ids outside the vocabulary, padding on the
-                right, a row of nothing but padding, a cache too short, or a generation mode that cannot be exact
-                (beam search, contrastive search, assisted generation, a quantized cache).
-            NotImplementedError: A strategy that the model does not allow, or a static cache for models that read plain
-                sequences.
+            ValueError: The strategy is unknown, `mtp_k` is out of range, token ids are outside the vocabulary, a row
+                is all padding, the cache is too short, or the generation mode cannot be exact (beam search,
+                contrastive search, assisted generation, a quantized cache).
+            NotImplementedError: The model does not allow the strategy, or reads plain sequences only and is asked for
+                a static cache.
         """
         kwargs = self._by_name(args, kwargs)
         asked = {"mtp": mtp, "mtp_strategy": mtp_strategy, "mtp_k": mtp_k}
@@ -82,8 +81,8 @@ class GenerationMixin:
             return self.model.generate(**kwargs)
         if self.adapters_disabled:
             warnings.warn(
-                "generate(mtp=True) was called while the adapter is disabled: decoding plainly, one token per forward "
-                "pass, with the same output.",
+                "generate(mtp=True) was called while the adapter is disabled. It decodes plainly, one token per "
+                "forward pass, with the same output.",
                 stacklevel=2,
             )
             return self.model.generate(**kwargs)
@@ -96,11 +95,11 @@ class GenerationMixin:
         stop_strings_to_criteria(kwargs, configs)
         streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
         call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus)
-        kwargs["use_cache"] = True  # some models' own default is not to
+        kwargs["use_cache"] = True  # some models' default is False
         return self.model.generate(custom_generate=call, **kwargs)
 
     def _by_name(self, args: tuple, kwargs: dict) -> dict:
-        """Arguments of `generate`, those passed by position among them."""
+        """The arguments of `generate` by name, including those passed by position."""
         bound = inspect.signature(self.model.generate).bind_partial(*args, **kwargs).arguments
         return {**{name: value for name, value in bound.items() if name != "kwargs"}, **bound.get("kwargs", {})}
 
@@ -113,7 +112,7 @@ class GenerationMixin:
         return mtp_k
 
     def _checked_strategy(self, mtp_strategy: str) -> tuple[str | None, SpeculationMode]:
-        """The strategy to use, and what the model allows; no strategy at all where plain decoding is faster."""
+        """The strategy, or `None` where plain decoding is faster; and the mode that the model allows."""
         if mtp_strategy not in STRATEGIES:
             raise ValueError(
                 f"`mtp_strategy` must be one of {', '.join(map(repr, STRATEGIES))}, got {mtp_strategy!r}."
@@ -128,8 +127,8 @@ class GenerationMixin:
                 logger.info("mtp_strategy='auto' is 'linear': %s allows the mode %r", name, mode.value)
                 return "linear", mode
             logger.warning_once(
-                f"generate(mtp=True) decodes plainly, which is faster: {name} cannot read several tokens behind its "
-                "cache exactly."
+                f"generate(mtp=True) decodes plainly, which is faster: {name} cannot continue from its cache with "
+                "several tokens exactly."
             )
             return None, mode
         if mode is SpeculationMode.NONE or mtp_strategy == "quadratic":
@@ -141,33 +140,30 @@ class GenerationMixin:
 
     @property
     def schedules(self) -> ScheduleStore:
-        """What automatic schedules learned about this model."""
+        """The adaptive schedules of earlier calls."""
         return self.__dict__.setdefault("_schedules", ScheduleStore())
 
     def draft(
         self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, noise_of=None, warpers=None, logits_BKV=None
     ) -> Drafts:
-        """What the active adapter drafts from the states of one block of masks per row.
-
-        Arguments are those of [`~hf_mtp.decoding.drafters.masks.draft`].
-        """
+        """Drafts by the active adapter. Arguments are those of [`~hf_mtp.decoding.drafters.masks.draft`]."""
         return draft(self, pending_B, hidden_BKD, noise_of, warpers, logits_BKV)
 
 
 def _first_given(value, name: str, configs: list):
-    """An argument of `generate`: as passed, else as the first generation config that sets it has it."""
+    """The value passed to `generate`, or else that of the first generation config that sets it."""
     values = (value, *(getattr(config, name, None) for config in configs))
     return next((given for given in values if given is not None), None)
 
 
 def stop_strings_to_criteria(kwargs: dict, configs: list) -> None:
-    """Turns `stop_strings` and `tokenizer` into the criterion that transformers would make of them.
+    """Replaces `stop_strings` and `tokenizer` by the criterion that transformers would create from them.
 
-    transformers hands no tokenizer on to a custom decode loop.
+    This is needed because transformers passes no tokenizer on to a custom decode loop.
 
     Args:
         kwargs (`dict`): Arguments of `generate`, changed in place.
-        configs (`list[GenerationConfig]`): Where else `stop_strings` may be, the first one first.
+        configs (`list[GenerationConfig]`): The generation configs that may set `stop_strings`, by precedence.
     """
     tokenizer = kwargs.pop("tokenizer", None)
     stop_strings = _first_given(kwargs.get("stop_strings"), "stop_strings", configs)

@@ -1,8 +1,11 @@
 """The decode loop: draft, verify, accept, roll back.
 
-One forward pass verifies the drafts of the pass before, and computes masks for the next ones. Its regular tokens are
-each row's last token and drafts behind it (at first, the prompt). Masks follow them, in blocks that hang on the tokens
-where a row may end. The cache then keeps what was accepted and forgets the rest.
+One forward pass verifies the drafts of the pass before, and computes masks for the next drafts. Its regular tokens are
+each row's pending token and its drafts (in the first pass, the prompt). Masks follow, in blocks that hang on these
+tokens, since decoding may continue after any of them. The cache then keeps the accepted tokens and rolls the others
+back.
+
+Knows nothing of how drafts are made, verified or scheduled.
 
 Shapes: B batch, T regular columns, K drafts per row, k masks per block.
 """
@@ -33,11 +36,11 @@ class DecodingLoop:
     Args:
         forward ([`DecodingPass`]): The upgraded model's forward pass.
         schedule ([`FixedSchedule`] or [`AdaptiveSchedule`]): Which masks to compute, and which drafts to verify.
-        drafters (`list[Drafter]`): Sources of drafts; the first one makes them of masks.
-        verifier ([`Verifier`]): Decides what is accepted.
-        k (`int`): Masks per block at most.
-        fixed_shape (`bool`): Whether every pass has the same number of columns, so that one compiled graph serves all.
-        statistics ([`MTPStatistics`], *optional*): Counted on.
+        drafters (`list[Drafter]`): Sources of drafts. The first one drafts from masks.
+        verifier ([`Verifier`]): Decides which tokens are accepted.
+        k (`int`): Most masks per block.
+        fixed_shape (`bool`): Whether all passes have the same number of columns, so that they share a compiled graph.
+        statistics ([`MTPStatistics`], *optional*): Counts to add to; new ones if `None`.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class DecodingLoop:
         self.statistics = MTPStatistics() if statistics is None else statistics
 
     def step(self, batch: Batch) -> Outcome:
-        """One pass: verifies the batch's drafts, keeps what holds, and makes the next drafts.
+        """Runs one pass: verifies the batch's drafts, keeps the accepted tokens, and makes the next drafts.
 
         Args:
             batch ([`Batch`]): Changed in place.
@@ -65,7 +68,7 @@ class DecodingLoop:
         verified = self.verifier(batch, output)
         columns = batch.unread_BT.shape[1] + plan.masks
         outcome = Outcome(batch.sequences, columns, plan, output, verified, batch.source_of_row)
-        # The cache keeps the token before the accepted drafts, and these. Masks and rejected drafts are rolled back.
+        # The cache keeps the pending token and the accepted drafts. Masks and rejected drafts are rolled back.
         before = batch.unread_BT.shape[1] - 1 - batch.drafts.count
         batch.cache.keep([before * (new > 0) + new for new in verified.new_tokens])
         self._observe(outcome)
@@ -73,17 +76,16 @@ class DecodingLoop:
         return outcome
 
     def _plan(self, batch: Batch) -> tuple[MaskPlan, BlockLayout]:
-        """Which masks the next pass computes, and where all its columns stand."""
+        """The mask plan of the next pass, and the layout of its columns."""
         cache, regular = batch.cache, batch.unread_BT.shape[1]
         before = regular - 1 - batch.drafts.count  # columns of the prompt before its last
-        # A draft comes one position behind its mask.
+        # A draft has the position after its mask.
         positions = self.forward.positions_left(cache.rows.positions + regular) - 1
         k = max(0, min(self.k, batch.remaining_tokens - 2, positions))
         if before > LONG_PROMPT and any(cache.rows.starts):
             k = 0
         plan = self.schedule.plan_masks(batch.drafts, self.k if self.fixed_shape else k)
-        places_BT = cache.rows.next_columns(regular) - cache.rows.start_B[:, None]
-        return plan, decoding_layout(places_BT, plan, first=before)
+        return plan, decoding_layout(cache.rows.next_places(regular), plan, first=before)
 
     def _observe(self, outcome: Outcome) -> None:
         self.statistics.count_pass(outcome)
@@ -107,11 +109,11 @@ class DecodingLoop:
         batch.set_drafts(pending_B, drafts, sources)
 
     def _counts(self, batch: Batch, outcome: Outcome) -> list[list[int]]:
-        """How many drafts each drafter makes for each row: what the schedule wants, where there is room."""
-        room = self.forward.positions_left(batch.cache.rows.positions + 1)
+        """How many drafts each drafter makes for each row, as the schedule decides, within all limits."""
+        positions = self.forward.positions_left(batch.cache.rows.positions + 1)
         expected = [
             [
-                row[: max(0, min(room, sequence.remaining_tokens - 1))] if not sequence.is_finished else []
+                row[: max(0, min(positions, sequence.remaining_tokens - 1))] if not sequence.is_finished else []
                 for row, sequence in zip(drafter.expect(outcome), batch.sequences, strict=True)
             ]
             for drafter in self.drafters
@@ -119,18 +121,18 @@ class DecodingLoop:
         return self.schedule.choose(expected)
 
     def _with_padding(self, batch: Batch, drafts: Drafts) -> Drafts:
-        """Rows that ended go on with padding, which is their draft."""
+        """Drafts padding for rows that ended, which continue with it."""
         ended = [index for index, row in enumerate(batch.sequences) if row.is_finished]
         token_BK = drafts.token_BK.clone()
         token_BK[ended] = self.verifier.pad_token
         return Drafts(token_BK, drafts.confidence_BK)
 
     def measure_costs(self, batch: Batch, agreed: Callable[[float], float]) -> None:
-        """Times passes of several sizes on the batch as it is, which they leave as it is.
+        """Times passes of several sizes on a batch, without changing it.
 
         Args:
-            batch ([`Batch`]): One whose prompts were read.
-            agreed (`Callable`): What all processes that share the weights take for a time measured in this one.
+            batch ([`Batch`]): A batch whose prompts have been read.
+            agreed (`Callable`): See [`~hf_mtp.base.distributed.agreed_seconds`].
         """
         most = min(1 + self.k + (self.k + 1) * self.k, self.forward.positions_left(batch.cache.rows.positions))
         if self.fixed_shape:
@@ -144,15 +146,16 @@ class DecodingLoop:
             )
 
     def _run(self, batch: Batch, columns: int, with_masks: bool) -> None:
-        """A pass over so many columns, of whatever tokens, to its end. Nothing of it is kept."""
+        """Runs a pass over arbitrary tokens in so many columns, and rolls all of them back."""
         rows, pending_B = len(batch.sequences), batch.unread_BT[:, 0]
-        least = -(-(columns - 1 - self.k) // (self.k + 1))  # so that the masks find room in as many blocks
+        least = -(-(columns - 1 - self.k) // (self.k + 1))  # enough blocks for the masks
         drafted = max(least, min(self.k, (columns - 1) // 3)) if with_masks else columns - 1
-        regular_BT = pending_B[:, None].repeat(1, 1 + drafted)  # with the strides that other passes have
+        # Not `expand`: other strides than those of decoding would need another compiled graph.
+        regular_BT = pending_B[:, None].repeat(1, 1 + drafted)
         value_BRk = torch.ones(rows, 1 + drafted, self.k, device=pending_B.device)
         plan = choose_masks(value_BRk, columns - 1 - drafted)
-        places_BT = batch.cache.rows.next_columns(1 + drafted) - batch.cache.rows.start_B[:, None]
-        output = self.forward(regular_BT, decoding_layout(places_BT, plan), batch.cache, logits_rows=1 + drafted)
+        layout = decoding_layout(batch.cache.rows.next_places(1 + drafted), plan)
+        output = self.forward(regular_BT, layout, batch.cache, logits_rows=1 + drafted)
         last = output.logits_BRV.argmax(dim=-1)
         if with_masks:
             column_BK = plan.column_BRk[:, 0, : min(self.k, plan.masks)]

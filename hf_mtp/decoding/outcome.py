@@ -1,4 +1,4 @@
-"""What one pass of decoding gave, for those who learn from it.
+"""The result of one decoding pass, from which drafters, schedules and statistics learn.
 
 Shapes: B batch.
 """
@@ -14,11 +14,11 @@ from .sequence import Sequence
 
 @dataclass(frozen=True)
 class Verified:
-    """What verification decided, per row.
+    """The result of verification, per row.
 
     Args:
         tokens (`list[list[int]]`): New tokens.
-        offered, accepted (`list[int]`): Drafts that were verified, and how many of these are among the new tokens.
+        offered, accepted (`list[int]`): Number of drafts that were verified, and of those among the new tokens.
         pending_B (`torch.LongTensor` of shape `(B,)`): The last new token, which the model has not read.
         accepted_B (`torch.LongTensor` of shape `(B,)`): `accepted`, on the device.
         had_ended (`list[bool]`): Whether the row ended before the pass. Its new tokens, if any, are padding.
@@ -33,20 +33,20 @@ class Verified:
 
     @property
     def new_tokens(self) -> list[int]:
-        """How many tokens each row got."""
+        """Number of new tokens of each row."""
         return [len(tokens) for tokens in self.tokens]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A pass, and what came of it.
+    """A pass and its results.
 
     Args:
         sequences (`list[Sequence]`): The rows.
         columns (`int`): Columns of the pass, masks included.
-        plan ([`MaskPlan`]): Its masks.
-        output ([`PassOutput`]): Logits and hidden states.
-        verified ([`Verified`]): What verification decided.
+        plan ([`MaskPlan`]): The masks that it computed.
+        output ([`PassOutput`]): Its logits and hidden states.
+        verified ([`Verified`]): The result of verification.
         source_of_row (`list[int]`): Number of the drafter whose drafts each row verified, -1 for none.
     """
 
@@ -59,7 +59,7 @@ class Outcome:
 
     @property
     def next_masks(self) -> list[int]:
-        """How many masks hang on the token where each row ended."""
+        """Number of masks on each row's last accepted token."""
         if not self.plan.masks:
             return [0] * len(self.sequences)
         return self.plan.drafts_BR.gather(1, self.verified.accepted_B[:, None])[:, 0].tolist()

@@ -1,7 +1,7 @@
-"""Prompts of more than text: the base reads them itself, as in plain decoding, all but the last token.
+"""Prefill of prompts with more than text: the base reads all but the last token itself, as in plain decoding.
 
-Images and sounds beside the text, and positions that the caller chose, are the model's own business. What is left to
-the decode loop is one token of text behind a cache, and what the model reads beside every token from there on.
+Only the base knows what to do with images, sounds and the caller's own positions. The decode loop then continues from
+one token of text and a cache, and passes on the extra inputs that the model needs with every token.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from ..base.caches import CACHE_NAMES, cache_name, copied, tokens_by_layer
 from ..base.inspection import is_media, media_tokens
 from ..passes.speculation_mode import are_close
 
-# Arguments of a model's forward pass that the decode loop makes itself.
+# Arguments of a model's forward pass that the decode loop sets itself.
 OWN_ARGUMENTS = {
     "attention_mask",
     "position_ids",
@@ -30,12 +30,13 @@ OWN_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class ExtraInputs:
-    """What a model goes on to see beside the text.
+    """What a model uses besides the text after prefill.
 
     Args:
-        layers (`list[int]`): Layers whose keys and values are of an image, say, and stay as they are.
-        inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): What it is given with each token.
-        states (`dict[str, tuple]`): Hidden states and attentions of what the base read, if they were asked for.
+        layers (`list[int]`): Layers of the cache that hold something other than text, such as an image, and do not
+            change.
+        inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): Inputs of the model with each token.
+        states (`dict[str, tuple]`): Hidden states and attentions of the tokens that the base read, if requested.
     """
 
     layers: list[int] = field(default_factory=list)
@@ -47,18 +48,18 @@ class ExtraInputs:
 def read_by_base(
     model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, columns: int, read: int
 ) -> ExtraInputs:
-    """Reads all tokens of a prompt but the last into the cache that `generate` made for it.
+    """Reads all tokens of a prompt but the last into the cache that `generate` created for it.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
         input_ids (`torch.LongTensor` of shape `(B, T)`): The prompt.
-        model_kwargs (`dict`): What `generate` prepared, the cache included.
-        columns (`int`): Tokens of the prompt, those in the cache and embeddings included.
+        model_kwargs (`dict`): The arguments that `generate` prepared, the cache included.
+        columns (`int`): Tokens of the prompt, including those in the cache and those given as embeddings.
         read (`int`): Tokens that the cache holds already.
 
     Raises:
-        NotImplementedError: The prompt ends within an image, or the model is given more with each token than what the
-            decode loop can pass on.
+        NotImplementedError: The prompt ends within an image, or the model needs inputs with each token that the decode
+            loop cannot pass on.
     """
     _refuse_end_within_media(model, input_ids, model_kwargs)
     shorter = {key: _without_the_last_token(key, value, columns) for key, value in model_kwargs.items()}
@@ -78,8 +79,8 @@ def read_texts(model: PreTrainedModel, ids_BS: torch.LongTensor, prompt: int, mo
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
         ids_BS (`torch.LongTensor` of shape `(B, S)`): The texts.
-        prompt (`int`): Tokens of the prompt among these.
-        model_kwargs (`dict`): What `generate` prepared for the prompt, with an empty cache or none.
+        prompt (`int`): Tokens of the prompt in each text.
+        model_kwargs (`dict`): The arguments that `generate` prepared for the prompt, with an empty cache or none.
     """
     new_BN, inputs = ids_BS[:, prompt:], dict(model_kwargs)
     if new_BN.shape[1]:
@@ -92,7 +93,7 @@ def read_texts(model: PreTrainedModel, ids_BS: torch.LongTensor, prompt: int, mo
 
 
 def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict) -> ExtraInputs:
-    """Found out by reading a token as plain decoding does, and as the decode loop will, on copies of the cache."""
+    """Finds the extra inputs by reading a token as plain decoding does, and as the decode loop will."""
     name = cache_name(model_kwargs)
     inputs = model.prepare_inputs_for_generation(
         input_ids,
@@ -123,13 +124,13 @@ def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, m
         if more.keys() == passed.keys() or are_close(read(**fewer).logits[:, -1], outputs.logits[:, -1], model.dtype):
             return ExtraInputs(layers, passed)
     raise NotImplementedError(
-        f"{type(model).__name__} is given {', '.join(sorted(more.keys() - per_token.keys()))} with every token, "
-        "which `mtp=True` cannot do. Decode with mtp=False."
+        f"{type(model).__name__} needs {', '.join(sorted(more.keys() - per_token.keys()))} with every token, which "
+        "`mtp=True` does not support. Decode with mtp=False."
     )
 
 
 def _without_the_last_token(name: str, value, columns: int):
-    """What has an entry per token with one less; all else as it is."""
+    """Drops the last entry of a value with one entry per token; any other value is unchanged."""
     if not isinstance(value, torch.Tensor) or (value.is_floating_point() and name != "inputs_embeds"):
         return value
     dim = -1 if name == "position_ids" else 1
@@ -139,10 +140,10 @@ def _without_the_last_token(name: str, value, columns: int):
 
 def _refuse_end_within_media(model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict) -> None:
     kinds = [model_kwargs[name][:, -1] for name in ("token_type_ids", "mm_token_type_ids") if name in model_kwargs]
-    # Token types count where the model has media: GPT-2's are of another kind.
+    # Token types mark media only in models that have media; those of GPT-2 mean something else.
     has_media = bool(media_tokens(model.config)) and input_ids.shape[1] > 0
     if has_media and (is_media(model.config, input_ids[:, -1]).any() or any(kind.any() for kind in kinds)):
         raise NotImplementedError(
-            "The last token of the prompt is no text, but `mtp=True` goes on from text. End the prompt with the text "
-            "that introduces the answer, as the chat template of the processor does (add_generation_prompt=True)."
+            "The last token of the prompt is not text, but `mtp=True` continues from text. End the prompt with the "
+            "text that introduces the answer, as the processor's chat template does (add_generation_prompt=True)."
         )

@@ -1,8 +1,9 @@
-"""Logits processors and stopping criteria: in which order tokens must be verified so that these get what they know.
+"""Logits processors and stopping criteria: the order of verification in which they work as in plain decoding.
 
 Plain decoding calls each processor and criterion once per token, with all rows of the batch at the same length. With
-several tokens per pass, rows go on at different speeds. That makes no difference to processors that look at scores
-alone, and little to transformers' own. All others are called exactly as in plain decoding, with all rows in step.
+several tokens per pass, rows advance at different speeds. Processors that depend on the scores alone do not notice,
+and most of transformers' own work row by row. All others are called exactly as in plain decoding, with all rows in
+step.
 """
 
 import enum
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, logits_process
 from transformers.generation import stopping_criteria as stopping_criteria_module
 
-# Processors that look at the scores alone, never at the tokens before them.
+# Processors that depend on the scores alone, and not on the tokens before them.
 OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) + tuple(
     getattr(logits_process, name)
     for name in (
@@ -35,11 +36,11 @@ OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) 
     )
     if hasattr(logits_process, name)
 )
-# Criteria that depend on a token or on its place alone.
+# Criteria that depend on the last token, the length or the time alone.
 OF_TOKENS_ALONE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
-# transformers' own processors that remember earlier calls.
+# Processors of transformers that remember earlier calls.
 KEEPS_STATE = {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
-# Attributes of transformers' own with an entry for each row of the batch.
+# Attributes of transformers' processors with one entry per row of the batch.
 PER_ROW = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
 
 
@@ -52,7 +53,7 @@ class Order(enum.Enum):
 
 
 def order_of(processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int) -> Order:
-    """The fastest order in which every processor and criterion gives what it gives in plain decoding.
+    """The fastest order in which every processor and criterion works as in plain decoding.
 
     Args:
         processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]): As
@@ -77,7 +78,7 @@ def _is_transformers_own(processor, module) -> bool:
 
 
 def has_end_token(criteria: StoppingCriteriaList) -> bool:
-    """Whether rows that ended are padded, as plain decoding decides it."""
+    """Whether plain decoding would pad rows that ended."""
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
@@ -87,24 +88,12 @@ def end_tokens(criteria: StoppingCriteriaList) -> set[int]:
 
 
 def most_new_tokens(criteria: StoppingCriteriaList, prompt: int) -> int:
-    """The shortest limit of all: new tokens behind a prompt of so many, at least one as in plain decoding.
-
-    Args:
-        criteria ([`~transformers.StoppingCriteriaList`]): One of them is a
-            [`~transformers.generation.MaxLengthCriteria`].
-        prompt (`int`): Tokens of the prompt.
-    """
+    """The most new tokens after `prompt` tokens, by the shortest length limit; at least one, as in plain decoding."""
     return max(1, min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)) - prompt)
 
 
 def processors_of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
-    """transformers' own processors as one row of a batch sees them.
-
-    Args:
-        processors ([`~transformers.LogitsProcessorList`]): As prepared for the whole batch.
-        row (`int`): Number of the row.
-        rows (`int`): B.
-    """
+    """Copies of transformers' processors for one row of a batch of `rows`."""
     return processors if rows == 1 else LogitsProcessorList(_of_row(processor, row) for processor in processors)
 
 

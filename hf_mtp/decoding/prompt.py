@@ -1,4 +1,4 @@
-"""The prompt of a call, in one form.
+"""The prompt of a call, whether it came as ids, embeddings, a filled cache or with images.
 
 Shapes: B batch, T tokens that the model has not read, E embedding size.
 """
@@ -16,19 +16,20 @@ from .prefill import OWN_ARGUMENTS, ExtraInputs, read_by_base
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands before the first new token.
+    """All that comes before the first new token.
 
     Args:
-        unread_BT (`torch.Tensor`): What the model has not read: ids of shape `(B, T)`, or embeddings `(B, T, D)`.
-        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is no padding.
-        cache ([`~transformers.Cache`] or `None`): Where `generate` would keep what the model read.
+        unread_BT (`torch.Tensor`): Tokens that the model has not read: ids of shape `(B, T)`, or embeddings of shape
+            `(B, T, E)`.
+        start_B (`torch.LongTensor` of shape `(B,)`): First column of each row that is not padding.
+        cache ([`~transformers.Cache`] or `None`): The cache that was passed to `generate`, or that it created.
         read (`int`): Columns that this cache already holds.
-        rows (`list[int]`): Which rows of the batch these are.
-        offset_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models of R position ids per token): How far
+        rows (`list[int]`): Numbers of these rows in the batch.
+        offset_B (`torch.LongTensor` of shape `(B,)`, or `(R, B)` for models with R position ids per token): How far
             positions are ahead of a count from 0 at the first token.
-        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns of the prompt behind each row's first
-            token that the attention mask hides.
-        extra ([`ExtraInputs`]): What the model sees beside the text.
+        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns after each row's first token that the
+            attention mask hides.
+        extra ([`ExtraInputs`]): What the model uses besides the text.
     """
 
     unread_BT: torch.Tensor
@@ -42,29 +43,24 @@ class Prompt:
 
     @property
     def columns(self) -> int:
-        """Read or not, padding included."""
+        """All columns, read or not, padding included."""
         return self.read + self.unread_BT.shape[1]
-
-    @property
-    def padding(self) -> list[int]:
-        """Columns of padding at the left of each row."""
-        return self.start_B.tolist()
 
     @classmethod
     def of(
         cls, model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, mask_length: int | None = None
     ) -> "Prompt":
-        """Makes it of what `generate` prepared.
+        """Creates a prompt from the arguments that `generate` prepared.
 
         Args:
-            model ([`~transformers.PreTrainedModel`]): The base, which reads what is more than text.
+            model ([`~transformers.PreTrainedModel`]): The base, which reads everything other than text.
             input_ids (`torch.LongTensor` of shape `(B, T)`): The text.
             model_kwargs (`dict`): All other arguments of the model.
-            mask_length (`int`, *optional*): Columns of an attention mask of ones, which `generate` leaves out.
+            mask_length (`int`, *optional*): Length of an attention mask of ones, if `generate` left it out.
 
         Raises:
-            ValueError: A row of nothing but padding, or nothing left to read.
-            NotImplementedError: A prompt that the decode loop cannot go on from.
+            ValueError: A row is all padding, or no token is left to read.
+            NotImplementedError: The decode loop cannot continue the prompt.
         """
         cache, embeds = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("inputs_embeds")
         read = 0 if cache is None else _tokens_read(cache)
@@ -79,17 +75,17 @@ class Prompt:
             read, unread = columns - 1, unread[:, -1:]
         if read and not extra.layers and set(tokens_by_layer(cache).values()) - {read}:
             raise NotImplementedError(
-                "The cache that was passed holds something else than tokens (an image, say), which `mtp=True` can go "
-                "on from only within one call. Leave the cache out, or decode with mtp=False."
+                "The cache that was passed holds something other than tokens, such as an image. `mtp=True` can use "
+                "that only within one call. Leave the cache out, or decode with mtp=False."
             )
         offset_B = _position_offset(positions, start_B, columns)
         return cls(unread, start_B, cache, read, rows, offset_B, hidden_BP, extra)
 
     def parts(self, together: bool) -> list["Prompt"]:
-        """What is decoded one after the other: the whole batch, or each row without its padding.
+        """The prompts to decode one after the other: the whole batch, or each row without its padding.
 
         Args:
-            together (`bool`): Whether rows can go on at different speeds.
+            together (`bool`): Whether rows can advance at different speeds.
         """
         if together or len(self.rows) == 1 and not self.start_B.any():
             return [self]
@@ -110,23 +106,23 @@ class Prompt:
 def _unread(
     input_ids: torch.LongTensor, embeds: torch.Tensor | None, mask: torch.Tensor | None, ones: int | None, read: int
 ) -> torch.Tensor:
-    """What the model has not read; `ones` is the length of a mask that was left out."""
+    """The tokens that the model has not read. `ones` is the length of a mask that was left out."""
     length = mask.shape[1] if mask is not None else ones or input_ids.shape[1]
-    # The new tokens may come alone, with the mask of all.
+    # The user may pass only the new tokens, with a mask over all tokens.
     is_new_only = embeds is None and read > 0 and length == read + input_ids.shape[1]
     unread = (input_ids if embeds is None else embeds)[:, 0 if is_new_only else read :]
     if not unread.shape[1] and not read:
-        raise ValueError("The prompt has no token to go on from. Start it with the tokenizer's bos token.")
+        raise ValueError("The prompt is empty. Start it with the tokenizer's bos token.")
     if not unread.shape[1]:
         raise ValueError(
-            f"The cache that was passed holds all {read} tokens of the prompt: nothing is left to read. Pass "
-            "the prompt with at least one token more than the cache holds."
+            f"The cache that was passed holds all {read} tokens of the prompt, so no token is left to read. Pass a "
+            "prompt with at least one token more than the cache holds."
         )
     return unread
 
 
 def _is_more_than_text(model_kwargs: dict) -> bool:
-    """Whether the model is to read something beside the tokens: whatever came as data, not as a setting."""
+    """Whether the model gets data besides the tokens. Settings do not count."""
     return any(
         name not in OWN_ARGUMENTS and isinstance(value, torch.Tensor | dict | list | tuple)
         for name, value in model_kwargs.items()
@@ -134,14 +130,14 @@ def _is_more_than_text(model_kwargs: dict) -> bool:
 
 
 def _tokens_read(cache: Cache) -> int:
-    """Columns that a cache holds."""
+    """Number of columns that a cache holds."""
     is_known = isinstance(cache, Cache)
     if is_known and not (cache.layers and all(cache.is_linear)):
         return int(cache.get_seq_length())
     if not is_known or cache.has_previous_state():
         raise NotImplementedError(
-            "The cache that was passed holds a state, which does not say how many tokens went into it. Leave it out, "
-            "or decode with mtp=False."
+            "The cache that was passed holds a recurrent state, which does not tell how many tokens it has read. "
+            "Leave the cache out, or decode with mtp=False."
         )
     return 0
 
@@ -149,8 +145,7 @@ def _tokens_read(cache: Cache) -> int:
 def _padding(
     mask: torch.Tensor | None, batch: int, columns: int, device: torch.device
 ) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    """`(B,)`: columns of padding at the left of each row; `(B, columns)`: what is hidden behind these, `(B, 0)` if
-    nothing is."""
+    """`(B,)`: columns of padding at the left of each row; `(B, columns)`, or `(B, 0)`: other hidden columns."""
     if mask is None:
         mask = torch.ones(batch, columns, device=device)
     mask_BP = mask[:, :columns].bool().to(device)
@@ -173,7 +168,7 @@ def _position_offset(position_ids: torch.Tensor | None, start_B: torch.LongTenso
 
 
 def _count_up(position_ids: torch.Tensor | None, start_B: torch.LongTensor, columns: int) -> bool:
-    """Whether positions are those that a model counts by itself."""
+    """Whether position ids are those that the model would count itself."""
     if position_ids is None:
         return True
     expected = (torch.arange(columns, device=start_B.device) - start_B[:, None])[:, -position_ids.shape[-1] :]

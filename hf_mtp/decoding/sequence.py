@@ -1,4 +1,4 @@
-"""One request while it is decoded: its tokens, what was recorded about them, and all that decides how they go on."""
+"""One request while it is decoded: its tokens, its records, and everything else that belongs to this row alone."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from .noise import PositionNoise
 
 @dataclass
 class TokenRecord:
-    """What the user asked for about one new token.
+    """The data that the user requested about one new token.
 
     Args:
-        score, logits (`torch.Tensor` of shape `(V,)`): After and before the logits processors.
-        hidden_states (`tuple` of `torch.Tensor` of shape `(Q, D)`), attentions (of shape `(H, Q, S)`): Per layer, of
-            the Q tokens that the model had to read before this one: the prompt, then one at a time.
+        score, logits (`torch.Tensor` of shape `(V,)`): Scores after and logits before the logits processors.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(Q, D)`), attentions (of shape `(H, Q, S)`): Per layer, for
+            the Q tokens that plain decoding reads before this one: the prompt at first, then one token at a time.
     """
 
     score: torch.Tensor | None = None
@@ -28,18 +28,18 @@ class Sequence:
     """A row of a batch.
 
     Args:
-        prompt_S (`torch.LongTensor` of shape `(S,)`): The prompt, with the padding at its left.
+        prompt_S (`torch.LongTensor` of shape `(S,)`): The prompt, with padding at its left.
         row (`int`): Number of the row in its call.
-        padding (`int`): Columns of padding at the left.
-        max_new_tokens (`int`): New tokens at most.
-        config ([`~transformers.GenerationConfig`]): Says what to record.
-        processors ([`~transformers.LogitsProcessorList`]): As this row alone sees them.
-        noise ([`PositionNoise`], *optional*): Samples; greedy if `None`.
+        padding (`int`): Number of columns of padding.
+        max_new_tokens (`int`): Most new tokens.
+        config ([`~transformers.GenerationConfig`]): Tells what to record.
+        processors ([`~transformers.LogitsProcessorList`]): The processors for this row alone.
+        noise ([`PositionNoise`], *optional*): Noise for sampling; greedy decoding if `None`.
 
     Attributes:
-        is_stopped (`bool`): Whether a stopping criterion holds.
-        is_finished (`bool`): Whether no more tokens are wanted: of a row that stopped, unless it waits for the others.
-        new_tokens (`int`): New tokens so far.
+        is_stopped (`bool`): Whether a stopping criterion was met.
+        is_finished (`bool`): Whether the row gets no more tokens. A stopped row may go on until all rows have stopped.
+        new_tokens (`int`): Number of new tokens so far.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Sequence:
 
     @property
     def remaining_tokens(self) -> int:
-        """New tokens that may still come."""
+        """The most new tokens that the row may still get."""
         return self.max_new_tokens - self.new_tokens
 
     @property
@@ -74,7 +74,7 @@ class Sequence:
 
     @property
     def text(self) -> list[int]:
-        """The same as numbers, without the padding."""
+        """Prompt and new tokens as a list, without padding."""
         return self.ids_S[self.padding : self.prompt + self.new_tokens].tolist()
 
     def append(self, token_n: torch.LongTensor, logits_nV: torch.Tensor | None, score_nV: torch.Tensor | None) -> None:
@@ -93,23 +93,18 @@ class Sequence:
             )
 
     def finish(self) -> None:
-        """Wants no more tokens."""
+        """Marks the row as stopped and finished."""
         self.is_stopped = self.is_finished = True
 
     def record_states(self, start: int, states: list[dict]) -> None:
-        """Adds hidden states and attentions to the new tokens from number `start` on, one entry per token."""
+        """Adds hidden states and attentions to the records from number `start` on, one entry per token."""
         for record, entry in zip(self.records[start:], states, strict=False):
             for name, value in entry.items():
                 setattr(record, name, value)
 
-    @property
-    def scores(self) -> tuple[torch.Tensor, ...] | None:
-        """What a stopping criterion gets."""
-        return tuple(record.score[None] for record in self.records) if self.keeps_scores else None
-
 
 def padded_ids(sequences: list[Sequence], pad_token: int) -> torch.LongTensor:
-    """`(B, S + n)`: the ids of all rows, padded behind to the longest.
+    """`(B, S + n)`: the ids of all rows, padded on the right to the longest.
 
     Args:
         sequences (`list[Sequence]`): Rows whose prompts are equally long.
@@ -120,11 +115,11 @@ def padded_ids(sequences: list[Sequence], pad_token: int) -> torch.LongTensor:
 
 
 def stacked_records(sequences: list[Sequence], name: str) -> tuple | None:
-    """A field of the records in the shape that `generate` returns: per token, over rows; zeros for rows that ended.
+    """A field of the records in the shape that `generate` returns, with zeros for rows that ended.
 
     Returns:
-        `tuple` per token of `torch.Tensor` of shape `(B, ...)`, or of a tuple of these per layer; `None` if nobody
-        asked for it.
+        `tuple` per token of `torch.Tensor` of shape `(B, ...)`, or of a tuple of these per layer; `None` if the field
+        was not requested.
     """
     columns = [[getattr(record, name) for record in sequence.records] for sequence in sequences]
     longest = max(columns, key=len)
@@ -136,7 +131,7 @@ def stacked_records(sequences: list[Sequence], name: str) -> tuple | None:
 
 
 def _stack(rows: list):
-    """Stacks tensors, or tuples of tensors, over rows; missing rows, and padding at the left, are zeros."""
+    """Stacks tensors, or tuples of tensors, over rows. Missing rows and padding at the left are zeros."""
     there = [row for row in rows if row is not None]
     if isinstance(there[0], tuple):
         layers = range(len(there[0]))
@@ -146,6 +141,6 @@ def _stack(rows: list):
 
 
 def _filled(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """The same at the end of a tensor of this shape; rows without their padding are shorter."""
+    """Pads a tensor at its start to a shape. Rows that were decoded without their padding are shorter."""
     before = [(size - own, 0) for size, own in zip(shape, tensor.shape, strict=True)]
     return torch.nn.functional.pad(tensor, [length for pair in reversed(before) for length in pair])

@@ -1,6 +1,6 @@
 """Hidden states and attentions in the shapes that plain decoding returns.
 
-Shapes: H heads, Q queries, S columns of the text, W columns that a cache shows, D features.
+Shapes: H heads, Q queries, S columns of the text, W columns that a cache returns, D features.
 """
 
 import torch
@@ -12,12 +12,12 @@ from .sequence import Sequence
 
 
 def prepend_states(row: Sequence, before: dict[str, tuple], index: int) -> None:
-    """Puts states of a prompt that the base read before those of its last token.
+    """Puts the states of a prompt that the base read before those of the prompt's last token.
 
     Args:
-        row ([`Sequence`]): Whose first record has the states of the last token.
+        row ([`Sequence`]): The row; its first record has the states of the last token.
         before (`dict`): `hidden_states` and `attentions` of all tokens but the last, `(B, T - 1, D)` and
-            `(B, H, T - 1, W)` per layer, if they were asked for.
+            `(B, H, T - 1, W)` per layer, if they were requested.
         index (`int`): Number of the row in these.
     """
     record = row.records[0]
@@ -27,7 +27,7 @@ def prepend_states(row: Sequence, before: dict[str, tuple], index: int) -> None:
 
 
 def _joined(before: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    if before.dim() == 3:  # attentions: the columns that a cache showed become those of the text
+    if before.dim() == 3:  # attentions: replaces the columns of the cache by those of the text
         columns = last.shape[-1]
         before = before[..., : columns - 1]
         before = F.pad(before, (columns - 1 - before.shape[-1], 1))
@@ -35,11 +35,11 @@ def _joined(before: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 
 
 def attentions_as_shown(attentions: tuple | None, cache: Cache | None) -> tuple | None:
-    """Attention weights over the columns that the layers of a cache show.
+    """Attention weights over the columns that the layers of a cache return.
 
     Args:
         attentions (`tuple` per token of tuples per layer of `torch.Tensor` of shape `(B, H, Q, S)`): Over the text.
-        cache ([`~transformers.Cache`], *optional*): The one that `generate` made or got.
+        cache ([`~transformers.Cache`], *optional*): The cache that was passed to `generate`, or that it created.
     """
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayerMixin)]
     if attentions is None or len(attentions[0]) != len(layers):  # layers without attention, or that share keys
@@ -48,7 +48,7 @@ def attentions_as_shown(attentions: tuple | None, cache: Cache | None) -> tuple 
 
 
 def _as_shown(weight_BHQS: torch.Tensor, layer: CacheLayerMixin) -> torch.Tensor:
-    """`(B, H, Q, W)`: a window moves on with the text, and a static layer always shows all that it has."""
+    """`(B, H, Q, W)`: a sliding window moves with the text, and a static layer always returns all its columns."""
     queries, columns = weight_BHQS.shape[2:]
     size = layer.get_max_length()
     if layer.is_sliding:

@@ -1,4 +1,4 @@
-"""What speculative decoding did: counts, and nothing else."""
+"""Counts of speculative decoding. Knows nothing of time."""
 
 from dataclasses import dataclass, field
 
@@ -15,8 +15,8 @@ class MTPStatistics:
         forward_passes (`int`): Forward passes of the base model, the one over the prompt included.
         tokens (`int`): New tokens returned.
         drafted (`int`): Drafts that were verified.
-        accepted (`int`): Drafts that were returned to the user.
-        looked_up (`int`): How many of these were found in the text before; masks made the others.
+        accepted (`int`): Drafts that were accepted and returned.
+        looked_up (`int`): Accepted drafts that were n-grams of the text; the others came from masks.
         drafted_per_position, accepted_per_position (`list[int]`): The same for the first, second ... draft of a step.
         steps (`list[int]`): New tokens of each forward pass, in order, all rows together.
         row_steps (`int`): Forward passes, counted once for each row of the batch that had not ended.
@@ -48,7 +48,7 @@ class MTPStatistics:
         ):
             if new:
                 self._count_row(new, offered, right)
-                self.looked_up += right if source > 0 else 0  # the first drafter makes drafts of masks
+                self.looked_up += right if source > 0 else 0  # the first drafter drafts from masks
 
     def _count_row(self, tokens: int, drafted: int, accepted: int) -> None:
         self.row_steps += 1

@@ -1,4 +1,4 @@
-"""Hands new tokens to a streamer as plain decoding does: one token of every row at a time."""
+"""Sends new tokens to a streamer as plain decoding does: one token of every row at a time."""
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -7,19 +7,19 @@ from .sequence import Sequence
 
 
 class RowStream:
-    """Rows go on at different speeds, so a place is sent when every row that is not finished has reached it.
+    """The stream of a call. Rows advance at different speeds, so it sends a position once all rows have reached it.
 
     Args:
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*): Nothing is sent if `None`.
         sequences (`list[Sequence]`): All rows of the call.
-        pad_token (`int`): The token that rows send which ended before others.
+        pad_token (`int`): The token that is sent for rows that ended before others.
     """
 
     def __init__(self, streamer: BaseStreamer | None, sequences: list[Sequence], pad_token: int):
         self.streamer, self.sequences, self.pad_token, self.sent = streamer, sequences, pad_token, 0
 
     def send(self) -> None:
-        """Sends what is due."""
+        """Sends the tokens of all positions that every unfinished row has reached."""
         if self.streamer is None:
             return
         lengths = [row.new_tokens for row in self.sequences]
@@ -29,7 +29,7 @@ class RowStream:
             self.sent += 1
 
     def end(self) -> None:
-        """Says that no more tokens come."""
+        """Ends the stream."""
         if self.streamer is not None:
             self.streamer.end()
 

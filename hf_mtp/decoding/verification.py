@@ -1,7 +1,7 @@
-"""Verify: which drafts are what the base model says, by the base model's own logits.
+"""Verify: accepts drafts by the base model's own logits.
 
 A draft is accepted if it is the token that the base model chooses: the likeliest one, or, when sampling, the one that
-maximises its score plus the noise of its position. So tokens come out as in plain decoding, whatever the drafts are.
+maximises its score plus the noise of its position. So the output is that of plain decoding, whatever the drafts are.
 
 Knows logits, processors and stopping criteria as transformers defines them. Knows nothing of masks or caches.
 
@@ -17,11 +17,11 @@ from .sequence import Sequence, padded_ids, stacked_records
 
 
 def chosen_tokens(score_xV: torch.Tensor, noise_xV: torch.Tensor | None) -> torch.LongTensor:
-    """`(...)`: the base's own tokens.
+    """`(...)`: the tokens that the base chooses.
 
     Args:
         score_xV (`torch.Tensor` of shape `(..., V)`): The base's scores, after the processors.
-        noise_xV (`torch.Tensor` of the same shape, *optional*): Samples; greedy if `None`.
+        noise_xV (`torch.Tensor` of the same shape, *optional*): Noise for sampling; greedy decoding if `None`.
     """
     return (score_xV if noise_xV is None else score_xV + noise_xV).argmax(dim=-1)
 
@@ -38,16 +38,17 @@ def noise_of(sequences: list[Sequence], positions: int) -> torch.Tensor | None:
 def verify_together(
     logits_BRV: torch.Tensor, drafts: Drafts, noise_BRV: torch.Tensor | None, processors: LogitsProcessorList
 ) -> tuple[torch.LongTensor, torch.LongTensor, torch.Tensor]:
-    """All positions of all rows at once, for processors that look at the scores alone.
+    """Verifies all positions of all rows at once, for processors that depend on the scores alone.
 
     Args:
         logits_BRV (`torch.Tensor` of shape `(B, K + 1, V)`): The base's logits before the first draft and after each.
         drafts ([`Drafts`]): K per row.
-        noise_BRV (`torch.Tensor` of shape `(B, K + 1, V)`, *optional*): Samples; greedy if `None`.
+        noise_BRV (`torch.Tensor` of shape `(B, K + 1, V)`, *optional*): Noise for sampling; greedy if `None`.
         processors ([`~transformers.LogitsProcessorList`]): The processors.
 
     Returns:
-        `(B, R)` tokens, of which a row's first `accepted + 1` hold; `(B,)` accepted drafts; `(B, R, V)` scores.
+        `(B, R)` tokens, of which the first `accepted + 1` of each row are valid; `(B,)` accepted drafts; `(B, R, V)`
+        scores.
     """
     logits_XV = logits_BRV.flatten(0, 1).to(torch.float32, copy=len(processors) > 0)
     score_BRV = (processors(None, logits_XV) if processors else logits_XV).view(logits_BRV.shape)
@@ -64,18 +65,18 @@ def verify_in_order(
     criteria: StoppingCriteriaList,
     pad_token: int | None,
 ) -> None:
-    """Extends rows of one length by the tokens that hold for all of them.
+    """Extends rows of equal length by the same number of tokens.
 
     Processors and criteria are called once per token, with the whole group, as in plain decoding. The group stops
-    where the draft of a row that goes on is wrong.
+    after the first token that differs from a row's draft, or that stops a row.
 
     Args:
         group (`list[Sequence]`): The rows, extended in place.
         logits_GRV (`torch.Tensor` of shape `(G, K + 1, V)`): The base's logits before the first draft and after each.
-        drafts ([`Drafts`]): Of these rows.
-        processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]): Of the
-            group.
-        pad_token (`int`, *optional*): What rows that ended go on with; `None` if they go on as before.
+        drafts ([`Drafts`]): The drafts of these rows.
+        processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]): Those of
+            the group.
+        pad_token (`int`, *optional*): The token that follows in rows that ended; `None` if these go on as before.
     """
     for position, draft_G in enumerate(F.pad(drafts.token_BK, (0, 1), value=NO_TOKEN).unbind(dim=1)):
         stopped_G = torch.tensor([row.is_stopped for row in group], device=logits_GRV.device)

@@ -1,4 +1,4 @@
-"""Applies verification to a batch: which tokens of a pass its rows keep.
+"""Applies verification to a batch: decides which tokens of a pass each row keeps.
 
 Shapes: B batch, K drafts, R = K + 1 positions.
 """
@@ -9,6 +9,7 @@ from transformers.generation import MaxTimeCriteria
 
 from ..passes.decoding_pass import PassOutput
 from .batch import Batch
+from .drafters.base import count_matching
 from .outcome import Verified
 from .processors import Order, end_tokens, has_end_token, order_of
 from .sequence import Sequence
@@ -16,12 +17,12 @@ from .verification import noise_of, verify_in_order, verify_together
 
 
 class Verifier:
-    """Extends the rows of a batch by the tokens that hold.
+    """Extends the rows of a batch by the tokens that verification accepts.
 
     Args:
         processors ([`~transformers.LogitsProcessorList`]), criteria ([`~transformers.StoppingCriteriaList`]): As
             `generate` prepared them.
-        rows (`int`): B, at the start.
+        rows (`int`): Number of rows of the call.
         pad_token (`int`): The token used to pad rows that ended.
     """
 
@@ -34,7 +35,7 @@ class Verifier:
 
     @property
     def keeps_rows_in_step(self) -> bool:
-        """Whether all rows must be decoded to the end, and equally fast."""
+        """Whether all rows must advance equally, and stay in the batch to the end."""
         return self.order is Order.IN_STEP
 
     def __call__(self, batch: Batch, output: PassOutput) -> Verified:
@@ -42,10 +43,10 @@ class Verifier:
 
         Args:
             batch ([`Batch`]): Its sequences are extended in place.
-            output ([`PassOutput`]): What the pass gave.
+            output ([`PassOutput`]): The results of the pass.
 
         Raises:
-            FloatingPointError: The adapter made hidden states that are not finite, which reach the base's own.
+            FloatingPointError: The hidden states of masks are not finite.
         """
         before = [row.new_tokens for row in batch.sequences]
         verified = (self._together if self.order is Order.TOGETHER else self._in_order)(batch, output)
@@ -62,7 +63,7 @@ class Verifier:
         token_BR, accepted_B, score_BRV = verify_together(logits_BRV, drafts, noise_BRV, self.processors)
         is_finite_B = output.masks_are_finite.expand_as(accepted_B)
         numbers = torch.stack([accepted_B, drafts.offered_B, is_finite_B.long()], dim=1)
-        read = torch.cat([token_BR, numbers], dim=1).tolist()  # the one time that the host waits for the device
+        read = torch.cat([token_BR, numbers], dim=1).tolist()  # the only time that the host waits for the device
         tokens, accepted, had_ended = [], [], [row.is_finished for row in batch.sequences]
         for index, row in enumerate(batch.sequences):
             *row_tokens, right, _, is_finite = read[index]
@@ -77,7 +78,7 @@ class Verifier:
         return Verified(tokens, offered, accepted, pending_B, accepted_B, had_ended)
 
     def _cut(self, row: Sequence, tokens: list[int]) -> list[int]:
-        """Tokens up to the first that ends the row, which is then finished."""
+        """Cuts tokens after the first one that ends the row, and finishes the row there."""
         if row.is_finished:
             return []
         tokens = tokens[: row.remaining_tokens]
@@ -105,28 +106,22 @@ class Verifier:
                 self.pad_token,
             )
         tokens = [row.ids_1S[0, row.prompt + start :].tolist() for row, start in zip(rows, before, strict=True)]
-        guesses = drafts.token_BK.tolist()
+        draft_tokens = drafts.token_BK.tolist()
         device = drafts.token_BK.device
         return Verified(
             tokens,
             drafts.offered_B.tolist(),
-            [_agreeing(*pair) for pair in zip(tokens, guesses, strict=True)],
+            [count_matching(*pair) for pair in zip(draft_tokens, tokens, strict=True)],
             torch.cat([row.ids_1S[0, -1:] for row in rows]).to(device),
             torch.tensor([max(0, len(row_tokens) - 1) for row_tokens in tokens], device=device),
             had_ended,
         )
 
 
-def _agreeing(tokens: list[int], drafts: list[int]) -> int:
-    """How many drafts are among the tokens."""
-    pairs = list(zip(tokens, drafts, strict=False))
-    return next((place for place, (token, draft) in enumerate(pairs) if token != draft), len(pairs))
-
-
 def _refuse_nonfinite(is_finite: bool) -> None:
     if not is_finite:
         raise FloatingPointError(
-            "The adapter computes hidden states that are NaN or infinite, which would spoil the base model's own. Its "
-            "weights are broken, or too large for this dtype. Load the model in bfloat16 or float32, or decode with "
-            "mtp=False."
+            "The adapter computes hidden states that are NaN or infinite, which would change the base model's own. "
+            "Its weights are broken, or too large for this dtype. Load the model in bfloat16 or float32, or decode "
+            "with mtp=False."
         )

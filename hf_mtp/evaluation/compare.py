@@ -1,7 +1,7 @@
 """Compares decoding with and without `mtp=True`: forward passes, seconds, and whether the output is the same.
 
-The examples and benchmarks measure with it, and you can use it with your own model and prompts. It knows upgraded
-models and token ids, and nothing of data, tables or pictures.
+The examples and benchmarks use it, and you can use it with your own model and prompts. It knows upgraded models and
+token ids, and nothing of datasets, tables or plots.
 """
 
 import importlib.metadata
@@ -23,12 +23,12 @@ LIBRARIES = ("hf_mtp", "torch", "transformers", "peft", "trl", "accelerate", "da
 
 @dataclass
 class Decoded:
-    """One answer, and what it cost.
+    """One answer and its cost.
 
     Args:
         ids (`list[int]`): New tokens, the end token included.
-        forward_passes (`int`): Forward passes of the base model, counted at its decoder, the prompt's included.
-        seconds (`float`): Wall clock.
+        forward_passes (`int`): Forward passes of the base's decoder, the one over the prompt included.
+        seconds (`float`): Wall-clock time.
         steps (`list[int]`): New tokens of each forward pass, in order; all 1 in plain decoding.
     """
 
@@ -40,7 +40,7 @@ class Decoded:
 
 @dataclass
 class Record:
-    """One prompt, answered twice: `plain` is without and `mtp` is with multi-token prediction."""
+    """One prompt, answered without (`plain`) and with (`mtp`) multi-token prediction."""
 
     new_tokens: int
     forward_passes_plain: int
@@ -59,13 +59,13 @@ class Record:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than plain decoding, by the wall clock."""
+        """Wall-clock time of plain decoding divided by the time with `mtp=True`."""
         return self.seconds_plain / self.seconds_mtp
 
 
 @contextmanager
 def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns how often the base model's decoder has run since."""
+    """Yields a function that returns the number of forward passes of the base's decoder since the start."""
     passes = 0
 
     def count(*_):
@@ -85,8 +85,8 @@ def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, *
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
         prompt_1T (`torch.LongTensor` of shape `(1, T)`): The prompt.
-        max_new_tokens (`int`): Length of the answer at most.
-        options: For `generate`: `mtp=True`, `mtp_k` and `mtp_strategy`, none of them for plain decoding; and others.
+        max_new_tokens (`int`): Most new tokens.
+        options: Further arguments of `generate`, such as `mtp=True`.
     """
     with counted_forward_passes(model) as forward_passes:
         start = time.perf_counter()
@@ -111,14 +111,14 @@ def decode_both_ways(
     on_prompt: Callable[[], None] = lambda: None,
     **options,
 ) -> list[Record]:
-    """Answers every prompt twice in a row, once each way. The two ways take turns in coming first.
+    """Answers every prompt without and with `mtp=True`. The two alternate in coming first.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
         prompts (`list[torch.LongTensor]`): Each of shape `(1, T)`.
-        max_new_tokens (`int`): Length of an answer at most.
+        max_new_tokens (`int`): Most new tokens per answer.
         on_prompt (`Callable`, *optional*): Called after each prompt.
-        options: For `generate`: `mtp_k` and `mtp_strategy`, which plain decoding has no use for; and others.
+        options: Further arguments of `generate`. Those that begin with `mtp_` are left out in plain decoding.
     """
     warm_up(model, prompts[0], **options)
     ways = [_plain(options), {"mtp": True, **options}]
@@ -132,13 +132,13 @@ def decode_both_ways(
 
 
 def warm_up(model: PeftModel, prompt_1T: torch.LongTensor, **options) -> None:
-    """Decodes a few tokens both ways, so that one-time costs do not count for the first prompt."""
+    """Decodes a few tokens both ways, so that the first prompt does not include one-time costs."""
     decode(model, prompt_1T, 4, **_plain(options))
     decode(model, prompt_1T, 12, mtp=True, **options)
 
 
 def _plain(options: dict) -> dict:
-    """Those of these arguments of `generate` that plain decoding takes, too."""
+    """The arguments of `generate` that apply to plain decoding."""
     return {name: value for name, value in options.items() if not name.startswith("mtp_")}
 
 
@@ -158,18 +158,18 @@ def compare(plain: Decoded, fast: Decoded) -> Record:
 
 
 def repeated_share(ids: list[int], n: int = 4) -> float:
-    """The share of an answer's n-grams that occurred in it before. A text that loops is easy to predict."""
+    """The share of n-grams that repeat an earlier one of the answer. A text that loops is easy to predict."""
     grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def summarize(records: list[Record]) -> dict[str, float | int]:
-    """Sums up the records of one domain.
+    """Summarizes the records of one domain.
 
     Returns:
-        `dict`: Sums over prompts of tokens, forward passes and seconds; `tokens_per_step`, tokens over forward passes;
-        `speedup`, the median of the prompts' own, and `speedup_in_total`, all seconds without over all seconds with;
-        `identical`, the number of prompts with the same output; `repeated_4grams`, the mean share.
+        `dict`: The sums of tokens, forward passes and seconds; `tokens_per_step`, the ratio of the sums; `speedup`,
+        the median over prompts, and `speedup_in_total`, the ratio of all seconds; `identical`, the number of prompts
+        with the same output; `repeated_4grams`, the mean share.
     """
     new_tokens = sum(record.new_tokens for record in records)
     passes = sum(record.forward_passes_mtp for record in records)
@@ -198,7 +198,7 @@ def decode_all(
     on_prompt: Callable[[], None] = lambda: None,
     **mtp,
 ) -> list[Decoded]:
-    """Answers every prompt once, one way. Arguments as in [`decode_both_ways`], and `mtp=True` if wanted."""
+    """Answers every prompt once. Arguments as in [`decode_both_ways`], and `mtp=True` for multi-token prediction."""
     answers = []
     for prompt_1T in prompts:
         answers.append(decode(model, prompt_1T, max_new_tokens, **mtp))
@@ -212,7 +212,7 @@ def tokens_per_step(answers: list[Decoded]) -> float:
 
 
 def describe_machine() -> dict[str, str | int | dict]:
-    """Processor, cores and versions; the accelerator's name if there is one."""
+    """The processor, the number of threads, versions of libraries, and the name of the GPU, if any."""
     versions = {}
     for name in LIBRARIES:
         try:

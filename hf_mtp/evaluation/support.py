@@ -1,4 +1,4 @@
-"""Does multi-token prediction work with a model? Every way to decode is tried on a tiny random model of its kind."""
+"""Checks whether multi-token prediction supports a model, by decoding with a tiny random model of its kind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,20 +16,20 @@ from ..decoding.drafters.base import Drafts
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 
 EXACT = "exact"
-PROMPTS = (WINDOW + 5, WINDOW - 3, WINDOW + 2)  # tokens; the first is longer than any sliding window
+PROMPTS = (WINDOW + 5, WINDOW - 3, WINDOW + 2)  # lengths in tokens; the first exceeds any sliding window
 NEW_TOKENS, K = 24, 3
 
 
 @dataclass
 class SupportReport:
-    """What the trials found.
+    """The result of [`check_support`].
 
     Args:
-        model_type (`str`): The kind of model.
-        mode (`str`, *optional*): The speculation mode that it allows: `"tree"`, `"chain"`, `"chain on a copied
+        model_type (`str`): The model type, as in the config.
+        mode (`str`, *optional*): The speculation mode that the model allows: `"tree"`, `"chain"`, `"chain on a copied
             state"`, `"recomputed chain"` or `"none"`. `None` if it cannot be upgraded at all.
-        reason (`str`, *optional*): Why it cannot, or why nothing could be tried.
-        checks (`dict[str, str]`): For each way to decode `"exact"`, or what happened instead.
+        reason (`str`, *optional*): Why it cannot be upgraded, or why no tiny model could be built.
+        checks (`dict[str, str]`): For each way to decode, `"exact"` or a description of the difference or error.
     """
 
     model_type: str
@@ -39,7 +39,7 @@ class SupportReport:
 
     @property
     def strategy(self) -> str | None:
-        """What `mtp_strategy="auto"` comes down to: `"quadratic"`, `"linear"`, `"plain"`; `None` if not upgraded."""
+        """What `mtp_strategy="auto"` means here: `"quadratic"`, `"linear"` or `"plain"`; `None` if not supported."""
         if self.mode is None:
             return None
         mode = SpeculationMode(self.mode)
@@ -52,7 +52,7 @@ class SupportReport:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every way to decode that is not refused gave what plain decoding gives."""
+        """Whether every way to decode that was not refused had the output of plain decoding."""
         return all(result == EXACT or result.startswith("refused") for result in self.checks.values())
 
     def __str__(self) -> str:
@@ -63,20 +63,23 @@ class SupportReport:
 
 
 def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
-    """Tries every way to decode on a tiny random model of the same kind, against plain decoding, in float64.
+    """Compares every way to decode with plain decoding, on a tiny random model of the same kind, in float64.
 
-    The ways are all strategies, a batch of prompts, a static cache, and eager attention beside the model's default.
-    Flex attention takes long to compile and flash attention needs a GPU, so both are left out.
+    The ways are all strategies, a batch of prompts, a static cache, and eager attention in addition to the model's
+    default. Flex attention takes long to compile and flash attention needs a GPU, so both are left out.
 
-    Nothing is downloaded but the config of a Hub id. Adapter weights are random. Drafts are right, wrong and missing
-    in turns, so that acceptance and roll-back are tried, too.
+    Only the config of a Hub id is downloaded. Adapter weights are random. Drafts are partly right and partly wrong, so
+    that acceptance and roll-back are tested, too.
 
     Args:
         model_or_config_or_id ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`] or `str`):
             The model to upgrade, its config, or its Hub id or folder.
 
     Returns:
-        [`SupportReport`]; print it.
+        [`SupportReport`], which can be printed.
+
+    Raises:
+        TypeError: The argument is none of these.
     """
     config = _config_of(model_or_config_or_id)
     report = SupportReport(config.model_type)
@@ -94,11 +97,11 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
         report.reason = _first_line(error)
         return report
     tuner = model.base_model
-    tuner.draft = Rehearsal(truths, tuner.draft)  # an attribute of this one model
+    tuner.draft = Rehearsal(truths, tuner.draft)  # only on this model
     report.mode = speculation_mode(tuner.model).value
     for strategy in ("quadratic", "linear", "auto"):
         report.checks[strategy] = _result(model, prompts[:1], truths[:1], mtp_strategy=strategy)
-    # Plain decoding is the base's own, which may read a padded row in another way than the row alone.
+    # Plain decoding is the base's own. The base may compute a padded row differently from the row alone.
     report.checks["batch"] = _result(model, prompts, None if report.strategy == "plain" else truths)
     report.checks["static cache"] = _result(model, prompts[:1], None, cache_implementation="static")
     base.set_attn_implementation("eager")
@@ -107,11 +110,11 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
 
 
 class Rehearsal:
-    """Replaces an adapter's drafts by what follows a token in a known output, and now and then by something else.
+    """Replaces an adapter's drafts by the tokens of a known output, with a wrong one in three of four calls.
 
     Args:
         sequences (`list[torch.LongTensor]`): The outputs, `(1, S)` each.
-        own (`Callable`, *optional*): The adapter's own drafting. It is called too, so that its errors show.
+        own (`Callable`, *optional*): The adapter's own drafting. It is called too, so that its errors are found.
     """
 
     def __init__(self, sequences: list[torch.LongTensor], own: Callable | None = None):
@@ -172,7 +175,7 @@ def _randomised(model: PeftModel) -> PeftModel:
 def _result(
     model: PeftModel, prompts: list[torch.LongTensor], truths: list[torch.LongTensor] | None, **arguments
 ) -> str:
-    """One way to decode, tried, against the truth for each row; `None`: what plain decoding gives in the same way."""
+    """Compares a way to decode with each row's true output, or, if `None`, with plain decoding in the same way."""
     longest = max(prompt.shape[1] for prompt in prompts)
     pad = torch.nn.functional.pad
     ids_BT = torch.cat([pad(prompt, (longest - prompt.shape[1], 0)) for prompt in prompts])

@@ -1,1 +1,1 @@
-"""Where masks stand, and what they see: functions of positions, which know no model."""
+"""Positions of masks and what they attend to: functions of integer tensors that know no model."""

@@ -1,10 +1,10 @@
-"""Attention masks: who attends to whom, in the forms that attention layers accept.
+"""Attention masks: which column attends to which, in the forms that attention layers accept.
 
-Pure functions of a layout. They know nothing of models. Of a model's config they read only the kinds of attention of
-its layers (`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
+Pure functions of a layout that know no model. From a config they read only the kinds of attention of its layers
+(`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
 
-Shapes: B batch, Q query columns, N = T + M columns of this pass, S key columns: those in a cache, which are all
-regular and of the same document, and those of this pass.
+Shapes: B batch, Q query columns, N = T + M columns of this pass, S key columns: those of this pass and those in a
+cache, which are all regular and belong to one document.
 """
 
 from collections.abc import Callable
@@ -21,23 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """One kind of attention layer: causal, within `window` positions or within chunks of `chunk` positions."""
+    """A kind of causal attention, which may be limited to `window` positions or to chunks of `chunk` positions."""
 
     name: str = "full_attention"
     window: int | None = None
     chunk: int | None = None
 
     def reaches_back(self) -> int | None:
-        """How many positions a token can look back at most; `None` without limit."""
+        """The most positions that a token can look back; `None` if there is no limit."""
         return self.window or self.chunk
 
 
 def attention_kinds(config) -> list[AttentionKind]:
-    """The kinds of attention that a model's layers have.
-
-    Args:
-        config ([`~transformers.PreTrainedConfig`]): The configuration of the text decoder.
-    """
+    """The kinds of attention in the layers of a text decoder, by its config."""
     window = getattr(config, "sliding_window", None)
     by_name = {
         "sliding_attention": AttentionKind("sliding_attention", window=window),
@@ -51,13 +47,14 @@ def attention_kinds(config) -> list[AttentionKind]:
 
 @dataclass(frozen=True)
 class CachedColumns:
-    """What a cache holds when a pass begins; the pass's own columns are written right behind it in every row.
+    """The columns that a cache holds before a pass. In every row, the pass writes its own columns right after them.
 
     Args:
-        start_B (`torch.LongTensor` of shape `(B,)`): First column that is no padding; it has position 0.
+        start_B (`torch.LongTensor` of shape `(B,)`): First column that is not padding; it has position 0.
         length_B (`torch.LongTensor` of shape `(B,)`): Columns held, padding included.
-        columns (`int`): S, key columns that attention sees; those past a row's own have no meaning.
-        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, *optional*): Which of the first P columns nobody sees.
+        columns (`int`): S, key columns that attention gets; those past a row's own are never attended to.
+        hidden_BP (`torch.BoolTensor` of shape `(B, P)`, *optional*): Which of the first P columns are never attended
+            to.
     """
 
     start_B: torch.LongTensor
@@ -79,9 +76,9 @@ def allowed_attention(
 
     Args:
         layout ([`BlockLayout`]): The blocks.
-        cached ([`CachedColumns`], *optional*): The tokens before; then all columns belong to one document.
+        cached ([`CachedColumns`], *optional*): The tokens in the cache; then all columns belong to one document.
         kind ([`AttentionKind`], *optional*): Window or chunk that the layer is limited to.
-        queries (`int`, *optional*): Q, the last columns whose rows are wanted; all N if `None`.
+        queries (`int`, *optional*): Q, the number of last columns to return rows for; all N if `None`.
 
     Returns:
         `torch.BoolTensor` of shape `(B, Q, S)`; S = N without a cache.
@@ -98,7 +95,7 @@ def allowed_attention(
     to_own_block = (block_BN[:, None, :] == block_BN[:, q, None]) & (column_N <= column_N[q, None])
     same_document = (segment_BN[:, None, :] == segment_BN[:, q, None]) & (segment_BN[:, None, :] > NO_DOCUMENT)
     allowed = torch.where(block_BN[:, None, :] < 0, to_regular, to_own_block) & same_document
-    # Padding attends to itself: in some kernels a query that may attend to nothing becomes NaN.
+    # Padding attends to itself, since some kernels return NaN for a query that may attend to nothing.
     allowed |= column_N == column_N[q, None]
     key_position_BS = position_BN
     if cached is not None:
@@ -111,8 +108,7 @@ def allowed_attention(
 def _behind_cache(
     allowed_BQN: torch.BoolTensor, position_BN: torch.LongTensor, cached: CachedColumns
 ) -> tuple[torch.BoolTensor, torch.LongTensor]:
-    """The rule, `(B, Q, S)`, and the keys' positions, `(B, S)`, where each row's columns follow what its cache
-    holds."""
+    """Extends the rule, `(B, Q, S)`, and the keys' positions, `(B, S)`, by the columns in the cache."""
     queries, new = allowed_BQN.shape[1:]
     column_S = torch.arange(cached.columns, device=position_BN.device)
     own_BS = column_S - cached.length_B[:, None]  # number among this pass's columns, below 0 in the cache
@@ -122,12 +118,12 @@ def _behind_cache(
     position_BS = torch.where(own_BS < 0, column_S - cached.start_B[:, None], position_BN.gather(1, index_BS))
     allowed_BQS = own_BQS | in_cache_BS[:, None]
     if cached.hidden_BP is not None and cached.hidden_BP.shape[1]:
-        allowed_BQS &= ~padded_behind(cached.hidden_BP, cached.columns)[:, None]
+        allowed_BQS &= ~padded_right(cached.hidden_BP, cached.columns)[:, None]
     return allowed_BQS, position_BS
 
 
-def padded_behind(hidden_BP: torch.BoolTensor, columns: int) -> torch.BoolTensor:
-    """`(B, columns)`: the same, with columns behind it that are not hidden."""
+def padded_right(hidden_BP: torch.BoolTensor, columns: int) -> torch.BoolTensor:
+    """`(B, columns)`: `hidden_BP`, padded on the right with columns that are not hidden."""
     return torch.nn.functional.pad(hidden_BP, (0, columns - hidden_BP.shape[1]))
 
 
@@ -140,14 +136,14 @@ def within_reach(query_BQ: torch.LongTensor, key_BS: torch.LongTensor, kind: Att
 
 
 def additive(allowed_BQS: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
-    """`(B, 1, Q, S)`: 0 where attention is allowed and the smallest number of `dtype` elsewhere."""
+    """`(B, 1, Q, S)`: 0 where attention is allowed, and the lowest number of `dtype` elsewhere."""
     mask = torch.zeros(allowed_BQS.shape, dtype=dtype, device=allowed_BQS.device)
     return mask.masked_fill_(~allowed_BQS, torch.finfo(dtype).min)[:, None]
 
 
 def in_blocks(allowed_BQS: torch.BoolTensor) -> "BlockMask":
-    """The same for flex attention, which skips blocks of columns where nothing is allowed."""
-    from torch.nn.attention.flex_attention import create_block_mask  # the oldest torch has none
+    """The mask for flex attention, which skips blocks of columns where nothing is allowed."""
+    from torch.nn.attention.flex_attention import create_block_mask  # missing in the oldest supported torch
 
     def allows(row, head, query, key):
         return allowed_BQS[row, query, key]
@@ -163,20 +159,18 @@ def attention_masks(
     cached: CachedColumns | None = None,
     queries: int | None = None,
 ) -> "torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]":
-    """What to pass to a model as `attention_mask`.
+    """The `attention_mask` of a model's forward pass.
 
     Args:
-        layout ([`BlockLayout`]): The blocks.
+        layout, cached, queries: As in [`allowed_attention`].
         kinds (`list[AttentionKind]`): See [`attention_kinds`].
-        form (`Callable`): The form that attention layers accept, [`additive`] or [`in_blocks`].
-        cached ([`CachedColumns`], *optional*): The tokens before.
-        queries (`int`, *optional*): Q, the last columns that attend; all N if `None`.
+        form (`Callable`): [`additive`] or [`in_blocks`], whichever the attention layers accept.
 
     Returns:
-        One mask of shape `(B, 1, Q, S)` while no window or chunk can be exceeded or all layers are of one
-        kind, and a mask per kind otherwise, under the name that transformers gives the kind.
+        One mask of shape `(B, 1, Q, S)` if all layers are of one kind or no window or chunk can be exceeded. Otherwise
+        one mask per kind, under transformers' name of the kind.
     """
-    # An upper bound of all positions: a mask is at most as many behind its anchor as there are masks.
+    # An upper bound of all positions: a mask is at most M positions after its anchor.
     longest = cached.columns if cached is not None else layout.position_BT.shape[1] + layout.masks
     limited = [kind for kind in kinds if kind.reaches_back() is not None and kind.reaches_back() < longest]
     if not limited:

@@ -1,16 +1,16 @@
-"""Where blocks of masks hang: which token each mask stands for, its position, and what it may attend to.
+"""Blocks of masks: the token that each mask stands for, its position, and what it may attend to.
 
 Pure functions of integer tensors, the same for training and for decoding. Knows nothing of models, losses or configs.
 
 A forward pass has N columns: regular tokens first, then A blocks of k masks. Block a hangs on the regular token in
-column `anchor[a]`; its i-th mask (i = 1..k) stands for the token i columns after the anchor, has the position of that
-token and predicts the one after it:
+column `anchor[a]`. Its i-th mask (i = 1..k) stands for the token i columns after the anchor, has the position of that
+token and predicts the next one:
 
     columns   x1 x2 x3 x4 | m1 m2 (after x2) | m1 m2 (after x4)
     positions  0  1  2  3 |  2  3            |  4  5
     predicts  x2 x3 x4 x5 | x4 x5            | x6 x7
 
-In training every block has k masks. In decoding only the blocks that are likely to be useful have masks.
+In training every block has k masks. In decoding only the masks that are likely to be useful exist.
 
 Shapes: B batch, T regular columns, A blocks (anchors) per row, k masks per block, M masks per row, N = T + M.
 """
@@ -34,12 +34,12 @@ class BlockLayout:
         segment_BT (`torch.LongTensor` of shape `(B, T)`): Document of each regular token, -1 for padding.
         anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular column that each mask's block hangs on. The masks of
             a block are adjacent.
-        step_BM (`torch.LongTensor` of shape `(B, M)`): How many columns after its anchor is the token that each mask
-            stands for: 1, 2 ... along a block.
+        step_BM (`torch.LongTensor` of shape `(B, M)`): Place of each mask in its block, 1..k: it stands for the token
+            that many columns after the anchor.
         alive_BM (`torch.BoolTensor` of shape `(B, M)`, *optional*): False for masks that only fill up a row.
         is_chain (`bool`): Whether all masks form one block on the last regular token: a plain causal sequence.
-        weight_B (`torch.Tensor` of shape `(B,)`, *optional*): How many blocks each block of a row represents, where
-            blocks are a sample.
+        weight_B (`torch.Tensor` of shape `(B,)`, *optional*): If the blocks are a sample, the number of blocks that
+            each block of a row represents.
     """
 
     position_BT: torch.LongTensor
@@ -65,7 +65,7 @@ class BlockLayout:
 
     @property
     def index_BM(self) -> torch.LongTensor:
-        """`(B, M)`: which mask token, 0..k-1, stands in each mask column."""
+        """`(B, M)`: the mask token, 0..k-1, in each mask column."""
         return self.step_BM - 1
 
     @property
@@ -83,7 +83,7 @@ class BlockLayout:
 
     @property
     def segment_BN(self) -> torch.LongTensor:
-        """`(B, N)`: documents of all columns, a mask's being its anchor's."""
+        """`(B, N)`: documents of all columns. A mask belongs to its anchor's document."""
         segment_BM = self.segment_BT.gather(1, self.anchor_BM)
         if self.alive_BM is not None:
             segment_BM = segment_BM.masked_fill(~self.alive_BM, NO_DOCUMENT)
@@ -105,7 +105,7 @@ class BlockLayout:
         return replace(self, anchor_BM=self.anchor_BM[:, :0], step_BM=self.step_BM[:, :0])
 
     def parts(self, masks: int) -> list["BlockLayout"]:
-        """The same blocks in parts of at most `masks` masks per row. Parts are whole blocks."""
+        """Splits the layout into chunks of at most `masks` masks per row. `masks` is a multiple of k."""
         return [
             replace(self, anchor_BM=anchor_BM, step_BM=step_BM)
             for anchor_BM, step_BM in zip(
@@ -120,8 +120,8 @@ class BlockLayout:
             labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, aligned with the tokens (not shifted).
 
         Returns:
-            `torch.LongTensor` of shape `(B, M)`, -100 where the mask has no target: past the end of the row or of the
-            document, outside the loss, or in a block whose first mask has no target.
+            `torch.LongTensor` of shape `(B, M)`. It is -100 for masks without a target: past the end of the row or of
+            the document, outside the loss, or in a block whose first mask has no target.
         """
         length, column_BM = labels_BT.shape[1], self.stands_for_BM + 1
         inside_BM = column_BM.clamp(max=length - 1)
@@ -132,7 +132,7 @@ class BlockLayout:
 
 
 def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTensor) -> torch.LongTensor:
-    """Document of each token. As in a packed row, a new one starts wherever the position does not grow by one.
+    """Document of each token. As in packed rows, a new one starts wherever the position does not increase by one.
 
     Args:
         attention_mask_BT (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at padding.
@@ -147,8 +147,7 @@ def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTens
 
 
 def useful_anchors(labels_BT: torch.LongTensor, segment_BT: torch.LongTensor) -> torch.BoolTensor:
-    """Tokens that are worth a block: the next token is inside the loss, and so is the one after, which the first mask
-    predicts.
+    """Tokens that are worth a block: the next two tokens are inside the loss, and the first mask predicts the second.
 
     Args:
         labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss.
@@ -176,20 +175,20 @@ def training_layout(
 ) -> BlockLayout:
     """Hangs a block on every token whose next token is inside the loss, or on a random sample of these per row.
 
-    The last token of a prompt is among them, since decoding hangs its first block there.
+    These include the last token of a prompt, where decoding hangs its first block.
 
     Args:
         labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss (the prompt, padding).
         position_BT (`torch.LongTensor` of shape `(B, T)`): Position ids.
         segment_BT (`torch.LongTensor` of shape `(B, T)`): Documents, see [`segments`].
         k (`int`): Masks per block.
-        anchors_per_row (`int`, *optional*): Blocks per row at most, drawn without replacement. All if `None`.
-        generator (`torch.Generator`, *optional*): Source of the draw.
-        same_in_all_rows (`bool`, *optional*, defaults to `False`): Whether blocks hang on the same columns everywhere.
+        anchors_per_row (`int`, *optional*): Most blocks per row, drawn without replacement; all blocks if `None`.
+        generator (`torch.Generator`, *optional*): Generator for the draw.
+        same_in_all_rows (`bool`, *optional*, defaults to `False`): Whether all rows have blocks on the same columns.
 
     Returns:
-        [`BlockLayout`] with as many blocks per row as the row that needs most; rows that need fewer get blocks on
-        other tokens, whose masks have no target. No block at all if no mask of the batch has a target.
+        [`BlockLayout`] with as many blocks per row as the row that needs most. Rows that need fewer get blocks on
+        other tokens, whose masks have no target. There is no block if no mask of the batch has a target.
     """
     useful_BT = useful_anchors(labels_BT, segment_BT)
     if same_in_all_rows:
@@ -210,18 +209,18 @@ def training_layout(
 def weight_of_all_masks(
     labels_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int, decay: float
 ) -> torch.Tensor:
-    """What the losses of a batch are divided by, whatever sample of its blocks is computed.
+    """The divisor of a batch's losses, which does not depend on the sample of blocks that is computed.
 
     Args:
         labels_BT, segment_BT, k: As in [`training_layout`].
         decay (`float`): Weight of each mask of a block relative to the one before it.
 
     Returns:
-        `torch.Tensor`, a scalar: the weights of all masks that have something to predict, with a block on every token.
+        `torch.Tensor`, a scalar: the sum of the weights of all masks with a target, with a block on every token.
     """
     useful_BT, in_loss_BT = useful_anchors(labels_BT, segment_BT), labels_BT != IGNORE
     weight, length = torch.zeros((), device=labels_BT.device), labels_BT.shape[1]
-    for ahead in range(2, min(k + 2, length)):  # columns from an anchor to what a mask of its block predicts
+    for ahead in range(2, min(k + 2, length)):  # columns from an anchor to the target of a mask
         same_document = segment_BT[:, : length - ahead] == segment_BT[:, ahead:]
         targets = useful_BT[:, : length - ahead] & same_document & in_loss_BT[:, ahead:]
         weight += decay ** (ahead - 2) * targets.sum()
@@ -234,7 +233,7 @@ def decoding_layout(position_BT: torch.LongTensor, plan: MaskPlan, first: int = 
     Args:
         position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the step's regular tokens, below 0 at padding.
         plan ([`MaskPlan`]): The masks.
-        first (`int`, *optional*, defaults to 0): The regular column that the plan calls number 0.
+        first (`int`, *optional*, defaults to 0): The regular column that is number 0 in the plan.
     """
     segment_BT = torch.where(position_BT < 0, NO_DOCUMENT, 0)
     return BlockLayout(

@@ -1,9 +1,9 @@
-"""Which masks the next forward pass computes.
+"""Mask plan: which masks the next forward pass computes.
 
 A block of up to k masks can hang on each of R regular tokens. The i-th mask of a block is useful if decoding ends at
 the block's token and the drafts of the i - 1 masks before it are accepted too. A budget of M masks goes to the most
-useful of all R * k. With M = R * k this is the paper's quadratic decoding; with one block on the last token it is its
-linear decoding. (Budgeted quadratic decoding follows github.com/mandt-lab/ptp.)
+useful of all R * k. With M = R * k this is quadratic decoding, and with one block on the last token it is linear
+decoding (Samragh et al., arXiv 2507.11851). Budgeted quadratic decoding follows github.com/mandt-lab/ptp.
 
 Pure functions of tensors. Shapes: B batch, K drafts, R = K + 1 regular tokens, k masks per block, M masks per row.
 """
@@ -19,7 +19,7 @@ class MaskPlan:
 
     Args:
         anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular token, 0..R-1, that each mask hangs on.
-        step_BM (`torch.LongTensor` of shape `(B, M)`): Its place in its block, 1..k.
+        step_BM (`torch.LongTensor` of shape `(B, M)`): Place of each mask in its block, 1..k.
         alive_BM (`torch.BoolTensor` of shape `(B, M)`): False for masks that only fill up a row.
         column_BRk (`torch.LongTensor` of shape `(B, R, k)`): Place of each mask of each block among the M, -1 if
             absent.
@@ -44,7 +44,7 @@ class MaskPlan:
 
 
 def no_masks(batch: int, regular: int, k: int, device: torch.device) -> MaskPlan:
-    """No mask after any of `regular` tokens."""
+    """The empty plan for `regular` tokens per row."""
     none = torch.empty(batch, 0, dtype=torch.long, device=device)
     return MaskPlan(none, none, none.bool(), none.new_full((batch, regular, k), -1))
 
@@ -54,7 +54,7 @@ def whole_blocks(drafts_B: torch.LongTensor, count: int, k: int, linear: bool) -
 
     Args:
         drafts_B (`torch.LongTensor` of shape `(B,)`): Drafts of each row.
-        count (`int`): K, the most drafts of any row; rows are padded to it.
+        count (`int`): K, the largest number of drafts, to which all rows are padded.
         k (`int`): Masks per block; may be 0.
         linear (`bool`): Whether blocks hang on the last token only.
     """
@@ -62,7 +62,7 @@ def whole_blocks(drafts_B: torch.LongTensor, count: int, k: int, linear: bool) -
     wanted_BR = anchor_R == drafts_B[:, None] if linear else anchor_R <= drafts_B[:, None]
     value_BRk = wanted_BR[:, :, None].float().expand(-1, -1, k)
     plan = choose_masks(value_BRk, k if linear else (count + 1) * k)
-    # In a batch, rows with fewer drafts have their block before the last column.
+    # In a batch, rows with fewer drafts have their block on an earlier column than the last.
     return replace(plan, is_chain=plan.is_chain or (linear and len(drafts_B) == 1))
 
 
@@ -78,7 +78,7 @@ def landing_probability(accept_BK: torch.Tensor) -> torch.Tensor:
 
 
 def mask_values(landing_BR: torch.Tensor, survival_k: torch.Tensor) -> torch.Tensor:
-    """`(B, R, k)`: the expected number of tokens that each mask brings.
+    """`(B, R, k)`: the expected number of tokens that each mask adds.
 
     Args:
         landing_BR (`torch.Tensor` of shape `(B, R)`): See [`landing_probability`].
@@ -102,7 +102,7 @@ def choose_masks(value_BRk: torch.Tensor, budget: int) -> MaskPlan:
     batch, regular, k = value_BRk.shape
     if not budget:
         return no_masks(batch, regular, k, value_BRk.device)
-    # Among equals the earlier mask of a block comes first, so that a block has no gaps.
+    # Ties go to the earlier mask of a block, so that blocks have no gaps.
     order_k = 1 - 1e-4 * torch.arange(k, device=value_BRk.device, dtype=value_BRk.dtype)
     value_BF = (value_BRk.clamp(min=0) * order_k).flatten(1)
     flat_BM = value_BF.topk(budget, dim=1, sorted=False).indices.sort(dim=1).values

@@ -1,6 +1,6 @@
-"""The forward pass of decoding: regular tokens and masks in, logits of the former and states of the latter out.
+"""The forward pass of decoding: from regular tokens and masks to the logits of the former and states of the latter.
 
-Knows the upgraded model and its cache. Knows nothing of strategies, of verification or of when to stop.
+Knows the upgraded model and its cache, and nothing of strategies, verification or stopping.
 
 Shapes: B batch, T regular columns, M masks, N = T + M, R positions with logits, D features, V vocabulary, H heads.
 """
@@ -16,28 +16,27 @@ from ..base.caches import cache_name
 from ..base.inspection import accepted_inputs, mask_form
 from ..base.rope import rope_switches
 from ..cache.rollback import RollbackCache
-from ..layout.attention import attention_kinds, attention_masks, padded_behind
+from ..layout.attention import attention_kinds, attention_masks, padded_right
 from ..layout.blocks import NO_DOCUMENT, BlockLayout, decoding_layout
 from ..layout.mask_plan import no_masks
 
-CATCH_UP_COLUMNS = 4  # a storage of fixed size has room for so many behind the longest row
-
-FEW_MASKS = 16  # whose logits are computed with those of the regular tokens
+CATCH_UP_COLUMNS = 4  # a storage of fixed size has room for this many after the longest row
+FEW_MASKS = 16  # up to this many, their logits are computed with those of the regular tokens
 
 
 @dataclass(frozen=True)
 class PassOutput:
-    """What a pass gave.
+    """The results of a pass.
 
     Args:
-        logits_BRV (`torch.Tensor` of shape `(B, R, V)`): Of the last R regular tokens.
+        logits_BRV (`torch.Tensor` of shape `(B, R, V)`): Logits of the last R regular tokens.
         mask_BMD (`torch.Tensor` of shape `(B, M, D)`): Last hidden states of the masks.
-        mask_logits_BMV (`torch.Tensor` of shape `(B, M, V)`, *optional*): What the base's unembedding makes of these,
-            if they are few: reading its weights a second time costs more.
-        before (`int`): Regular columns before the first with logits.
-        past (`list[int]`): Columns that each row had in the cache.
-        calls (`int`): How often the model was called.
-        hidden_states (`tuple` of `(B, N, D)`), attentions (`tuple` of `(B, H, N, S)`): Of all layers, if asked for.
+        before (`int`): Number of regular columns before the first one with logits.
+        past (`list[int]`): Number of columns that each row had in the cache.
+        calls (`int`): Number of calls of the model.
+        mask_logits_BMV (`torch.Tensor` of shape `(B, M, V)`, *optional*): The base's logits of the masks, if these are
+            few: computing them later would read the unembedding's weights a second time.
+        hidden_states (`tuple` of `(B, N, D)`), attentions (`tuple` of `(B, H, N, S)`): Per layer, if requested.
     """
 
     logits_BRV: torch.Tensor
@@ -51,22 +50,21 @@ class PassOutput:
 
     @property
     def masks_are_finite(self) -> torch.Tensor:
-        """A scalar: whether no mask's state is NaN or infinite."""
+        """A scalar: whether all states of masks are finite."""
         return torch.isfinite(self.mask_BMD).all()
 
     def block(self, column_BK: torch.LongTensor) -> torch.Tensor:
-        """`(B, K, D)`: states of the masks in these columns; of any mask, or zeros, where the column is -1."""
+        """`(B, K, D)`: states of the masks in these columns; arbitrary where the column is -1."""
         if not self.mask_BMD.shape[1]:
             return self.mask_BMD.new_zeros(*column_BK.shape, self.mask_BMD.shape[2])
         return _in_columns(self.mask_BMD, column_BK)
 
     def block_logits(self, column_BK: torch.LongTensor) -> torch.Tensor | None:
-        """`(B, K, V)`: logits of the masks in these columns; of any mask where the column is -1; `None` if not
-        computed."""
+        """`(B, K, V)`: logits of these masks, arbitrary where the column is -1; `None` if not computed."""
         return None if self.mask_logits_BMV is None else _in_columns(self.mask_logits_BMV, column_BK)
 
     def states_of_row(self, row: int) -> list[dict]:
-        """Hidden states and attentions that led to each token, first to last, in the shape that `generate` gives."""
+        """Hidden states and attentions from which each token was chosen, in order and in the shape of `generate`."""
         if self.hidden_states is None and self.attentions is None:
             return []
         entries = []
@@ -87,7 +85,7 @@ class PassOutput:
 
 
 def _in_columns(value_BMx: torch.Tensor, column_BK: torch.LongTensor) -> torch.Tensor:
-    """`(B, K, ...)`: what is in these columns."""
+    """`(B, K, ...)`: the values in these columns."""
     return value_BMx.gather(1, column_BK.clamp(min=0)[:, :, None].expand(-1, -1, value_BMx.shape[2]))
 
 
@@ -96,8 +94,8 @@ class DecodingPass:
 
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
-        output_hidden_states, output_attentions (`bool`): Whether to return those of all layers.
-        compiled (`Callable`, *optional*): The model's compiled forward pass, for all passes but the prompt's.
+        output_hidden_states, output_attentions (`bool`): Whether to return them for all layers.
+        compiled (`Callable`, *optional*): The model's compiled forward pass, used for all passes but the prompt's.
     """
 
     def __init__(
@@ -109,33 +107,28 @@ class DecodingPass:
     ):
         self.compiled = compiled
         self.tuner, self.model = tuner, tuner.model
-        self.kinds = attention_kinds(self.model.config.get_text_config(decoder=True))
-        self.form = mask_form(self.model)
-        self.outputs = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        self.outputs = {name: True for name, wanted in self.outputs.items() if wanted}
-        self.known_arguments = inspect.signature(self.model.forward).parameters
-        if "output_router_logits" in self.known_arguments:  # the loss of a router takes no 4-D mask
-            self.outputs["output_router_logits"] = False
         config = self.model.config.get_text_config(decoder=True)
+        self.kinds, self.form = attention_kinds(config), mask_form(self.model)
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        self.outputs = {name: True for name, is_wanted in wanted.items() if is_wanted}
+        self.known_arguments = inspect.signature(self.model.forward).parameters
+        if "output_router_logits" in self.known_arguments:  # the router's loss accepts no 4-D mask
+            self.outputs["output_router_logits"] = False
         self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
         self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
 
     def __call__(
-        self,
-        regular_BT: torch.Tensor,
-        layout: BlockLayout,
-        cache: RollbackCache,
-        logits_rows: int,
+        self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int
     ) -> PassOutput:
-        """Runs all columns and writes them behind the tokens that the cache holds.
+        """Runs all columns and writes them after the tokens that the cache holds.
 
         Args:
             regular_BT (`torch.Tensor`): Token ids of shape `(B, T)`, or embeddings of shape `(B, T, D)`.
-            layout ([`BlockLayout`]): Their positions and the masks that follow them.
-            cache ([`RollbackCache`]): All tokens before.
-            logits_rows (`int`): R, the last regular tokens whose logits are wanted.
+            layout ([`BlockLayout`]): Their positions, and the masks that follow them.
+            cache ([`RollbackCache`]): All earlier tokens.
+            logits_rows (`int`): R, the number of last regular tokens to return logits for.
         """
-        regular, past = regular_BT.shape[1], list(cache.lengths)
+        regular, past = regular_BT.shape[1], cache.rows.lengths
         inputs = self._inputs(regular_BT, layout, cache, logits_rows)
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
         with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
@@ -157,9 +150,9 @@ class DecodingPass:
     def _inputs(
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int
     ) -> dict[str, object]:
-        """What the model's forward pass gets. Arguments as in `__call__`."""
+        """The inputs of the model's forward pass. Arguments are those of `__call__`."""
         regular = regular_BT.shape[1]
-        wanted = logits_rows  # of all columns, the last
+        wanted = logits_rows  # a number means the last columns
         if 0 < layout.masks <= FEW_MASKS:
             wanted += layout.masks
         elif layout.masks:
@@ -184,39 +177,38 @@ class DecodingPass:
         return accepted_inputs(inputs, self.known_arguments)
 
     def _attention_mask(self, layout: BlockLayout, cache: RollbackCache, regular: int):
-        """What to pass as `attention_mask`. Padded prompts without masks get the 2-D mask, which takes less memory."""
+        """The `attention_mask`. It is 2-D for padded prompts without masks, which takes less memory."""
         if not layout.masks and not cache.rows.longest and cache.rows.columns is None:
             seen_BT = layout.segment_BT > NO_DOCUMENT
-            return (seen_BT & ~padded_behind(cache.rows.hidden_BP, regular)).long()
+            return (seen_BT & ~padded_right(cache.rows.hidden_BP, regular)).long()
         return attention_masks(layout, self.kinds, self.form, cache.seen_by(regular + layout.masks))
 
     def catch_up(self, cache: RollbackCache, ids_BS: torch.LongTensor) -> None:
-        """Reads what rows that ended before others lack: their last token and the padding behind it.
+        """Fills up the cache of rows that ended before others, with their last token and the padding after it.
 
         Args:
-            cache ([`RollbackCache`]): Rows that were decoded to their ends.
-            ids_BS (`torch.LongTensor` of shape `(B, S)`): Their texts, all but the last column of which is to be read.
+            cache ([`RollbackCache`]): The cache of rows that are all finished.
+            ids_BS (`torch.LongTensor` of shape `(B, S)`): The padded texts. The cache needs all but the last column.
         """
         while not cache.rows.are_equal:
-            missing = [cache.rows.longest - length for length in cache.lengths]
+            missing = [cache.rows.longest - length for length in cache.rows.lengths]
             most = max(missing) if cache.rows.columns is None else min(max(missing), CATCH_UP_COLUMNS)
             rows = [ids[-1 - lacking :][:most] for ids, lacking in zip(ids_BS, missing, strict=True)]
             ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            places_BT = cache.rows.next_columns(ids_BT.shape[1]) - cache.rows.start_B[:, None]
-            plan = no_masks(len(rows), 1, 1, ids_BT.device)
-            self(ids_BT, decoding_layout(places_BT, plan), cache, logits_rows=1)
+            layout = decoding_layout(cache.rows.next_places(ids_BT.shape[1]), no_masks(len(rows), 1, 1, ids_BT.device))
+            self(ids_BT, layout, cache, logits_rows=1)
             cache.keep([min(most, lacking) for lacking in missing])
 
     def _positions(self, layout: BlockLayout, cache: RollbackCache, regular: int, drafts: int) -> torch.LongTensor:
-        """`(B, N)`, or `(R, B, N)` for models of several position ids per token.
+        """`(B, N)`, or `(R, B, N)` for models with several position ids per token.
 
-        Columns past the last position of a table belong to drafts and masks of no use, which stay at it; rotary
-        embeddings have no last position, and drafts past the length that a model was made for may be accepted.
+        Drafts and masks past the end of a table of positions cannot be accepted, so they get its last position. Rotary
+        embeddings have no such end: drafts past `max_position_embeddings` may be accepted.
         """
         last = max(self.maximum, cache.rows.positions + regular - (0 if self.is_rotary else drafts)) - 1
         return cache.rows.positions_of(layout.position_BN).clamp(max=last)
 
     def positions_left(self, used: int) -> int:
-        """How many positions drafts and masks may have after the first `used`; a large number if there is no end."""
+        """How many positions are left for drafts and masks after the first `used`; very many if there is no limit."""
         ends = [self.maximum, *(end for end in self.switches if used <= end)]
         return min(ends) - used

@@ -1,8 +1,8 @@
-"""Decoding for models that read plain sequences only, and keep a state that cannot be rolled back.
+"""Forward passes for models that read plain sequences only and keep a state that cannot be rolled back.
 
-If the model goes on from its cache by several tokens at a time, a step reads what is certain into that cache, and
-drafts and masks into a copy, which is then dropped. That takes two calls of the model; accepted drafts are read a
-second time, with the next step. If it does not, a step reads the whole text again.
+If the model can continue from its cache with several tokens at a time, a step reads confirmed tokens into that cache,
+and drafts and masks into a copy that is dropped afterwards. That takes two calls of the model, and accepted drafts are
+read again in the next step. Other models read the whole text again in each step.
 
 Shapes: one row; T regular columns, K drafts, M masks, R = K + 1 positions with logits, D features.
 """
@@ -26,31 +26,32 @@ class RecurrentPass(DecodingPass):
     def __call__(
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: SequenceCache, logits_rows: int
     ) -> PassOutput:
-        """Reads all columns. Arguments as in [`DecodingPass`]; the masks hang on the last regular token."""
-        drafts, past = logits_rows - 1, list(cache.lengths)
+        """Reads all columns. Arguments as in [`DecodingPass`]. All masks hang on the last regular token."""
+        drafts, past = logits_rows - 1, cache.rows.lengths
         start = cache.read
-        certain, guesses_BK = cache.split(regular_BT, drafts)
-        outputs, captured = self._read(certain, start, cache.held, cache.rows, logits_to_keep=1)
+        confirmed, draft_BK = cache.split(regular_BT, drafts)
+        end = start + confirmed.shape[1]
+        outputs, captured = self._read(confirmed, start, cache.held, cache.rows, logits_to_keep=1)
         cache.held = outputs[cache_name(outputs)]
         logits, masks_BMD = [outputs.logits[:, -1:]], captured.states[:, :0]
-        read = [(outputs, slice(drafts - regular_BT.shape[1], None), start + certain.shape[1])]
+        read = [(outputs, slice(drafts - regular_BT.shape[1], None), end)]
         if drafts or layout.masks:
             mask_ids = layout.index_BM + self.tuner.vocab_size
             with self.tuner.masks_in_columns(drafts, layout.index_BM):
                 outputs, captured = self._read(
-                    torch.cat([guesses_BK, mask_ids], dim=1), start + certain.shape[1], copied(cache.held), cache.rows
+                    torch.cat([draft_BK, mask_ids], dim=1), end, copied(cache.held), cache.rows
                 )
             logits.append(outputs.logits[:, :drafts])
             masks_BMD = captured.states[:, drafts:]
-            read.append((outputs, slice(drafts), start + certain.shape[1] + drafts + layout.masks))
+            read.append((outputs, slice(drafts), end + drafts + layout.masks))
         before, states = regular_BT.shape[1] - logits_rows, self._states(read)
         return PassOutput(torch.cat(logits, dim=1), masks_BMD, before, past, calls=len(read), **states)
 
     def _states(self, read: list[tuple[object, slice, int]]) -> dict[str, tuple]:
-        """Hidden states and attentions, if they were asked for, of calls one behind the other.
+        """Joins the hidden states and attentions of consecutive calls, if they were requested.
 
         Args:
-            read (`list`): Of each call its outputs, which of its columns are wanted, and where it ends in the text.
+            read (`list`): For each call, its outputs, the columns to return, and where the call ends in the text.
         """
         end = max(last for *_, last in read)
         calls = {
@@ -64,7 +65,7 @@ class RecurrentPass(DecodingPass):
         return {name: tuple(torch.cat(states, -2) for states in zip(*of, strict=True)) for name, of in calls.items()}
 
     def catch_up(self, cache: SequenceCache, ids_BS: torch.LongTensor) -> None:
-        """Reads what the model's own cache lacks of the tokens that are counted in."""
+        """Reads the kept tokens that are missing in the model's own cache."""
         if cache.unread_BU is not None and cache.unread_BU.shape[1]:
             outputs, _ = self._read(cache.unread_BU, cache.read, cache.held, cache.rows, logits_to_keep=1)
             cache.held, cache.unread_BU = outputs[cache_name(outputs)], None
@@ -72,7 +73,7 @@ class RecurrentPass(DecodingPass):
     def _read(
         self, sequence_BN: torch.Tensor, start: int, held: Cache | None, rows: Rows, **options
     ) -> tuple[object, HiddenStateCapture]:
-        """One call of the model over a sequence, ids or embeddings, that goes on from `start` tokens in a cache."""
+        """Calls the model on ids or embeddings that continue the `start` tokens in a cache."""
         columns = sequence_BN.shape[1]
         position_1N = torch.arange(start, start + columns, device=sequence_BN.device)[None]
         inputs = {
@@ -87,15 +88,15 @@ class RecurrentPass(DecodingPass):
 
 
 class RecomputePass(RecurrentPass):
-    """The forward pass of a model that cannot go on from a cache by more than one token."""
+    """The forward pass of a model that cannot continue from a cache with several tokens."""
 
     def __call__(
         self, regular_BT: torch.LongTensor, layout: BlockLayout, cache: TextCache, logits_rows: int
     ) -> PassOutput:
         """Reads the text from its start. Arguments as in [`DecodingPass`]."""
-        past = list(cache.lengths)
-        certain, guesses_BK = cache.split(regular_BT, logits_rows - 1)
-        text = torch.cat([certain, guesses_BK, layout.index_BM + self.tuner.vocab_size], dim=1)
+        past = cache.rows.lengths
+        confirmed, draft_BK = cache.split(regular_BT, logits_rows - 1)
+        text = torch.cat([confirmed, draft_BK, layout.index_BM + self.tuner.vocab_size], dim=1)
         tokens = text.shape[1] - layout.masks
         with self.tuner.masks_in_columns(tokens, layout.index_BM):
             wanted = logits_rows + layout.masks
@@ -107,6 +108,5 @@ class RecomputePass(RecurrentPass):
 
 
 def _over_text(state: torch.Tensor, last: int, end: int) -> torch.Tensor:
-    """Attentions `(B, H, Q, end)` over the columns of the text, of a call that saw some up to `last`; hidden states as
-    they are."""
+    """Pads attentions that end at column `last` to `(B, H, Q, end)`. Hidden states are unchanged."""
     return state if state.dim() == 3 else F.pad(state, (last - state.shape[-1], end - last))

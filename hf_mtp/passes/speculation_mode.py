@@ -1,8 +1,8 @@
-"""Which kind of speculation a base model allows. A trial finds out; the name of the architecture never decides.
+"""Finds by trial which kind of speculation a base model allows. The name of the architecture never decides.
 
-Speculation needs passes over several tokens that give exactly what one token at a time gives. The best mode is a tree,
-which quadratic decoding needs; then a chain, rolled back by not counting columns of the cache; a chain on a copy of a
-state that cannot be rolled back; a chain recomputed from the start of the text; or none.
+Speculation needs passes over several tokens with exactly the results of one token at a time. The modes, best first:
+a tree, which quadratic decoding needs; a chain whose cache rolls back; a chain on a copy of a state that cannot be
+rolled back; a chain recomputed from the start of the text; none.
 """
 
 import enum
@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 class SpeculationMode(str, enum.Enum):
-    """How a model computes several tokens in one pass with the results of one token at a time."""
+    """How a model can compute several tokens in one pass with the results of one token at a time."""
 
     TREE = "tree"
     CHAIN = "chain"
@@ -42,30 +42,30 @@ class SpeculationMode(str, enum.Enum):
 
     @property
     def pays(self) -> bool:
-        """Whether a pass reads new columns only."""
+        """Whether speculation can be faster than plain decoding: a pass reads new columns only."""
         return self not in (SpeculationMode.RECOMPUTE, SpeculationMode.NONE)
 
 
-# The pass and the cache of each mode but NONE.
+# The pass and the cache of each mode except NONE.
 PASSES = {
     SpeculationMode.TREE: (DecodingPass, RollbackCache),
     SpeculationMode.CHAIN: (DecodingPass, RollbackCache),
     SpeculationMode.CHAIN_ON_COPY: (RecurrentPass, SequenceCache),
     SpeculationMode.RECOMPUTE: (RecomputePass, TextCache),
 }
-PROMPT = WINDOW + 3  # tokens of a trial: more than any window of a tiny model
-MASKS = 2  # per block of a trial
+PROMPT = WINDOW + 3  # tokens in a trial's prompt: more than any window of a tiny model
+MASKS = 2  # per block in a trial
 
 # The mode of each model, by its attention implementation.
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, SpeculationMode]]" = weakref.WeakKeyDictionary()
-# Modes that a tiny model of the same kind allows, by config and class.
+# Modes that a tiny model of the same kind allows, by config, attention implementation and class.
 _of_kinds: dict[tuple[str, str, type], list[SpeculationMode] | None] = {}
 
 
 class _Unadapted:
-    """A model without an adapter, in the place of an upgraded one. Ordinary tokens stand in for its masks.
+    """Lets a model without an adapter pass for an upgraded one, with ordinary tokens in place of masks.
 
-    So the answer depends on the model alone, not on what an adapter's weights make of masks.
+    So the result of a trial depends on the model alone, and not on an adapter's weights.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -80,20 +80,17 @@ class _Unadapted:
     @contextmanager
     def capture_hidden_states(self) -> Iterator[HiddenStateCapture]:
         capture = HiddenStateCapture()
-        capture.states = torch.empty(1, 0, 0)  # nobody looks at them
+        capture.states = torch.empty(1, 0, 0)  # never read
         yield capture
 
 
 @torch.compiler.disable  # the models of a trial run once
 def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
-    """The best mode that a model allows.
+    """The best mode that a base model allows.
 
     Runs a few short passes, once per model and attention implementation: through the model itself, and through a tiny
-    random one of the same kind, whose windows are short enough to be exceeded. An error in the model itself, such as
-    one of memory, is no answer if the tiny model has none: then the result holds for this call only.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The base.
+    random one of the same kind, whose windows are short enough to be exceeded. If only the model itself fails, perhaps
+    because memory ran out, the result is not kept for later calls.
     """
     known = _known.setdefault(model, {})
     implementation = str(model.config._attn_implementation)
@@ -110,19 +107,19 @@ def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
         known[implementation] = best
     else:
         logger.warning(
-            f"{type(model).__name__} failed in a trial of several tokens per pass, which a tiny model of its kind "
-            f"passes. This call decodes in the mode {best.value!r}; the next one tries again."
+            f"{type(model).__name__} failed in a trial of several tokens per pass, but a tiny model of its kind did "
+            f"not. This call uses the mode {best.value!r}, and the next call tries again."
         )
     return best
 
 
 def _modes_of_kind(model: PreTrainedModel, implementation: str) -> list[SpeculationMode] | None:
-    """What a tiny model of the same kind allows; `None` if none can be made."""
+    """The modes that a tiny model of the same kind allows; `None` if no such model can be built."""
     key = model.config.to_json_string(use_diff=False), implementation, type(model)
     if key not in _of_kinds:
         try:
             stand_in = tiny_model(model.config, model_class=type(model))
-            if mask_form(model) not in (None, in_blocks):  # flash and flex take no float64 on a CPU
+            if mask_form(model) not in (None, in_blocks):  # flash and flex attention do not support float64 on a CPU
                 stand_in.set_attn_implementation(model.config._attn_implementation)
         except Exception as error:  # a config may lead to any error of its model's code
             logger.debug("No tiny model can stand in for %s: %s", type(model).__name__, error)
@@ -133,7 +130,7 @@ def _modes_of_kind(model: PreTrainedModel, implementation: str) -> list[Speculat
 
 
 def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[SpeculationMode]) -> bool:
-    """Whether a model allows a mode. One whose code raises does not; then the mode is added to `errors`."""
+    """Whether a model allows a mode. If its code raises, the mode is added to `errors`."""
     device_type = input_device(model).type
     try:
         with torch.no_grad(), torch.autocast(device_type, enabled=False), evaluation_mode(model):
@@ -153,7 +150,7 @@ def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[Speculati
 
 
 def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
-    """`(rows, count)` ids, all apart and from 0, which is often a padding token that models treat apart."""
+    """`(rows, count)` ids, all different, and none 0: that is often a padding token, which models treat specially."""
     vocab, total = weight_shape(model.get_input_embeddings())[0], rows * count
     return torch.tensor([vocab * i // (total + 2) for i in range(1, total + 1)], device=input_device(model)).view(
         rows, count
@@ -161,15 +158,15 @@ def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
 
 
 def are_close(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results of a model that computes in `dtype` are the same but for rounding."""
-    # Some layers compute in float32 whatever the model's dtype, in sums whose order depends on the length. What is
-    # wrong is wrong by orders of magnitude.
+    """Whether two results of a model that computes in `dtype` are equal up to rounding."""
+    # Some layers compute in float32 whatever the model's dtype, in sums whose order depends on the length. Wrong
+    # results differ by orders of magnitude more.
     tolerance = max(50 * torch.finfo(dtype).eps, 500 * torch.finfo(torch.float32).eps) * truth.abs().max()
     return bool((found - truth).abs().max() <= tolerance)
 
 
 def _plain_logits(model: PreTrainedModel, text_1T: torch.LongTensor, last: int = 5) -> torch.Tensor:
-    """`(last, V)`: what plain decoding gets at the last tokens, one at a time behind the model's own cache, if any."""
+    """`(last, V)`: logits of the last tokens, read one at a time after the model's own cache, if it has one."""
     known = inspect.signature(model.forward).parameters
     first, logits, past, start = text_1T.shape[1] - last + 1, [], {}, 0
     position_1T = torch.arange(text_1T.shape[1], device=text_1T.device)[None]
@@ -183,7 +180,7 @@ def _plain_logits(model: PreTrainedModel, text_1T: torch.LongTensor, last: int =
 
 
 def _branch_equals_sequence(model: PreTrainedModel) -> bool:
-    """Whether a text and a branch that hangs on its last token but one give what two texts give, without masks."""
+    """Whether a text with a branch on its last token but one has the logits of the two separate texts."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     ids, text, branch = _example(model, 1, PROMPT + 2), list(range(PROMPT)), [PROMPT, PROMPT + 1]
@@ -200,9 +197,9 @@ def _branch_equals_sequence(model: PreTrainedModel) -> bool:
 def _passes_equal_sequences(
     model: PreTrainedModel, pass_type: type, cache_type: type, linear: bool, rows: int = 1
 ) -> bool:
-    """Whether passes as decoding makes them, with masks and with right and wrong drafts, give each text's logits.
+    """Whether passes with masks and with right and wrong drafts, as in decoding, have the logits of plain decoding.
 
-    The second of two rows is padded, and accepts what the first rejects.
+    The second of two rows is padded. In each pass, one row accepts its drafts and the other rejects them.
     """
     forward = pass_type(_Unadapted(model))
     ids = _example(model, rows, PROMPT + 6)
@@ -210,7 +207,7 @@ def _passes_equal_sequences(
     text_BT, wrong_B2 = ids[:, :-2], ids[:, -2:]
     truth_B = [_plain_logits(model, text_BT[row : row + 1, row:]) for row in range(rows)]
     read = [0] * rows
-    for accepted in (None, [0, 2], [2, 0]):  # after the prompt, how many of two drafts hold
+    for accepted in (None, [0, 2], [2, 0]):  # after the prompt, how many of two drafts are right
         if accepted is None:
             regular_BT, before, drafts, kept = text_BT[:, :PROMPT], PROMPT - 1, 0, [PROMPT] * rows
         else:
@@ -220,7 +217,7 @@ def _passes_equal_sequences(
             ]
             regular_BT = torch.tensor(columns, device=ids.device)
             before, drafts, kept = 0, 2, [1 + right for right in accepted[:rows]]
-        positions_BT = cache.rows.next_columns(regular_BT.shape[1]) - cache.rows.start_B[:, None]
+        positions_BT = cache.rows.next_places(regular_BT.shape[1])
         plan = whole_blocks(torch.full((rows,), drafts, device=ids.device), drafts, MASKS, linear)
         layout = decoding_layout(positions_BT, plan, first=before)
         logits_BRV = forward(regular_BT, layout, cache, logits_rows=1 + drafts).logits_BRV

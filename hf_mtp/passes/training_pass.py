@@ -1,15 +1,13 @@
-"""What training reads: a batch's regular tokens once, and blocks of masks behind them, some at a time.
+"""The forward passes of training: the regular tokens of a batch once, then chunks of its blocks of masks.
 
-Regular tokens depend on frozen weights only. They are read first, without a graph, and every part of the masks then
-reads their keys and values from one cache: a part can go backward before the next one is read, so that memory does not
-grow with the number of blocks. How a model reads decides how that is done.
+Regular tokens depend on frozen weights only. So they are read first, without a graph, and each chunk of masks attends
+to their keys and values in one cache. A chunk can go backward before the next one is read, so memory does not grow
+with the number of blocks. Knows the speculation modes of models, and nothing of losses.
 
-Shapes: B batch, T regular tokens, M masks per row (of a part), N = T + M, Q query columns, D features.
+Shapes: B batch, T regular tokens, M masks per row (of a chunk), N = T + M, Q query columns, D features.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from transformers import Cache, DynamicCache
@@ -27,6 +25,7 @@ from ..base.inspection import (
     is_media,
     mask_form,
     refuse_attention_without_masks,
+    without_checkpointing,
 )
 from ..layout.attention import attention_kinds, attention_masks
 from ..layout.blocks import NO_DOCUMENT, BlockLayout
@@ -34,21 +33,21 @@ from .speculation_mode import SpeculationMode, speculation_mode
 
 
 class TrainingPass:
-    """A batch, read by a model that takes branches.
+    """The pass over a batch by a model that allows trees.
 
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
         input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
         layout ([`BlockLayout`]): Their positions, and the blocks that hang on them.
-        all_layers (`bool`): Whether states between layers are wanted too.
-        masks (`int`): Mask tokens per part at most, all rows together; a part has one block per row at least.
-        base_inputs (`dict`): What else the base's forward pass is given, if it is more than text.
+        all_layers (`bool`): Whether to return states of all layers.
+        masks (`int`): Most mask tokens per chunk, all rows together. A chunk has at least one block per row.
+        base_inputs (`dict`): Further inputs of the base's forward pass, such as images.
 
     Attributes:
         regular (`list[torch.Tensor]` of shape `(B, T, D)`): States of the regular tokens, without gradient, in the
-            order of the layers; the last is what the base's unembedding reads. Without `all_layers` it is the only
+            order of the layers. The last is the input of the base's unembedding; without `all_layers`, it is the only
             one.
-        parts (`list[BlockLayout]`): The blocks that [`TrainingPass.masks`] takes, one after the other.
+        parts (`list[BlockLayout]`): The chunks of blocks to pass to [`TrainingPass.masks`], in order.
     """
 
     def __init__(
@@ -67,23 +66,24 @@ class TrainingPass:
         self.read(input_ids_BT, layout)
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
-        """Reads the regular tokens. Of rows that hold one text each, none sees the padding behind it."""
+        """Reads the regular tokens."""
         self.cache = DynamicCache()
         with torch.no_grad():
             regular = layout.without_masks()
+            # Where each row is one text, no token attends to the padding after it.
             self.regular = self.states(input_ids_BT, regular, self.cache, is_causal=each_row_is_one_text(layout))
 
     def masks(self, part: BlockLayout) -> list[torch.Tensor]:
-        """`(B, M, D)`, as many as `regular` has: states of one part's masks."""
+        """States of one chunk's masks, `(B, M, D)` each, for the same layers as `regular`."""
         with self.tuner.masks_in_columns(0, part.index_BM):
             return self.states(part.index_BM + self.tuner.vocab_size, part, copied(self.cache))
 
     def states(
         self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, is_causal: bool = False
     ) -> list[torch.Tensor]:
-        """States, `(B, Q, D)` each, of the last Q columns of a layout; the cache has the columns before.
+        """States, `(B, Q, D)` each, of the last Q columns of a layout. The cache has the columns before these.
 
-        Where the model's own causal mask is right, `is_causal`, none is made: that of a long text is large.
+        With `is_causal` the model's own causal mask is used, since a mask of ours would be large for a long text.
         """
         queries, model = input_ids_BQ.shape[1], self.tuner.model
         form = mask_form(model, self.dtype)
@@ -97,28 +97,28 @@ class TrainingPass:
         )
 
     def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
-        """Those of the last columns of a layout."""
+        """Position ids of the last columns of a layout."""
         return layout.position_BN[:, -queries:]
 
     @property
     def dtype(self) -> torch.dtype:
-        """What attention computes in."""
+        """The dtype in which attention computes."""
         model = self.tuner.model
         device = input_device(model).type  # `model.device` is "meta" while weights are offloaded
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
     def call(self, input_ids: torch.LongTensor, **inputs) -> list[torch.Tensor]:
-        """The decoder's states."""
+        """Runs the decoder and returns its states."""
         return self.states_of(self.decoder(input_ids=input_ids, output_hidden_states=self.all_layers, **inputs))
 
     def states_of(self, outputs: ModelOutput) -> list[torch.Tensor]:
-        """The states in the decoder's outputs, first layer to last, all on the device of the token ids."""
+        """The states in the decoder's outputs, first layer to last, moved to the device of the token ids."""
         states = [*(outputs.hidden_states[:-1] if self.all_layers else ()), outputs.last_hidden_state]
         return [state.to(input_device(self.tuner.model)) for state in states]
 
 
 class CheckpointedPass(TrainingPass):
-    """The same where layers run again in the backward pass: these take no cache, so that all is one pass."""
+    """The pass under gradient checkpointing: layers that run again use no cache, so everything is one pass."""
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
         self.parts, length = [layout], input_ids_BT.shape[1]
@@ -133,12 +133,12 @@ class CheckpointedPass(TrainingPass):
 
 
 class MultimodalPass(TrainingPass):
-    """The same for batches with more than text: the base itself reads the regular tokens, images and all.
+    """The pass over batches with more than text: the base itself reads the regular tokens and images.
 
-    Masks stand behind text. They read the base's cache, at the positions that the base gave to its decoder.
+    Masks follow text. They attend to the base's cache, at the positions that the base gave to its decoder.
 
     Raises:
-        NotImplementedError: The base's decoder needs more than its cache and positions to go on.
+        NotImplementedError: The base's decoder needs more than its cache and positions to continue a text.
     """
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
@@ -160,41 +160,41 @@ class MultimodalPass(TrainingPass):
             hook.remove()
 
     def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
-        """They count on from the token behind the anchor: behind an image, that is not one more than the anchor's."""
+        """Positions that continue from the token after the anchor. Images use several positions."""
         first = (layout.anchor_BM[:, -queries:] + 1).clamp(max=self.positions.shape[-1] - 1)
         first = first.expand(*self.positions.shape[:-2], -1, -1)
         return self.positions.expand(*first.shape[:-1], -1).gather(-1, first) + layout.index_BM[:, -queries:]
 
     def masks(self, part: BlockLayout) -> list[torch.Tensor]:
-        with without_checkpointing(self.tuner.model):  # whose layers take no cache; parts bound memory, too
+        with without_checkpointing(self.tuner.model):  # its layers use no cache; chunks bound memory, too
             return super().masks(part)
 
     def _refuse_other_states(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
-        """Reads a token of each row as its masks will be read, and compares its state with the base's own."""
+        """Reads one regular token per row in the way of masks, and compares its state with the base's own."""
         anchor_B1 = layout.anchor_BM[:, -1:].clamp(max=input_ids_BT.shape[1] - 2)
         probe = BlockLayout.of_blocks(anchor_B1, layout.position_BT, layout.segment_BT, k=1)
         found_BD = self.states(input_ids_BT.gather(1, anchor_B1 + 1), probe, copied(self.cache))[-1][:, 0]
         rows = torch.arange(len(input_ids_BT), device=input_ids_BT.device)
         true_BD = self.regular[-1][rows, anchor_B1[:, 0] + 1]
         is_text_BT = (layout.segment_BT > NO_DOCUMENT) & ~is_media(self.tuner.model.config, input_ids_BT)
-        is_text_B = is_text_BT.gather(1, anchor_B1 + 1)[:, 0]  # blocks that fill up a row may hang anywhere
+        is_text_B = is_text_BT.gather(1, anchor_B1 + 1)[:, 0]  # blocks that only fill up a row may hang anywhere
         error_B = (found_BD - true_BD).float().norm(dim=1) / true_BD.float().norm(dim=1)
         if (error_B[is_text_B] > max(16 * torch.finfo(self.dtype).eps, 1e-3)).any():
             raise NotImplementedError(
-                f"{type(self.tuner.model).__name__} reads text otherwise if it is given "
-                f"{', '.join(sorted(self.base_inputs))}, so that masks would learn behind other states than decoding "
-                "has. Leave these out of the batches, or train on text alone."
+                f"{type(self.tuner.model).__name__} computes other states for text when it also gets "
+                f"{', '.join(sorted(self.base_inputs))}, so masks would learn from states that decoding lacks. "
+                "Leave these out of the batches, or train on text alone."
             )
 
 
 class SequencePass(TrainingPass):
-    """The same for a model that takes no branches: each block is read as a sequence, behind the text to its anchor.
+    """The pass of a model that allows no tree: each block is read as a sequence, after the text up to its anchor.
 
     Blocks hang on the same columns in all rows.
 
     Raises:
-        ValueError: A row holds several texts.
-        NotImplementedError: Each process has a part of the weights.
+        ValueError: A row holds several texts, or is padded at its start.
+        NotImplementedError: The weights are sharded over processes.
     """
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
@@ -205,9 +205,9 @@ class SequencePass(TrainingPass):
             )
         if is_sharded(self.tuner):
             raise NotImplementedError(
-                f"{type(self.tuner.model).__name__} reads each block of masks in a pass of its own. Processes "
-                "that hold parts of its weights would wait for each other for ever, differing in how many blocks they "
-                "have. Train with whole weights in every process: DDP or DeepSpeed ZeRO-2."
+                f"{type(self.tuner.model).__name__} reads each block of masks in a separate pass. Processes that "
+                "shard its weights would wait for each other forever, since they have different numbers of blocks. "
+                "Train with whole weights in every process: DDP or DeepSpeed ZeRO-2."
             )
         self.input_ids_BT = input_ids_BT
         with torch.no_grad():
@@ -231,51 +231,38 @@ def training_pass(
     masks: int,
     base_inputs: dict | None = None,
 ) -> TrainingPass:
-    """Reads a batch as the model can. Arguments are those of [`TrainingPass`].
+    """Reads a batch with the pass that suits the model. Arguments are those of [`TrainingPass`].
 
     Raises:
-        ValueError: The base's attention implementation takes no 4-D mask.
-        NotImplementedError: There is more than text in the batch, and no way to read it.
+        ValueError: The base's attention implementation accepts no 4-D mask.
+        NotImplementedError: The batch has more than text, which this model or its sharding does not allow.
     """
     refuse_attention_without_masks(tuner.model)
     if is_sharded(tuner):  # all processes must run the same number of passes
         masks = layout.anchor_BM.numel()
-    takes_branches = speculation_mode(tuner.model) is SpeculationMode.TREE
+    allows_tree = speculation_mode(tuner.model) is SpeculationMode.TREE
     checkpoints = tuner.model.training and is_checkpointing(tuner.model)
     if base_inputs:
-        _refuse_multimodal(tuner, base_inputs, takes_branches)
+        _refuse_multimodal(tuner, base_inputs, allows_tree)
         kind = MultimodalPass
-    elif not takes_branches:
+    elif not allows_tree:
         kind = SequencePass
     else:
         kind = CheckpointedPass if checkpoints else TrainingPass
     return kind(tuner, input_ids_BT, layout, all_layers, masks, base_inputs or {})
 
 
-def _refuse_multimodal(tuner: GatedLoraTuner, base_inputs: dict, takes_branches: bool) -> None:
+def _refuse_multimodal(tuner: GatedLoraTuner, base_inputs: dict, allows_tree: bool) -> None:
     name = type(tuner.model).__name__
-    if not takes_branches:
-        reason = f"{name} reads each block of masks behind a text of its own. Train it on text alone."
+    if not allows_tree:
+        reason = f"{name} reads each block of masks as a separate text. Train it on text alone."
     elif is_sharded(tuner):
-        reason = "each process holds a part of the weights. Train with whole weights in every process."
+        reason = "the weights are sharded over processes. Train with whole weights in every process."
     else:
         return
-    raise NotImplementedError(f"The batch has {', '.join(sorted(base_inputs))} beside its text, but {reason}")
+    raise NotImplementedError(f"The batch has {', '.join(sorted(base_inputs))} besides text, but {reason}")
 
 
 def each_row_is_one_text(layout: BlockLayout) -> bool:
-    """Whether no row is packed, or padded at its start."""
+    """Whether each row is one text that starts in the first column."""
     return not bool((layout.segment_BT > 0).any() or (layout.segment_BT[:, 0] < 0).any())
-
-
-@contextmanager
-def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """Within, no layer is marked to run again in the backward pass; afterwards each is as it was."""
-    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in marked:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in marked:
-            module.gradient_checkpointing = True

@@ -1,18 +1,18 @@
-"""How often drafts are accepted, by what is known of them beforehand. Old drafts count less and less."""
+"""Acceptance rates of drafts, as running averages that slowly forget old drafts."""
 
 from itertools import accumulate
 from operator import mul
 
 
 class Rates:
-    """Acceptance rates of drafts in a few classes.
+    """Acceptance rates of drafts by class.
 
     Args:
-        classes (`int`): How many. A run of drafts goes through them one by one and stays in the last.
+        classes (`int`): Number of classes. The drafts of a run belong to consecutive classes, and then to the last.
     """
 
     MEMORY = 0.99
-    # At first, as if so many drafts had been verified: enough of them right that deep masks get a trial.
+    # The prior counts as verified drafts. Its rate is high enough that late masks of a block get a trial.
     PRIOR_RATE, PRIOR_COUNT = 0.6, 2.0
 
     def __init__(self, classes: int):
@@ -20,11 +20,9 @@ class Rates:
         self.accepted = [self.PRIOR_RATE * self.PRIOR_COUNT] * classes
 
     def count(self, offered: int, accepted: int, first: int = 0) -> None:
-        """Counts a run of drafts, of which the first `accepted` were right; the next, if offered, was wrong.
+        """Counts a run of `offered` drafts, of which the first `accepted` were right and the next, if any, wrong.
 
-        Args:
-            offered (`int`), accepted (`int`): Drafts of the run.
-            first (`int`): The class of the first one.
+        The first draft belongs to class `first`.
         """
         for place in range(min(offered, accepted + 1)):
             index = min(first + place, len(self.offered) - 1)
@@ -32,20 +30,20 @@ class Rates:
             self.accepted[index] = self.accepted[index] * self.MEMORY + (place < accepted)
 
     def rate(self, index: int) -> float:
-        """The rate of a class."""
+        """The acceptance rate of a class."""
         index = min(index, len(self.offered) - 1)
         return self.accepted[index] / self.offered[index]
 
 
 class MaskAcceptance:
-    """Acceptance of drafts from masks: the first, second ... of a block.
+    """Acceptance of drafts from masks, by place in the block.
 
     Args:
-        k (`int`): Drafts at most.
+        k (`int`): Most masks per block.
 
     Attributes:
-        rates (`list[float]`): Of each draft, if those before it were accepted.
-        survival (`list[float]`): Of the first 1, 2 ... k drafts together.
+        rates (`list[float]`): Probability that each draft is accepted if those before it are.
+        survival (`list[float]`): Probability that the first 1, 2 ... k drafts are all accepted.
     """
 
     def __init__(self, k: int):
@@ -53,18 +51,18 @@ class MaskAcceptance:
         self._update()
 
     def count(self, rows: list[tuple[int, int]]) -> None:
-        """Counts, for each row, drafts offered and drafts accepted."""
+        """Counts the numbers of offered and of accepted drafts of each row."""
         for offered, accepted in rows:
             self.counts.count(offered, accepted)
         if rows:
             self._update()
 
     def expected_drafts(self, masks: int) -> float:
-        """Accepted drafts of a pass that follows one with so many masks, by averages alone."""
+        """Expected number of accepted drafts in the pass that follows one with so many masks."""
         return sum(value for value, _ in self.best_values[:masks])
 
     def expected_columns(self, masks: int) -> float:
-        """Drafts that such a pass verifies."""
+        """Expected number of drafts that this pass verifies."""
         return sum(landing for _, landing in self.best_values[:masks])
 
     def _update(self) -> None:
@@ -73,7 +71,7 @@ class MaskAcceptance:
         landings = [
             reached * (1 - rate) for reached, rate in zip([1.0, *self.survival[:-1]], self.rates, strict=True)
         ] + [self.survival[-1]]
-        # Of each mask of each block, best first: value, landing.
+        # Value and landing probability of each mask of each block, best first.
         self.best_values = sorted(
             ((landing * survival, landing) for landing in landings for survival in self.survival), reverse=True
         )

@@ -1,8 +1,9 @@
-"""Drafts, and what the decode loop asks of those who make them.
+"""Drafts, and the interface of the drafters that make them.
 
 Shapes: B batch, K drafts per row.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,7 +21,7 @@ class Drafts:
 
     Args:
         token_BK (`torch.LongTensor` of shape `(B, K)`): The drafts, -1 where a row has no more.
-        confidence_BK (`torch.Tensor` of shape `(B, K)`): How likely each is to be accepted if all before it are.
+        confidence_BK (`torch.Tensor` of shape `(B, K)`): Probability that each is accepted if all before it are.
     """
 
     token_BK: torch.LongTensor
@@ -37,26 +38,26 @@ class Drafts:
         return (self.token_BK != NO_TOKEN).sum(dim=1)
 
     def select_rows(self, index: list[int]) -> "Drafts":
-        """Some rows only."""
+        """The drafts of these rows."""
         return Drafts(self.token_BK[index], self.confidence_BK[index])
 
     def where(self, wanted_BK: torch.BoolTensor) -> "Drafts":
-        """Without the drafts that are not wanted."""
+        """Drops all other drafts."""
         return replace(self, token_BK=self.token_BK.where(wanted_BK, NO_TOKEN))
 
     def padded(self, count: int) -> "Drafts":
-        """The same with K = `count`, and no draft in the new places."""
+        """Pads to K = `count` places, without drafts in the new ones."""
         short = (0, count - self.count)
         return Drafts(F.pad(self.token_BK, short, value=NO_TOKEN), F.pad(self.confidence_BK, short))
 
     def with_rows(self, other: "Drafts") -> "Drafts":
-        """These rows, and those of `other` behind them."""
+        """Appends the rows of `other`."""
         count = max(self.count, other.count)
         one, two = self.padded(count), other.padded(count)
         return Drafts(torch.cat([one.token_BK, two.token_BK]), torch.cat([one.confidence_BK, two.confidence_BK]))
 
     def overridden_by(self, other: "Drafts") -> "Drafts":
-        """Rows of `other` where it has drafts, own ones elsewhere."""
+        """Takes the rows of `other` where it has drafts, and keeps the other rows."""
         count = max(self.count, other.count)
         mine, theirs = self.padded(count), other.padded(count)
         chosen_B1 = theirs.offered_B[:, None] > 0
@@ -72,14 +73,19 @@ def no_drafts(batch: int, device: torch.device) -> Drafts:
 
 
 class Drafter(Protocol):
-    """A source of drafts. The loop calls `observe`, `expect` and, where the schedule chose it, `propose` after each
-    pass."""
+    """A source of drafts. After each pass, the loop calls `observe`, `expect` and, if chosen, `propose`."""
 
     def observe(self, outcome: Outcome, is_own: list[bool]) -> None:
-        """Learns from a pass, and from the rows of it that verified this drafter's drafts."""
+        """Learns from a pass. `is_own` tells which rows verified drafts of this drafter."""
 
     def expect(self, outcome: Outcome) -> list[list[float]]:
-        """For each row, how likely each draft that it could make is to be accepted if all before it are."""
+        """For each row, the probability that each possible draft is accepted if all before it are."""
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
-        """Makes as many drafts for each row, at most as many as `expect` promised."""
+        """Makes `counts` drafts for each row, at most as many as `expect` returned probabilities."""
+
+
+def count_matching(drafts: Iterable[int], tokens: Iterable[int]) -> int:
+    """Number of drafts before the first that differs from its token."""
+    pairs = list(zip(drafts, tokens, strict=False))
+    return next((place for place, (draft, token) in enumerate(pairs) if draft != token), len(pairs))

@@ -1,7 +1,7 @@
-"""Drafts from masks: the hidden states of one block of masks per row become the tokens that they stand for.
+"""Drafts from masks: turns the hidden states of one block of masks per row into tokens.
 
-Drafts need not be right, only likely, because verification decides. So all masks together read the unembedding once.
-Its likeliest tokens are the shortlist among which the sampler head then chooses, one draft after the other.
+Drafts need only be likely, because verification decides. So the unembedding is applied to all masks at once, and its
+likeliest tokens form a shortlist. The sampler head then chooses from it, one draft after the other.
 
 Shapes: B batch, K drafts per row, C shortlisted tokens, D features, V vocabulary.
 """
@@ -19,8 +19,8 @@ from .acceptance import MaskAcceptance
 from .base import Drafts, no_drafts
 
 SHORTLIST = 32  # with masks trained, the right token is among the first ten (Samragh et al., arXiv 2507.11851, fig. 2)
-# Processors that mean the same on a shortlist. Others know token ids, and a shortlist has none.
-OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+# Processors that also work on a shortlist. Others use token ids as indices.
+SHORTLIST_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 
 class MaskDrafter:
@@ -28,16 +28,16 @@ class MaskDrafter:
 
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
-        acceptance ([`MaskAcceptance`]): Learns how often drafts are accepted.
-        processors ([`~transformers.LogitsProcessorList`]): Of the call.
+        acceptance ([`MaskAcceptance`]): Acceptance rates, which the drafter updates.
+        processors ([`~transformers.LogitsProcessorList`]): The processors of the call.
     """
 
     def __init__(self, tuner: GatedLoraTuner, acceptance: MaskAcceptance, processors: LogitsProcessorList):
         self.tuner, self.acceptance = tuner, acceptance
-        self.warpers = LogitsProcessorList(p for p in processors if type(p) in OF_SCORES_ALONE)
+        self.warpers = LogitsProcessorList(p for p in processors if type(p) in SHORTLIST_WARPERS)
 
     def observe(self, outcome: Outcome, is_own: list[bool]) -> None:
-        """Learns from the rows whose drafts it made."""
+        """Updates the acceptance rates by its own drafts."""
         verified = outcome.verified
         self.acceptance.count(
             [
@@ -48,29 +48,20 @@ class MaskDrafter:
         )
 
     def expect(self, outcome: Outcome) -> list[list[float]]:
-        """For each row, how likely each draft that it could make is to be accepted if all before it are."""
+        """For each row, the probability that each possible draft is accepted if all before it are."""
         return [self.acceptance.rates[:masks] for masks in outcome.next_masks]
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
-        """Makes drafts.
-
-        Args:
-            outcome ([`Outcome`]): The pass that computed the masks.
-            counts (`list[int]`): Drafts wanted for each row, at most as many as [`expect`] promised.
-        """
+        """Makes `counts` drafts for each row from the masks that the pass computed."""
         rows, accepted_B = torch.arange(len(counts)), outcome.verified.accepted_B
         column_BK = outcome.plan.column_BRk[rows, accepted_B, : max(counts)]
         wanted_BK = torch.arange(column_BK.shape[1]) < torch.tensor(counts)[:, None]
         output = outcome.output
         noise_of = None if outcome.sequences[0].noise is None else _noise_of(outcome.sequences)
         drafts = self.tuner.draft(
-            outcome.verified.pending_B,
-            output.block(column_BK),
-            noise_of,
-            self.warpers,
-            output.block_logits(column_BK),
+            outcome.verified.pending_B, output.block(column_BK), noise_of, self.warpers, output.block_logits(column_BK)
         )
-        if noise_of is not None:  # how likely the noise made a draft says little about whether it is accepted
+        if noise_of is not None:  # with noise, a draft's probability says little about its acceptance
             rates_K = torch.tensor(self.acceptance.rates[: drafts.count], device=column_BK.device)
             drafts = Drafts(drafts.token_BK, rates_K.expand_as(drafts.confidence_BK))
         return drafts.where((column_BK >= 0) & wanted_BK.to(column_BK.device))
@@ -84,17 +75,17 @@ def draft(
     warpers: LogitsProcessorList | None = None,
     logits_BKV: torch.Tensor | None = None,
 ) -> Drafts:
-    """A token for each mask of a block, each given the one before.
+    """Drafts a token for each mask of a block, given the token before it.
 
     Args:
-        tuner ([`GatedLoraTuner`]): The upgraded model, with its sampler head if it has one. Without, each draft is
-            what the unembedding makes of its mask alone.
+        tuner ([`GatedLoraTuner`]): The upgraded model. Without a sampler head, each draft depends on its mask alone.
         pending_B (`torch.LongTensor` of shape `(B,)`): The token before the first draft.
         hidden_BKD (`torch.Tensor` of shape `(B, K, D)`): Last hidden states of the blocks' masks, in order.
-        noise_of (`Callable`, *optional*): Samples: the noise, `(B, C)`, of the K-th draft's candidates `(B, C)`.
-        warpers ([`~transformers.LogitsProcessorList`], *optional*): Processors that look at the scores alone.
-        logits_BKV (`torch.Tensor` of shape `(B, K, V)`, *optional*): What the unembedding makes of the states, if that
-            is known.
+        noise_of (`Callable`, *optional*): Maps a draft's number and its candidates `(B, C)` to noise `(B, C)` for
+            sampling; greedy if `None`.
+        warpers ([`~transformers.LogitsProcessorList`], *optional*): Processors to apply before the noise is added.
+        logits_BKV (`torch.Tensor` of shape `(B, K, V)`, *optional*): The unembedding's logits of the states, if they
+            are known.
     """
     if not hidden_BKD.shape[1]:
         return no_drafts(len(pending_B), pending_B.device)
@@ -116,7 +107,7 @@ def draft(
 
 
 def _noise_of(sequences: list[Sequence]) -> Callable[[int, torch.LongTensor], torch.Tensor]:
-    """The noise of the candidates for each row's next tokens."""
+    """A function that looks up the noise of candidates for each row's next tokens."""
 
     def noise_of(step: int, candidate_BC: torch.LongTensor) -> torch.Tensor:
         noise_BV = torch.stack([row.noise.at(row.new_tokens + step) for row in sequences])
@@ -128,11 +119,11 @@ def _noise_of(sequences: list[Sequence]) -> Callable[[int, torch.LongTensor], to
 def _shortlisted(
     unembedding: nn.Module, candidate_BKC: torch.LongTensor
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """Scores, `(B, C)`, of each step's candidates from features `(B, D)`, without reading the whole unembedding."""
+    """A function that scores a step's candidates, `(B, C)`, by features `(B, D)` and their rows of the unembedding."""
     weight_VD = getattr(unembedding, "weight", None)
     is_whole = type(weight_VD) in (torch.Tensor, nn.Parameter) and weight_VD.device == candidate_BKC.device
     if not (is_whole and weight_VD.dim() == 2 and weight_VD.is_floating_point()):
-        # A quantized, distributed or offloaded layer: its rows cannot be picked.
+        # Rows of a quantized, distributed or offloaded layer cannot be selected.
         return lambda step, feature_BD: unembedding(feature_BD).float().gather(1, candidate_BKC[:, step])
     weight_KBCD = weight_VD[candidate_BKC].transpose(0, 1)
     bias_V = getattr(unembedding, "bias", None)

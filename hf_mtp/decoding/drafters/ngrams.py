@@ -1,4 +1,4 @@
-"""Drafts from a row's own text: what followed the last time that its latest tokens occurred.
+"""Drafts from a row's own text: the tokens that followed the previous occurrence of its last n-gram.
 
 This is prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding). Where a text repeats its
 prompt or itself, such drafts cost nothing.
@@ -12,21 +12,20 @@ import torch
 from ..outcome import Outcome
 from ..sequence import Sequence
 from .acceptance import Rates
-from .base import NO_TOKEN, Drafts
+from .base import NO_TOKEN, Drafts, count_matching
 
-LONGEST_INDEXED = 3  # tokens by which places are found
-LONGEST_MATCH = 8  # tokens that are compared there; a longer match tells nothing more
+LONGEST_INDEXED = 3  # tokens of the longest n-gram in the index
+LONGEST_MATCH = 8  # tokens to compare at a place; a longer match tells nothing more
 MOST_DRAFTS = 16
 
 
 @dataclass(frozen=True)
 class Match:
-    """A place in a text that reads like its end.
+    """A place in a text whose preceding tokens equal the last tokens of the text.
 
     Args:
-        length (`int`): Tokens before the place that agree with the last ones, at most [`LONGEST_MATCH`]; 0 if there is
-            no such place.
-        tokens (`list[int]`): What followed there.
+        length (`int`): Number of equal tokens, at most [`LONGEST_MATCH`]; 0 if there is no such place.
+        tokens (`tuple[int, ...]`): The tokens that follow there.
     """
 
     length: int = 0
@@ -34,11 +33,7 @@ class Match:
 
 
 class NgramIndex:
-    """The places of all n-grams of a text that grows.
-
-    Args:
-        tokens (`list[int]`): The text so far.
-    """
+    """The latest place of each n-gram in a growing text."""
 
     def __init__(self, tokens: list[int]):
         self.tokens: list[int] = []
@@ -46,7 +41,7 @@ class NgramIndex:
         self.extend(tokens)
 
     def extend(self, tokens: list[int]) -> None:
-        """Adds the next tokens."""
+        """Appends tokens to the text."""
         for token in tokens:
             place = len(self.tokens)
             for length in range(1, min(LONGEST_INDEXED, place) + 1):
@@ -54,9 +49,9 @@ class NgramIndex:
             self.tokens.append(token)
 
     def match(self, count: int) -> Match:
-        """The latest place that reads most like the end of the text, and up to `count` tokens of what followed.
+        """The latest place of the longest indexed n-gram at the end of the text, and `count` tokens that follow.
 
-        Where the text ends, the match goes on with its own tokens, around a loop.
+        Past the end of the text, the match continues with its own tokens, as in a loop.
         """
         end = len(self.tokens)
         for length in range(min(LONGEST_INDEXED, end), 0, -1):
@@ -74,11 +69,11 @@ class NgramIndex:
 
 
 class NgramDrafter:
-    """Drafts what followed the same n-gram before.
+    """Drafts the tokens that followed the same n-gram before.
 
     Args:
-        rates ([`Rates`]): Learns how often such drafts are accepted, by the number of tokens that agree. Drafts that
-            were found but not taken count, too: comparing them costs no pass.
+        rates ([`Rates`]): Acceptance rates by the length of the match, which the drafter updates. Matches that were
+            not chosen count, too, since comparing them costs no pass.
     """
 
     def __init__(self, rates: Rates):
@@ -87,19 +82,18 @@ class NgramDrafter:
         self._matches: weakref.WeakKeyDictionary[Sequence, Match] = weakref.WeakKeyDictionary()
 
     def observe(self, outcome: Outcome, is_own: list[bool]) -> None:
-        """Compares what it found with what came, and reads on."""
+        """Compares the last matches with the new tokens, and adds these to the index."""
         for sequence, tokens in zip(outcome.sequences, outcome.verified.tokens, strict=True):
             if sequence not in self._indexes:
                 self._indexes[sequence] = NgramIndex(sequence.text)
                 continue
             match = self._matches.get(sequence, Match())
-            compared = list(zip(match.tokens, tokens, strict=False))
-            right = next((place for place, (guess, token) in enumerate(compared) if guess != token), len(compared))
-            self.rates.count(len(compared), right, match.length - 1)
+            compared = min(len(match.tokens), len(tokens))
+            self.rates.count(compared, count_matching(match.tokens, tokens), match.length - 1)
             self._indexes[sequence].extend(tokens)
 
     def expect(self, outcome: Outcome) -> list[list[float]]:
-        """For each row, how likely each draft that it could make is to be accepted if all before it are."""
+        """For each row, the probability that each possible draft is accepted if all before it are."""
         for sequence in outcome.sequences:
             wanted = min(MOST_DRAFTS, sequence.remaining_tokens - 1)
             is_of_use = wanted > 0 and not sequence.is_finished
@@ -107,7 +101,7 @@ class NgramDrafter:
         return [self._confidences(self._matches[sequence]) for sequence in outcome.sequences]
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
-        """Makes drafts. Arguments as in [`MaskDrafter.propose`]."""
+        """Makes `counts` drafts for each row from the last matches."""
         longest, device = max(counts), outcome.verified.pending_B.device
         tokens, confidences = [], []
         for sequence, count in zip(outcome.sequences, counts, strict=True):

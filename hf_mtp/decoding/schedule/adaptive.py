@@ -1,7 +1,7 @@
-"""The adaptive schedule of `mtp_strategy="auto"`: columns where they pay, and plain decoding where none does.
+"""The adaptive schedule of `mtp_strategy="auto"`: the columns that pay for themselves, or plain decoding.
 
-It goes by counts and by the measured costs of passes, not by the clock of single passes. So a busy machine does not
-confuse it, and processes that share a model decide alike.
+It decides by counts and by costs that were measured once, never by the time of single passes. So a busy machine does
+not disturb it, and processes that share a model decide alike.
 
 Shapes: B batch, K drafts, k masks per block.
 """
@@ -22,41 +22,42 @@ NGRAM_CLASSES = 8
 
 
 class AdaptiveSchedule:
-    """Computes as many masks, and verifies as many drafts, as bring most tokens for their cost.
+    """Chooses the numbers of masks and drafts with the most expected tokens per cost.
 
-    The unit of all costs is a plain pass. While masks lose against plain decoding they rest; a trial follows once 1.5
-    % of the cost of the passes since would cover it. What was learned is kept from one `generate` to the next.
+    The unit of all costs is a plain pass over one token. While masks are slower than plain decoding, no masks are
+    computed; a trial follows once 1.5 % of the cost of the passes since covers its expected loss. A model's schedule
+    is kept from one `generate` to the next.
 
     Args:
-        k (`int`): Masks per block at most.
-        fixed_budget (`int`, *optional*): The only number of masks to choose from, besides none.
+        k (`int`): Most masks per block.
+        fixed_budget (`int`, *optional*): The only number of masks to choose, besides none.
 
     Attributes:
-        mask_acceptance ([`MaskAcceptance`]), ngram_rates ([`Rates`]): Where drafters count.
-        costs ([`PassCosts`] or `None`): Measured when the model first decodes so.
+        mask_acceptance ([`MaskAcceptance`]), ngram_rates ([`Rates`]): Acceptance rates, which the drafters update.
+        costs ([`PassCosts`] or `None`): Measured when the model first decodes with this schedule.
     """
 
-    MARGIN = 1.03  # by which masks must beat plain decoding
-    NGRAM_MARGIN = 1.3  # by which a draft that costs a wider pass must pay where no masks are computed
+    MARGIN = 1.03  # the factor by which masks must be faster than plain decoding
+    NGRAM_MARGIN = 1.3  # the factor by which drafts in a pass without masks must save more than they cost
     LEARNING_RATE = 0.03
     PLAN_EVERY, TRIAL = 8, 4  # passes
-    REST = 24  # passes without masks between trials, at least
+    REST = 24  # the fewest passes without masks between trials
     TRIAL_SHARE = 0.015
 
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget, self.costs = k, fixed_budget, None
         self.mask_acceptance, self.ngram_rates = MaskAcceptance(k), Rates(NGRAM_CLASSES)
-        self.budget = fixed_budget or 2 * k  # masks per pass while they are on
-        self.resting = 0  # passes without masks that are still to come
+        self.budget = fixed_budget or 2 * k  # masks per pass, unless resting
+        self.resting = 0  # remaining passes without masks
         self.passes_to_plan = self.TRIAL
-        self.yield_ratio = 1.0  # accepted drafts over those that averages promised
+        self.yield_ratio = 1.0  # accepted drafts over those that average rates predict
         self.maskless: deque[tuple[float, float]] = deque(maxlen=64)  # tokens per row and cost of passes without masks
-        self.credit = 0.0  # what trials may cost
+        self.credit = 0.0  # cost that trials may lose
 
     # ---------------------------------------------------------------- choices
 
     def plan_masks(self, drafts: Drafts, k: int) -> MaskPlan:
-        """The masks of the next pass. Arguments as in [`FixedSchedule.plan_masks`]."""
+        """The mask plan of the next pass. Arguments as in [`FixedSchedule.plan_masks`]."""
         batch, count = drafts.token_BK.shape
         device = drafts.token_BK.device
         budget = 0 if self.resting else min(self.budget, (count + 1) * k)
@@ -67,10 +68,10 @@ class AdaptiveSchedule:
         return choose_masks(mask_values(landing_probability(accept_BK), survival_k), budget)
 
     def choose(self, expected: list[list[list[float]]]) -> list[list[int]]:
-        """How many drafts each drafter makes for each row: the best drafter's, as many as are worth their columns.
+        """Numbers of drafts by drafter and row: for each row the best drafter's, as far as they are worth their cost.
 
         Args:
-            expected (`list`): For each drafter, what its `expect` gave.
+            expected (`list`): The result of `expect` of each drafter.
         """
         survivals = [[list(accumulate(row, mul)) for row in rows] for rows in expected]
         rows = list(zip(*survivals, strict=True))
@@ -85,9 +86,9 @@ class AdaptiveSchedule:
         ]
 
     def _length(self, survivals: list[list[float]]) -> int:
-        """Drafts per row that save most. All rows pay for a column together, and all that have it gain by it."""
+        """The number of drafts per row that saves most. A column costs the same however many rows use it."""
         costs, masks = self.costs or FIRST_GUESS, 0 if self.resting else self.budget
-        token_value = 1 / (self._plain_pace() * len(survivals))
+        token_value = 1 / (self._plain_throughput() * len(survivals))
         base = 1 + masks
         saved, best, gain = 0.0, 0, 0.0
         for length in range(1, max(map(len, survivals), default=0) + 1):
@@ -99,18 +100,18 @@ class AdaptiveSchedule:
         return best
 
     def fixed_drafts(self, k: int) -> int:
-        """Drafts per row, used or not, of passes of two shapes: plain ones, and those with all drafts and masks."""
+        """Drafts per row, used or not, where passes have one of two shapes: plain, or with all drafts and masks."""
         return 0 if self.resting else k
 
     # ---------------------------------------------------------------- learning
 
     def observe(self, outcome: Outcome) -> None:
-        """Learns from a pass."""
+        """Updates budget, credit and averages after a pass."""
         costs = self.costs or FIRST_GUESS
         tokens, masks = sum(outcome.verified.new_tokens) / len(outcome.sequences), outcome.plan.masks
         cost = costs.of(outcome.columns, masks > 0)
         if masks:
-            self.credit -= cost - tokens / self._plain_pace()
+            self.credit -= cost - tokens / self._plain_throughput()
             self._learn_yield(tokens, any(outcome.verified.offered))
         else:
             self.credit += self.TRIAL_SHARE * cost
@@ -125,30 +126,30 @@ class AdaptiveSchedule:
             self.plan()
 
     def _learn_yield(self, tokens: float, had_drafts: bool) -> None:
-        """Confidences tell good drafts from bad ones, and n-grams add theirs: averages of masks know neither."""
+        """Corrects the prediction by average rates, which ignores confidences and drafts from n-grams."""
         expected = self.mask_acceptance.expected_drafts(self.budget)
         if had_drafts and expected > 0:
             self.yield_ratio += self.LEARNING_RATE * ((tokens - 1) / expected - self.yield_ratio)
 
     def plan(self) -> None:
-        """Sets the budget that brings most tokens for its cost, or rests."""
+        """Sets the budget with the most expected tokens per cost, or starts a rest."""
         self.passes_to_plan = self.PLAN_EVERY
-        self.budget = max(self._budgets(), key=self.pace)
-        if self.pace(self.budget) < self.MARGIN * self._plain_pace():
+        self.budget = max(self._budgets(), key=self.throughput)
+        if self.throughput(self.budget) < self.MARGIN * self._plain_throughput():
             self.resting = self.REST
         else:
-            self.credit = 0.0  # what masks gain is not for losing
+            self.credit = 0.0  # trials may not spend what masks gained
 
     def _try_again(self) -> None:
-        """Masks once more, if the passes since cover what a trial is expected to lose; else rests on."""
+        """Starts a trial if the credit covers its expected loss, or else the next rest."""
         self.passes_to_plan = self.TRIAL
         masks = self.budget
-        loss = self.cost(masks) - self.tokens(masks) / self._plain_pace()
+        loss = self.cost(masks) - self.tokens(masks) / self._plain_throughput()
         if self.credit < self.TRIAL * loss:
             self.resting = self.REST
 
-    def pace(self, masks: int) -> float:
-        """Expected tokens per row for the cost of a plain pass, with so many masks per pass."""
+    def throughput(self, masks: int) -> float:
+        """Expected tokens per row and unit of cost, with so many masks per pass."""
         return self.tokens(masks) / self.cost(masks)
 
     def tokens(self, masks: int) -> float:
@@ -160,8 +161,8 @@ class AdaptiveSchedule:
         columns = 1 + self.mask_acceptance.expected_columns(masks) + masks
         return (self.costs or FIRST_GUESS).of(columns, masks=True)
 
-    def _plain_pace(self) -> float:
-        """Tokens per row for the cost of a plain pass without masks, drafts from n-grams included."""
+    def _plain_throughput(self) -> float:
+        """Tokens per row and unit of cost without masks, drafts from n-grams included."""
         cost = sum(cost for _, cost in self.maskless)
         return max(1.0, sum(tokens for tokens, _ in self.maskless) / cost) if cost else 1.0
 

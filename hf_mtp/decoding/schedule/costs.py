@@ -1,4 +1,4 @@
-"""What forward passes cost on this machine, by their number of columns. Measured once, when a model first decodes."""
+"""The cost of forward passes on this machine, by their number of columns. It is measured once per model."""
 
 import time
 from bisect import bisect_left
@@ -8,30 +8,30 @@ from itertools import accumulate
 
 PLAIN_COLUMNS = (5, 17)
 MASKED_COLUMNS = (3, 9, 17, 41)
-SLOW_SECONDS = 0.05  # of a plain pass; then each size is timed once
+SLOW_SECONDS = 0.05  # if a plain pass takes longer, each size is timed only once
 
 
 @dataclass(frozen=True)
 class PassCosts:
-    """The cost of a pass, in plain passes over one token.
+    """The cost of passes, in units of a plain pass over one token.
 
     Args:
         plain (`list[tuple[int, float]]`): Columns and cost of passes without masks; the first is `(1, 1.0)`.
-        masked (`list[tuple[int, float]]`): The same of passes with masks, drafting included.
+        masked (`list[tuple[int, float]]`): Columns and cost of passes with masks, drafting included.
     """
 
     plain: list[tuple[int, float]]
     masked: list[tuple[int, float]]
 
     def of(self, columns: float, masks: bool) -> float:
-        """The cost of a pass over so many columns: on straight lines between the measured ones, and on beyond."""
+        """The cost of a pass over so many columns, by linear interpolation and extrapolation."""
         points = self.masked if masks else self.plain
         place = min(max(bisect_left(points, (columns, 0.0)), 1), len(points) - 1)
         (x0, y0), (x1, y1) = points[place - 1], points[place]
         return max(y0 + (y1 - y0) * (columns - x0) / (x1 - x0), points[0][1])
 
 
-# While nothing was measured: what a pass of few columns costs where reading the weights takes most of the time.
+# Until costs are measured: typical of machines where reading the weights takes most of the time.
 FIRST_GUESS = PassCosts([(1, 1.0), (2, 1.1), (17, 1.5)], [(2, 1.2), (17, 1.6)])
 
 
@@ -41,13 +41,12 @@ def measure_costs(
     masked: Sequence[int],
     agreed: Callable[[float], float] = lambda seconds: seconds,
 ) -> PassCosts:
-    """Times passes of several sizes after a warm-up. Of two times the shorter counts.
+    """Times passes of several sizes after a warm-up. Fast passes are timed twice, and the shorter time counts.
 
     Args:
         run (`Callable`): Runs a pass over so many columns, with masks among them or not, and waits for its end.
         plain, masked (`Sequence[int]`): Columns of the passes to time, without and with masks.
-        agreed (`Callable`, *optional*): What all processes that share the weights take for a time measured in this
-            one.
+        agreed (`Callable`, *optional*): See [`~hf_mtp.base.distributed.agreed_seconds`].
     """
     sizes = [(1, False), *((columns, False) for columns in plain), *((columns, True) for columns in masked)]
     run(*sizes[-1])
@@ -69,7 +68,7 @@ def _timed(run: Callable[[int, bool], None], columns: int, masks: bool) -> float
 
 
 def _rising(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The same without dips, which are noise: a pass over more columns costs no less. Two points at least."""
+    """Removes dips, which are noise: a pass over more columns costs no less. Returns at least two points."""
     costs = list(accumulate((cost for _, cost in points), max))
     rising = list(zip((columns for columns, _ in points), costs, strict=True))
     return rising if len(rising) > 1 else [*rising, (rising[0][0] + 1, rising[0][1] * 1.02)]
