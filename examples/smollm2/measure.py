@@ -16,6 +16,8 @@ from held_out import MBPP_HELD_OUT, rows_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_mtp import GatedLoraConfig
+from hf_mtp.adapter.card import write_model_card
 from hf_mtp.evaluation.compare import Record, compare, decode, describe_machine, summarize
 
 DOMAINS = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
@@ -89,11 +91,10 @@ def described(records: list[Record]) -> dict:
 
 def write_card(adapter: Path, measured: dict[str, dict]) -> None:
     """Puts tokens per step into the adapter's config and model card."""
-    from hf_mtp import GatedLoraConfig
-
     config = GatedLoraConfig.from_pretrained(adapter)
     config.tokens_per_step = {DOMAINS[name]: round(found["tokens_per_step"], 2) for name, found in measured.items()}
     config.save_pretrained(adapter)
+    write_model_card(config, adapter)
 
 
 if __name__ == "__main__":
