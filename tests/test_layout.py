@@ -158,7 +158,7 @@ def test_documents_of_packed_and_padded_rows():
 def test_parts_keep_every_block_in_order(blocks):
     labels, positions, documents = batch(1, length=20)
     layout = training_layout(labels, positions, documents, k=2)
-    parts = layout.parts(2 * blocks)
+    parts = layout.chunks(2 * blocks)
     assert all(part.masks <= 2 * blocks for part in parts)
     for name in ("anchor_BM", "step_BM"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(layout, name))

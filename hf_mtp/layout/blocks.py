@@ -104,7 +104,7 @@ class BlockLayout:
         """The regular tokens alone."""
         return replace(self, anchor_BM=self.anchor_BM[:, :0], step_BM=self.step_BM[:, :0])
 
-    def parts(self, masks: int) -> list["BlockLayout"]:
+    def chunks(self, masks: int) -> list["BlockLayout"]:
         """Splits the layout into chunks of at most `masks` masks per row. `masks` is a multiple of k."""
         return [
             replace(self, anchor_BM=anchor_BM, step_BM=step_BM)

@@ -164,10 +164,10 @@ def multi_token_objective(
     if recipe.targets != "soft":  # soft targets contain the base's choice
         choice_BT = _base_choices(model.unembedding(), states.regular[-1], layout.target_columns(labels_BT))
 
-    in_chunks = can_go_backward_in_chunks(model, states.parts)
+    in_chunks = can_go_backward_in_chunks(model, states.chunks)
     backward = ChunkedBackward(model.trainable_parameters()) if in_chunks else None
     totals, loss, divisor = _Totals(), 0.0, weight if request.total is None else request.total
-    for blocks in states.parts:
+    for blocks in states.chunks:
         chunk = _compute_chunk(model, input_ids_BT, labels_BT, blocks, recipe, states, choice_BT)
         chunk_loss = sum(getattr(recipe, name) * term for name, term in chunk.terms.items()) / divisor
         loss = loss + (chunk_loss if backward is None else backward.accumulate(chunk_loss))

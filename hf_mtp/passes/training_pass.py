@@ -62,7 +62,7 @@ class TrainingPass:
         self.tuner, self.decoder, self.all_layers = tuner, decoder_of(tuner.model), all_layers
         self.base_inputs = base_inputs
         k = tuner.active_mtp_config.k
-        self.parts = layout.parts(max(1, masks // (len(input_ids_BT) * k)) * k)
+        self.chunks = layout.chunks(max(1, masks // (len(input_ids_BT) * k)) * k)
         self.read(input_ids_BT, layout)
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
@@ -121,7 +121,7 @@ class CheckpointedPass(TrainingPass):
     """The pass under gradient checkpointing: layers that run again use no cache, so everything is one pass."""
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
-        self.parts, length = [layout], input_ids_BT.shape[1]
+        self.chunks, length = [layout], input_ids_BT.shape[1]
         columns = torch.cat([input_ids_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
         with self.tuner.masks_in_columns(length, layout.index_BM):
             states = self.states(columns, layout, None)
