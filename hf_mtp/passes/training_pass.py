@@ -47,7 +47,7 @@ class TrainingPass:
         regular (`list[torch.Tensor]` of shape `(B, T, D)`): States of the regular tokens, without gradient, in the
             order of the layers. The last is the input of the base's unembedding; without `all_layers`, it is the only
             one.
-        parts (`list[BlockLayout]`): The chunks of blocks to pass to [`TrainingPass.masks`], in order.
+        chunks (`list[BlockLayout]`): The chunks of blocks to pass to [`TrainingPass.masks`], in order.
     """
 
     def __init__(
