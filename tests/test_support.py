@@ -67,10 +67,14 @@ def test_a_type_is_as_the_matrix_says(model_type):
         assert without_reasons(report.checks) == without_reasons(row["checks"])
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "rembert"])
-def test_encoders_as_decoders(model_type):
+# RoBERTa counts its positions from the padding token's id, so positions from 0 give another text.
+@pytest.mark.parametrize(
+    "model_type, strategy",
+    [("bert", "quadratic"), ("roberta", "linear"), ("electra", "quadratic"), ("rembert", "quadratic")],
+)
+def test_encoders_as_decoders(model_type, strategy):
     report = check_support(CONFIG_MAPPING[model_type](is_decoder=True))
-    assert report.strategy == "quadratic" and set(report.checks.values()) == {"exact"}, str(report)
+    assert (report.strategy, report.checks["auto"], report.is_exact) == (strategy, "exact", True), str(report)
 
 
 def test_the_matrix_has_no_mismatch_and_enough_types():
