@@ -25,6 +25,7 @@ PAPER = {
     "logits": "logits of 1,024 rows",
     "adapter": "adapter, gradients, AdamW",
 }
+SMOLLM2_NAMES = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
 NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
 
 
@@ -41,26 +42,6 @@ def machine(report: dict) -> str:
     about = report["machine"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft", "trl"))
     return f"{about['processor']}, {about['threads']} threads, Python {about['python']}, {versions}"
-
-
-def summary() -> str:
-    """The table of README's first screen."""
-    report = load("reference")
-    rows = []
-    for domain, result in report["domains"].items():
-        row = result["quadratic"]
-        rows.append(
-            [
-                NAMES[domain],
-                f"{row['tokens_per_step']:.2f}",
-                f"{row['forward_passes_plain']:,} → {row['forward_passes_mtp']:,}",
-                f"{row['identical']}/{row['prompts']}",
-                f"{row['repeated_4grams']:.2f}",
-                f"{row['speedup']:.2f}x",
-            ]
-        )
-    head = ["domain", "tokens per pass", "forward passes", "identical", "repeated 4-grams", "CPU wall-clock"]
-    return table(head, rows)
 
 
 def greedy() -> str:
@@ -168,6 +149,41 @@ def sampling() -> str:
     rows = [[way, *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
     note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
     return table(head, rows) + note
+
+
+def smollm2() -> str:
+    """The real model: every way against plain decoding."""
+    report = load("smollm2")
+    rows = [
+        [
+            SMOLLM2_NAMES[domain],
+            *(
+                f"{ways[way]['speedup']:.2f}x, {ways[way]['tokens_per_pass']:.2f}"
+                for way in ("auto", "quadratic", "linear", "prompt lookup")
+            ),
+            ", ".join(f"{ways[way]['identical']}/{report['prompts']}" for way in ("auto", "prompt lookup")),
+        ]
+        for domain, ways in report["domains"].items()
+    ]
+    head = ["domain", "auto", "quadratic", "linear", "prompt lookup", "same text (auto, prompt lookup)"]
+    note = f"{report['prompts']} held-out prompts a domain, {report['dtype']}; {machine(report)}"
+    return table(head, rows) + f"\n{note}.\n"
+
+
+def passes() -> str:
+    """What a pass with masks costs, milliseconds."""
+    report = load("pass")
+    kinds = ("bare base", "with masks", "drafting", "without LoRA")
+    rows = [
+        [str(row["columns"]), *(f"{row[kind]:.1f}" for kind in kinds), f"{_whole(row) / row['bare base']:.2f}x"]
+        for row in report["rows"]
+    ]
+    head = ["columns", *kinds, "with masks and drafting, over the bare base"]
+    return table(head, rows) + f"\n{machine(report)}; {report['dtype'].removeprefix('torch.')}.\n"
+
+
+def _whole(row: dict) -> float:
+    return row["with masks"] + row["drafting"]
 
 
 def revisions() -> str:
