@@ -170,6 +170,17 @@ def smollm2() -> str:
     return table(head, rows) + f"\n{note}.\n"
 
 
+def divergences() -> str:
+    """Where texts in half precision leave those of plain decoding."""
+    report = load("divergences")
+    rows = [
+        [way, f"{row['different']} of {row['texts']}", f"{row['most_units']:.1f}"]
+        for way, row in report["ways"].items()
+    ]
+    head = ["way", "texts that differ", "largest gap at the first difference, units of rounding"]
+    return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
+
+
 def passes() -> str:
     """What a pass with masks costs, milliseconds."""
     report = load("pass")
