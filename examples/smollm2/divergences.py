@@ -8,29 +8,16 @@ base's logits of both tokens are compared, in units of the rounding of their dty
 near-tie: which of them is larger depends on the order in which a product is summed up.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import torch
-from measure import encoded, held_out_questions
+from measure import encoded, held_out_questions, parser_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp.evaluation.compare import decode, describe_machine
 
 WAYS = {"auto": {"mtp": True}, "prompt lookup": {"prompt_lookup_num_tokens": 8}}
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with the held-out sets")
-    parser.add_argument("adapter", type=Path, help="folder of the adapter")
-    parser.add_argument("output", type=Path, help="file for the numbers, JSON")
-    parser.add_argument("--base", required=True, help="the model's folder")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of each domain (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="length of an answer at most (%(default)s)")
-    return parser.parse_args()
 
 
 @torch.inference_mode()
@@ -48,7 +35,7 @@ def divergence(base, prompt_1T: torch.LongTensor, plain: list[int], other: list[
 
 
 def main() -> None:
-    args = parse_args()
+    args = parser_of(__doc__, prompts=8).parse_args()
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model = PeftModel.from_pretrained(base, args.adapter).eval()

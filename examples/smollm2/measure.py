@@ -23,14 +23,20 @@ from hf_mtp.evaluation.compare import Record, compare, decode, describe_machine,
 DOMAINS = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str, prompts: int) -> argparse.ArgumentParser:
+    """The arguments of a script that decodes held-out prompts with the adapter."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the held-out sets")
     parser.add_argument("adapter", type=Path, help="folder of the adapter")
     parser.add_argument("output", type=Path, help="file for the numbers, JSON")
     parser.add_argument("--base", required=True, help="the model's folder")
-    parser.add_argument("--prompts", type=int, default=20, help="prompts of each domain (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=prompts, help="prompts of each domain (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=128, help="length of an answer at most (%(default)s)")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__, prompts=20)
     parser.add_argument("--strategy", default="quadratic", choices=("quadratic", "linear", "auto"))
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
     parser.add_argument("--card", action="store_true", help="write the numbers into the adapter's card")

@@ -11,10 +11,9 @@ included. Close everything else that computes. Prints a table; the file has the 
 import argparse
 import json
 import statistics
-from pathlib import Path
 
 import torch
-from measure import encoded, held_out_questions
+from measure import encoded, held_out_questions, parser_of
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,13 +29,7 @@ WAYS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with the held-out sets")
-    parser.add_argument("adapter", type=Path, help="folder of the adapter")
-    parser.add_argument("output", type=Path, help="file for the numbers, JSON")
-    parser.add_argument("--base", required=True, help="the model's folder")
-    parser.add_argument("--prompts", type=int, default=40, help="prompts of each domain (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="length of an answer at most (%(default)s)")
+    parser = parser_of(__doc__, prompts=40)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     return parser.parse_args()
 
