@@ -4,7 +4,8 @@
     python examples/smollm2/train.py prompts.jsonl out --base smollm2 --minutes 60
 
 Runs on a GPU where there is one and on a CPU elsewhere. Killed at any time, the same command goes on: answers are kept
-batch by batch, the training by checkpoints. Writes `out/adapter`, and beside it `training.json` (settings, machine and
+batch by batch, the training by checkpoints. `--answers` and `--start` go on from the answers and the adapter of another
+run. Writes `out/adapter`, and beside it `training.json` (settings, machine and
 log) and `training_curves.png`.
 """
 
@@ -52,13 +53,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="training time, without the answers (%(default)s)")
     parser.add_argument("--answer-batch", type=int, default=64, help="prompts answered at a time (%(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=256, help="tokens of an answer at most (%(default)s)")
+    parser.add_argument("--answers", type=Path, help="answers of another run (JSON Lines), instead of new ones")
     parser.add_argument("--start", type=Path, help="an adapter to go on from, with a new optimizer")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of MTPConfig")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     base, tokenizer = load_base(args.base)
-    rows = Dataset.from_list(rows_of(args.prompts))
-    answers = answer(base, tokenizer, rows, args.output, args.answer_batch, args.answer_tokens, args.seed)
+    if args.answers is not None:
+        answers = Dataset.from_list(rows_of(args.answers)).shuffle(args.seed)
+    else:
+        rows = Dataset.from_list(rows_of(args.prompts))
+        answers = answer(base, tokenizer, rows, args.output, args.answer_batch, args.answer_tokens, args.seed)
     settings = SETTINGS | BATCHES[base.device.type]
     settings |= {name: json.loads(value) for name, _, value in (pair.partition("=") for pair in args.set)}
     model = upgrade(base, ADAPTER, args.seed, args.start)
