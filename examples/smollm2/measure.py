@@ -147,7 +147,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=HERE.parents[1] / "docs/results/peers.json",
                         help="report of `peers`, for the best settings of others (%(default)s)")  # fmt: skip
     parser.add_argument("--prompts", type=int, help="prompts of each domain; for `batches`, batches of each size")
-    parser.add_argument("--rare", type=int, default=4, help="prompts a domain of the further ways (%(default)s)")
+    parser.add_argument("--rare", type=int, default=3, help="prompts a domain of the further ways (%(default)s)")
     parser.add_argument("--new-tokens", type=int, help="length of an answer at most")
     parser.add_argument("--minutes", type=float, help="no prompt is begun after so much time")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
