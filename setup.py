@@ -49,8 +49,9 @@ setup(
         "datasets>=4.7",
         "huggingface_hub>=1.31",
         "safetensors>=0.8",
+        "typer>=0.15",
     ],
-    entry_points={"console_scripts": ["hf-mtp-regenerate=hf_mtp.cli.regenerate:main"]},
+    entry_points={"console_scripts": ["hf-mtp=hf_mtp.cli.main:main", "hf-mtp-regenerate=hf_mtp.cli.regenerate:main"]},
     extras_require={
         "test": TEST,
         "test-peft": TEST_PEFT,
