@@ -64,6 +64,7 @@ def run(data, adapter, monkeypatch):
         output = data / f"{experiment}.json"
         command = [experiment, data, output, "--base", base, "--adapter", adapter, "--threads", 1, *arguments]
         monkeypatch.setattr(sys, "argv", ["measure.py", *map(str, command)])
+        monkeypatch.setattr(importlib.import_module("paired"), "WARM_UP_TOKENS", 2)
         importlib.import_module("measure").main()
         return json.loads(output.read_text(encoding="utf-8"))
 
@@ -129,6 +130,7 @@ def test_what_was_measured_is_not_measured_again(run, data, monkeypatch):
     first, done[:] = [*done], []
     report = run(*arguments)
     assert len(report["rows"]) == 6 and len(done) == 2 and all(texts not in first for texts in done)
+    assert len((data / "tokens.json").read_text().split('{"domain": ')) == 7  # a line for each row
     assert not (data / ".tokens.json.part").exists()
 
 

@@ -17,6 +17,7 @@ instructions a prompt of 128 new tokens takes 3 to 6 seconds per way, and one of
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -112,7 +113,9 @@ def batches(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     questions = held_out_questions(args.data, -(-args.prompts * max(BATCHES) // len(DOMAINS)))
     texts = [text for turn in zip(*questions.values(), strict=True) for text in turn]
     return {
-        f"batch of {size}": [texts[start : start + size] for start in range(0, args.prompts * size, size)]
+        f"batch of {size}": [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)][
+            : args.prompts
+        ]
         for size in BATCHES
     }
 
@@ -176,6 +179,7 @@ def main() -> None:
     settings = {
         "experiment": args.experiment,
         "machine": describe_machine(),
+        "adapter": hashlib.sha256((args.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16],
         "dtype": str(models.base.dtype).removeprefix("torch."),
         "new_tokens": args.new_tokens,
         "rare": args.rare,

@@ -53,10 +53,12 @@ class Record:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a file, all or nothing."""
+    """Writes a file, all or nothing, with each of the content's `rows` on a line of its own."""
+    head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in content["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.new")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
     draft.replace(path)
 
 
