@@ -100,6 +100,8 @@ class Phases:
 
 def fetch(args: argparse.Namespace, console: Console) -> str | None:
     """Gets SmolLM2 unless it is there. Returns why that failed, or `None`."""
+    if (args.base / "config.json").is_file():
+        return None
     with progress(console, "Fetching SmolLM2 (93 MB)"):
         command = [sys.executable, str(SMOLLM2 / "base.py"), str(args.base), *(["--hub"] if args.hub else [])]
         done = subprocess.run(command, capture_output=True, text=True)
