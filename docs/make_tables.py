@@ -174,11 +174,29 @@ def divergences() -> str:
     """Where texts in half precision leave those of plain decoding."""
     report = load("divergences")
     rows = [
-        [way, f"{row['different']} of {row['texts']}", f"{row['most_units']:.1f}"]
+        [
+            way,
+            f"{row['different']} of {row['texts']}",
+            f"{row['most_units']:.1f}" if row["different"] else "",
+            f"{row['speedup']:.2f}x" if "batch" not in way else "",
+        ]
         for way, row in report["ways"].items()
     ]
-    head = ["way", "texts that differ", "largest gap at the first difference, units of rounding"]
+    head = ["way", "texts that differ", "largest gap at the first difference, units of rounding", "speed"]
     return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
+
+
+def rounding() -> str:
+    """What makes passes over several columns round differently."""
+    report = load("rounding")
+    rows = [
+        [variant, *(f"{count} of {report['columns']}" for count in counts.values())]
+        for variant, counts in report["equal"].items()
+    ]
+    masks = [f"{masks} masks" if masks != "0" else "no masks" for masks in next(iter(report["equal"].values()))]
+    orders = ", ".join(f"{row['all_up_to']} ({row['outputs']} × {row['inputs']})" for row in report["products"])
+    note = f"Products keep the order of a single row up to so many rows, by outputs × inputs: {orders}"
+    return table(["pass", *masks], rows) + f"\n{note}. {machine(report)}; {report['dtype']}.\n"
 
 
 def passes() -> str:

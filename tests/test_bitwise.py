@@ -103,6 +103,20 @@ def test_products_have_as_many_rows_as_keep_the_order(batch, regular, masks, dim
     assert not products.are_whole
 
 
+def test_products_follow_plain_decoding_where_no_number_of_rows_keeps_the_order(monkeypatch):
+    base, shapes = tiny_base("llama"), []
+    monkeypatch.setattr(bitwise, "rows_in_order", lambda *args: 0)
+
+    def product(rows: torch.Tensor, bias: None) -> torch.Tensor:
+        shapes.append(tuple(rows.shape))
+        return F.linear(rows, base.lm_head.weight)
+
+    x = torch.randn(3, 6, 32)
+    found = OrderedProducts(base, batch=3, regular=4, masks=2)._product(product, x, base.lm_head.weight, None)
+    torch.testing.assert_close(found, F.linear(x, base.lm_head.weight))
+    assert shapes == [(3, 1, 32)] * 4 + [(3, 2, 32)]
+
+
 # ---------------------------------------------------------------- attention
 
 

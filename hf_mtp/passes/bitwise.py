@@ -85,10 +85,10 @@ class OrderedProducts(TorchFunctionMode):
     ) -> torch.Tensor:
         if weight_OI.untyped_storage().data_ptr() not in self.storages or x.dim() not in (2, 3):
             return product(x, bias)
-        zero = None if bias is None else torch.zeros_like(bias)
-        total = x.shape[:-1].numel()
-        if not self._is_whole(x) and x.dim() == 2:  # an expert's tokens: another number in each pass
+        given, x = x.stride(), x.reshape(-1, x.shape[-1]).view(x.shape)  # torch chooses by strides, even of size 1
+        if given != x.stride() or (x.dim() == 2 and not self._is_whole(x)):  # an expert's tokens: a number by chance
             self.are_whole = False
+        zero, total = None if bias is None else torch.zeros_like(bias), x.shape[:-1].numel()
         most = rows_in_order(lambda probe: product(probe, zero), weight_OI, x.dim(), total, self.batch)
         if most == total:
             return product(x, bias)
@@ -101,9 +101,10 @@ class OrderedProducts(TorchFunctionMode):
 
     def _in_parts(self, product: Callable, x: torch.Tensor, bias: torch.Tensor | None, most: int) -> torch.Tensor:
         """Products over exactly so many rows, until all regular columns are computed, and one over what is left."""
-        x_BnD = x.reshape(self.batch, -1, x.shape[-1])
-        pieces = x_BnD.tensor_split([self.regular if self._is_whole(x) else x_BnD.shape[1]], dim=1)
-        row_rI = torch.cat([piece.flatten(0, 1) for piece in pieces]) if self.batch > 1 else x_BnD[0]
+        is_whole = self._is_whole(x)
+        x_BnD = x.view(self.batch if is_whole else 1, -1, x.shape[-1])
+        pieces = x_BnD.tensor_split([self.regular if is_whole else x_BnD.shape[1]], dim=1)
+        row_rI = torch.cat([piece.flatten(0, 1) for piece in pieces]) if len(x_BnD) > 1 else x_BnD[0]
         regular, total, found = pieces[0].shape[:2].numel(), len(row_rI), []
         for start in range(0, regular, most):
             first = min(start, total - most)  # fewer rows might be summed in another order: some are computed twice
@@ -112,16 +113,18 @@ class OrderedProducts(TorchFunctionMode):
         if (left := row_rI[len(found) * most :]).shape[0]:
             found.append(product(left, bias))
         by_kind = torch.cat(found).split([piece.shape[:2].numel() for piece in pieces])
-        return torch.cat([part.view(self.batch, -1, part.shape[-1]) for part in by_kind], dim=1).view(
-            *x.shape[:-1], -1
-        )
+        by_kind = [part.view(len(x_BnD), -1, part.shape[-1]) for part in by_kind]
+        return torch.cat(by_kind, dim=1).view(*x.shape[:-1], -1)
 
     def _by_column(self, product: Callable, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Products over one column of all rows of the batch, as in plain decoding, and one over all masks."""
-        x_BnD = x.reshape(self.batch, -1, x.shape[-1])
-        regular = self.regular if self._is_whole(x) else x_BnD.shape[1]
+        is_whole = self._is_whole(x)
+        if x.dim() == 2 and not is_whole:  # no batch is left
+            return product(x, bias)
+        x_BnD = x.view(self.batch, -1, x.shape[-1])
+        regular = self.regular if is_whole else x_BnD.shape[1]
         parts = [part for part in x_BnD.tensor_split(range(1, regular + 1), dim=1) if part.shape[1]]
-        parts = [product(part.flatten(0, 1) if x.dim() == 2 else part, bias) for part in parts]
+        parts = [product(part.flatten(0, 1) if x.dim() == 2 else part.contiguous(), bias) for part in parts]
         return torch.cat([part.view(self.batch, -1, part.shape[-1]) for part in parts], dim=1).view(*x.shape[:-1], -1)
 
 
