@@ -123,7 +123,7 @@ class OrderedProducts(TorchFunctionMode):
             return product(x, bias)
         x_BnD = x.view(self.batch, -1, x.shape[-1])
         regular = self.regular if is_whole else x_BnD.shape[1]
-        parts = [part for part in x_BnD.tensor_split(range(1, regular + 1), dim=1) if part.shape[1]]
+        parts = [part for part in x_BnD.tensor_split([*range(1, regular + 1)], dim=1) if part.shape[1]]
         parts = [product(part.flatten(0, 1) if x.dim() == 2 else part.contiguous(), bias) for part in parts]
         return torch.cat([part.view(self.batch, -1, part.shape[-1]) for part in parts], dim=1).view(*x.shape[:-1], -1)
 
