@@ -5,8 +5,8 @@
 
 First, for every shape of linear layer: how many rows a product may have before it sums up in another order than a
 product of one row. Then passes over nine regular columns and some masks behind random prefixes, with ordinary products
-or products in order, and with ordinary attention or attention column by column. Counts columns whose logits are, bit by
-bit, those of one column at a time. Prints a table; the last line is one JSON document.
+or products in order, and with ordinary attention or attention column by column. Counts columns whose logits are those
+of one column at a time, bit by bit. Prints a table; the last line is one JSON document.
 """
 
 import argparse
@@ -70,6 +70,10 @@ class Passes:
         generator = torch.Generator().manual_seed(prefix)
         self.ids = torch.randint(3, self.tuner.vocab_size, (1, prefix + REGULAR), generator=generator)
         self.prefix = prefix
+        self.forward, self.cache = DecodingPass(self.tuner), RollbackCache(torch.zeros(1, dtype=torch.long))
+        nothing, places = no_masks(1, 1, self.k, self.ids.device), self.cache.rows.next_places(prefix)
+        self.forward(self.ids[:, :prefix], decoding_layout(places, nothing, first=prefix - 1), self.cache, 1)
+        self.cache.keep([prefix])
 
     def one_by_one(self) -> torch.Tensor:
         """`(T, V)` logits."""
@@ -82,17 +86,12 @@ class Passes:
 
     def at_once(self, masks: int, in_order: bool, by_column: bool) -> torch.Tensor:
         """`(T, V)` logits."""
-        forward, cache = DecodingPass(self.tuner), RollbackCache(torch.zeros(1, dtype=torch.long))
-        nothing = no_masks(1, 1, self.k, self.ids.device)
-        places = cache.rows.next_places(self.prefix)
-        forward(self.ids[:, : self.prefix], decoding_layout(places, nothing, first=self.prefix - 1), cache, 1)
-        cache.keep([self.prefix])
         plan = choose_masks(torch.ones(1, REGULAR, self.k), masks)
-        layout = decoding_layout(cache.rows.next_places(REGULAR), plan)
-        if by_column:
-            cache.rows.column_attention = ColumnAttention(REGULAR, REGULAR + masks)
+        rows = self.cache.rows
+        layout = decoding_layout(rows.next_places(REGULAR), plan)
+        rows.column_attention = ColumnAttention(REGULAR, REGULAR + masks) if by_column else None
         with OrderedProducts(self.base, 1, REGULAR, masks) if in_order else nullcontext():
-            return forward(self.ids[:, self.prefix :], layout, cache, logits_rows=REGULAR).logits_BRV[0]
+            return self.forward(self.ids[:, self.prefix :], layout, self.cache, logits_rows=REGULAR).logits_BRV[0]
 
 
 @torch.no_grad()
