@@ -144,10 +144,16 @@ class GenerationMixin:
         return self.__dict__.setdefault("_schedules", ScheduleStore())
 
     def draft(
-        self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, noise_of=None, warpers=None, logits_BKV=None
+        self,
+        pending_B: torch.LongTensor,
+        hidden_BKD: torch.Tensor,
+        noise_of=None,
+        warpers=None,
+        logits_BKV=None,
+        siblings: int = 0,
     ) -> Drafts:
         """Drafts by the active adapter. Arguments are those of [`~hf_mtp.decoding.drafters.masks.draft`]."""
-        return draft(self, pending_B, hidden_BKD, noise_of, warpers, logits_BKV)
+        return draft(self, pending_B, hidden_BKD, noise_of, warpers, logits_BKV, siblings)
 
 
 def _first_given(value, name: str, configs: list):

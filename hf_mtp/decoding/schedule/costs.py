@@ -4,7 +4,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 PLAIN_COLUMNS = (5, 17)
 MASKED_COLUMNS = (3, 9, 17, 41)
@@ -29,6 +29,11 @@ class PassCosts:
         place = min(max(bisect_left(points, (columns, 0.0)), 1), len(points) - 1)
         (x0, y0), (x1, y1) = points[place - 1], points[place]
         return max(y0 + (y1 - y0) * (columns - x0) / (x1 - x0), points[0][1])
+
+    def slopes(self, masks: bool) -> list[float]:
+        """The costs of one more column, of passes of all sizes."""
+        points = self.masked if masks else self.plain
+        return sorted({(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in pairwise(points)})
 
 
 # Until costs are measured: typical of machines where reading the weights takes most of the time.
