@@ -35,6 +35,13 @@ class Rates:
         self.offered[index] = self.offered[index] * self.MEMORY + 1
         self.accepted[index] = self.accepted[index] * self.MEMORY + accepted
 
+    def forget(self, most: float) -> None:
+        """Lets what was counted so far weigh as much as `most` drafts of each class."""
+        for index, offered in enumerate(self.offered):
+            share = min(1.0, most / offered)
+            self.offered[index] *= share
+            self.accepted[index] *= share
+
     def rate(self, index: int) -> float:
         """The acceptance rate of a class."""
         index = min(index, len(self.offered) - 1)
@@ -73,6 +80,11 @@ class MaskAcceptance:
         for offered, accepted in rows:
             self.counts.count(offered, accepted)
         self._update()
+
+    def forget(self, most: float) -> None:
+        """Lets what was counted so far weigh as much as `most` drafts in each place."""
+        for counts in (self.counts, *self.sibling_counts):
+            counts.forget(most)
 
     def compare(self, drafts: list[int], siblings: list[list[int]], tokens: list[int]) -> None:
         """Counts a row's chain of drafts, and their siblings, as far as the new tokens tell whether they are right.

@@ -42,6 +42,7 @@ class AdaptiveSchedule:
     TRIAL = 4  # passes
     REST = 24  # the fewest passes without masks between trials
     TRIAL_SHARE = 0.015
+    TRIAL_WEIGHT = 8  # drafts: the text may have changed since masks were last tried
 
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget, self.costs = k, fixed_budget, None
@@ -123,6 +124,7 @@ class AdaptiveSchedule:
         loss = max(0.0, -gain)
         if not self.trial and not self.resting and self.credit >= self.TRIAL * loss:
             self.trial = self.TRIAL
+            self.mask_acceptance.forget(self.TRIAL_WEIGHT)
         if self.trial:
             self.trial, self.resting = self.trial - 1, self.REST
             self.credit -= loss

@@ -25,10 +25,13 @@ class CandidateTree:
     _column_of: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def add(self, parent: int, token: int, rate: float, origin: Origin) -> int:
-        """Adds a candidate after the column `parent`, and returns its column. One that is there gets the better rate."""
+        """Adds a candidate after the column `parent`, and returns its column.
+
+        If another drafter proposed the same token, both would have to be wrong, as if they were independent.
+        """
         known = self._column_of.get((parent, token))
         if known is not None:
-            self.rates[known - 1] = max(self.rates[known - 1], rate)
+            self.rates[known - 1] = 1 - (1 - self.rates[known - 1]) * (1 - rate)
             return known
         self.tokens.append(token)
         self.parents.append(parent)
@@ -105,4 +108,5 @@ class RankedCandidates:
     def rates(self, count: int) -> list[float]:
         """The probability that each of the first `count` is accepted if its parent is."""
         reach = [1.0, *self.reach]
-        return [reach[column + 1] / max(reach[self.parents[column]], 1e-9) for column in range(min(count, len(self.reach)))]
+        parents = self.parents[:count]
+        return [reach[column] / max(reach[parent], 1e-9) for column, parent in enumerate(parents, start=1)]

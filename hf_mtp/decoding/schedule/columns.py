@@ -47,9 +47,10 @@ def plain_columns(rows: Sequence[RankedCandidates], costs: PassCosts, worth: flo
 def masked_columns(
     rows: Sequence[RankedCandidates], survival: Sequence[float], costs: PassCosts, worth: float
 ) -> Columns:
-    """The best columns with at least one mask. Arguments as in [`plain_columns`], and:
+    """The best columns with at least one mask.
 
     Args:
+        rows, costs, worth: As in [`plain_columns`].
         survival (`Sequence[float]`): Probability that the first 1, 2 ... k drafts of a block are accepted.
     """
     reach = _mean([row.reach for row in rows])
@@ -65,7 +66,12 @@ def fixed_columns(
     drafts: int,
     masks: int,
 ) -> Columns:
-    """So many columns, whatever they bring. Arguments as in [`masked_columns`]."""
+    """So many columns, whatever they bring.
+
+    Args:
+        rows, survival, costs, worth: As in [`masked_columns`].
+        drafts, masks (`int`): The numbers of columns.
+    """
     reach = _mean([row.reach for row in rows])[:drafts]
     values = _mask_values(rows, len(reach), survival)[:masks]
     return Columns(drafts, masks, worth * (sum(reach) + sum(values)) - costs.of(1 + drafts + masks, masks=True))
