@@ -43,6 +43,8 @@ SECTIONS = {
         "hf_mtp.decoding.drafters.ngrams": ["NgramDrafter"],
         "hf_mtp.decoding.schedule.fixed": ["FixedSchedule"],
         "hf_mtp.decoding.schedule.adaptive": ["AdaptiveSchedule"],
+        "hf_mtp.decoding.schedule.candidates": ["CandidateTree"],
+        "hf_mtp.decoding.schedule.columns": ["plain_columns", "masked_columns"],
         "hf_mtp.decoding.schedule.costs": ["PassCosts"],
         "hf_mtp.decoding.noise": ["PositionNoise"],
         "hf_mtp.decoding.verifier": ["Verifier"],
@@ -60,6 +62,7 @@ SECTIONS = {
         "hf_mtp.adapter.sampler": ["SamplerHead"],
     },
     "Functions of tensors": {
+        "hf_mtp.layout.tree": ["ancestors", "accepted_path"],
         "hf_mtp.layout.blocks": [
             "BlockLayout",
             "training_layout",

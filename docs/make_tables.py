@@ -123,20 +123,24 @@ def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[
     ]
 
 
-def tree() -> str:
-    """What several candidates per position would bring."""
-    report = load("tree")
-    seconds = {int(columns): value for columns, value in report["seconds_by_columns"].items()}
-    rows = []
-    for size in (8, 16, 24, 32):
-        cells = [f"{size}", f"{seconds[1 + size] / seconds[9]:.2f}x"]
-        for domain in NAMES:
-            tokens = report["domains"][domain]["tokens_per_step"]
-            cells.append(f"{tokens[str(size)]:.2f} ({tokens[str(size)] / tokens['chain']:.2f}x)")
-        rows.append(cells)
-    chain = [f"{report['domains'][domain]['tokens_per_step']['chain']:.2f}" for domain in NAMES]
-    head = ["drafts", "time of a pass", *NAMES.values()]
-    return table(head, [["8, one chain", "1.00x", *chain], *rows]) + f"\n{machine(report)}.\n"
+def columns() -> str:
+    """What several kinds of drafts bring at several costs of passes."""
+    report = load("columns")
+    rows = [
+        [costs, way, *(_replayed_cell(report["domains"][domain][costs][way]) for domain in SMOLLM2_NAMES)]
+        for costs in report["costs"]
+        for way in next(iter(report["domains"].values()))[costs]
+    ]
+    prompts = next(iter(report["domains"].values()))["prompts"]
+    about = (
+        f"{prompts} prompts of each domain, {report['new_tokens']} new tokens, greedy, {report['dtype']}; costs on "
+    )
+    return table(["costs", "drafts", *SMOLLM2_NAMES.values()], rows) + f"\n{about}{machine(report)}.\n"
+
+
+def _replayed_cell(row: dict) -> str:
+    counts = f", {row['tokens'] / row['passes']:.2f}" if "passes" in row else ""
+    return f"{row['tokens'] / row['cost']:.2f}x{counts}"
 
 
 def sampling() -> str:

@@ -271,8 +271,11 @@ def columns_by_enumeration(reach: list[float], survival: list[float], costs: Pas
         landing = [a - b for a, b in itertools.pairwise([1.0, *reach[:drafts], 0.0])]
         for blocks in itertools.product(range(len(survival) + 1), repeat=drafts + 1):
             slope = costs.slopes(masks=True)[0]
-            gain = sum(l * sum(worth * s - slope for s in survival[:n]) for l, n in zip(landing, blocks, strict=True))
-            if sum(blocks):
+            gain = sum(
+                land * sum(worth * value - slope for value in survival[:masks])
+                for land, masks in zip(landing, blocks, strict=True)
+            )
+            if 0 < sum(blocks) <= (len(survival) + 1) * len(survival):
                 cost = costs.of(1 + drafts + sum(blocks), masks=True)
                 best = max(best, gain + worth * sum(reach[:drafts]) - cost)
     return best

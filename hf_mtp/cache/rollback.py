@@ -150,6 +150,8 @@ class RollbackCache(Cache):
         same = next((place for place in range(width) if any(row[place] != place for row in moves)), width)
         if same == width:
             return
+        if self.offloading:  # the first layer may be on its way back to the device
+            self.prefetch_stream.synchronize()
         length_B1 = self.rows.length_B[:, None]
         source_BP = length_B1 + torch.tensor([row[same:] for row in moves], device=length_B1.device)
         target_BP = length_B1 + torch.arange(same, width, device=length_B1.device)

@@ -53,8 +53,9 @@ class GenerationMixin:
                 `"quadratic"` hangs a whole block of masks on every draft, so that each pass has drafts to verify.
                 `"linear"` hangs one on the last draft only: passes are shorter, but after a rejected draft the next
                 pass has none to verify. `"auto"` computes the masks that are worth their cost on this machine, takes
-                drafts from the text itself where it repeats, and decodes plainly while that is faster. For models that
-                read plain sequences only, such as recurrent ones, `"auto"` is `"linear"`.
+                drafts from the text itself where it repeats, verifies second and third candidates beside the likeliest
+                ones where columns are cheap, and decodes plainly while that is faster. For models that read plain
+                sequences only, such as recurrent ones, `"auto"` is `"linear"`.
             mtp_k (`int`, *optional*, defaults to the adapter's `k`):
                 Masks per block, and so the most drafts that masks make per forward pass; at most the adapter's `k`.
             generator (`torch.Generator`, *optional*):

@@ -1,9 +1,9 @@
 """The decode loop: draft, verify, accept, roll back.
 
 One forward pass verifies the drafts of the pass before, and computes masks for the next drafts. Its regular tokens are
-each row's pending token and its drafts, a chain or a tree (in the first pass, the prompt). Masks follow, in blocks that
-hang on these tokens, since decoding may continue after any of them. The cache then keeps the accepted tokens and rolls
-the others back.
+each row's pending token and its drafts, a chain or a tree (in the first pass, the prompt). Masks follow, in blocks
+that hang on these tokens, since decoding may continue after any of them. The cache then keeps the accepted tokens and
+rolls the others back.
 
 Knows nothing of how drafts are made, verified or scheduled.
 
@@ -66,7 +66,7 @@ class DecodingLoop:
         plan, layout = self._plan(batch)
         output = self.forward(batch.unread_BT, layout, batch.cache, logits_rows=1 + batch.drafts.count)
         verified = self.verifier(batch, output)
-        columns = batch.unread_BT.shape[1] + plan.masks
+        columns = 1 + batch.drafts.count + plan.masks
         outcome = Outcome(batch.sequences, columns, plan, output, verified, batch.origins)
         # The cache keeps the pending token and the accepted drafts. Masks and rejected drafts are rolled back.
         before = batch.unread_BT.shape[1] - 1 - batch.drafts.count

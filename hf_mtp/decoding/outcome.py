@@ -60,7 +60,7 @@ class Outcome:
 
     Args:
         sequences (`list[Sequence]`): The rows.
-        columns (`int`): Columns of the pass, masks included.
+        columns (`int`): Columns of the pass, masks included. A prompt counts as one, since it must be read anyway.
         plan ([`MaskPlan`]): The masks that it computed.
         output ([`PassOutput`]): Its logits and hidden states.
         verified ([`Verified`]): The result of verification.

@@ -1,8 +1,8 @@
 """Verify: accepts drafts by the base model's own logits.
 
-A draft is accepted if it is the token that the base model chooses after the draft's parent: the likeliest one, or, when
-sampling, the one that maximises its score plus the noise of its position. So the output is that of plain decoding,
-whatever the drafts are. Of several alternatives, at most one is that token.
+A draft is accepted if it is the token that the base model chooses after the draft's parent: the likeliest one, or,
+when sampling, the one that maximises its score plus the noise of its position. So the output is that of plain
+decoding, whatever the drafts are. Of several alternatives, at most one is that token.
 
 Knows logits, processors and stopping criteria as transformers defines them. Knows nothing of masks or caches.
 
@@ -44,14 +44,14 @@ def verify_together(
     Args:
         logits_BRV (`torch.Tensor` of shape `(B, K + 1, V)`): The base's logits before the first draft and after each.
         drafts ([`Drafts`]): K per row.
-        noise_BRV (`torch.Tensor` of shape `(B, K + 1, V)`, *optional*): Noise of the next K + 1 positions for sampling;
-            greedy if `None`.
+        noise_BRV (`torch.Tensor` of shape `(B, K + 1, V)`, *optional*): Noise of the next K + 1 positions for
+            sampling; greedy if `None`.
         processors ([`~transformers.LogitsProcessorList`]): The processors.
 
     Returns:
-        `(B, R)` tokens that the base chooses after each column; `(B,)` accepted drafts; for a tree `(B, R)` columns, of
-        which the first `accepted + 1` are those of the pending token and the accepted drafts, and `None` for a chain;
-        `(B, R, V)` scores.
+        `(B, R)` tokens that the base chooses after each column; `(B,)` accepted drafts; for a tree `(B, R)` columns,
+        of which the first `accepted + 1` are those of the pending token and the accepted drafts, and `None` for a
+        chain; `(B, R, V)` scores.
     """
     logits_XV = logits_BRV.flatten(0, 1).to(torch.float32, copy=len(processors) > 0)
     score_BRV = (processors(None, logits_XV) if processors else logits_XV).view(logits_BRV.shape)
@@ -95,7 +95,9 @@ def verify_in_order(
     column_G = torch.zeros_like(rows_G)
     while True:
         stopped_G = torch.tensor([row.is_stopped for row in group], device=logits_GRV.device)
-        logits_GV = logits_GRV[rows_G, column_G].to(torch.float32)  # a copy, as in plain decoding; processors may write
+        logits_GV = logits_GRV[rows_G, column_G].to(
+            torch.float32
+        )  # a copy, as in plain decoding; processors may write
         score_GV = processors(padded_ids(group, 0), logits_GV)
         noise_G1V = noise_of(group, 1)
         token_G = chosen_tokens(score_GV, None if noise_G1V is None else noise_G1V[:, 0])

@@ -108,9 +108,7 @@ def allowed_attention(
     return allowed
 
 
-def _to_ancestors(
-    ancestor_BTT: torch.BoolTensor, reach_BQ: torch.LongTensor, columns: int
-) -> torch.BoolTensor:
+def _to_ancestors(ancestor_BTT: torch.BoolTensor, reach_BQ: torch.LongTensor, columns: int) -> torch.BoolTensor:
     """`(B, Q, columns)`: each query's last regular column and those that this column follows."""
     regular = ancestor_BTT.shape[1]
     seen_BQT = ancestor_BTT.gather(1, reach_BQ[:, :, None].expand(-1, -1, regular))

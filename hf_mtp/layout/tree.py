@@ -1,9 +1,9 @@
 """A tree of drafts: several drafts may follow the same token, as alternatives.
 
 Column 0 is the pending token and columns 1..K are drafts. Each draft has a parent, the column of the token that it
-follows; parents come before their children. The pass reads all of them at once, and each attends to its ancestors only
-(tree attention: Miao et al., SpecInfer, arXiv 2305.09781; Cai et al., Medusa, arXiv 2401.10774). A chain is the tree in
-which draft i follows draft i - 1.
+follows; parents come before their children. The pass reads all of them at once, and each attends to its ancestors
+only. This is tree attention (Miao et al., SpecInfer, arXiv 2305.09781; Cai et al., Medusa, arXiv 2401.10774). A chain
+is the tree in which draft i follows draft i - 1.
 
 Pure functions of tensors. Shapes: B batch, K drafts, R = K + 1 columns.
 """
@@ -34,8 +34,8 @@ def accepted_path(right_BK: torch.BoolTensor, ancestor_BRR: torch.BoolTensor) ->
     """The columns from the pending token to the last accepted draft.
 
     Args:
-        right_BK (`torch.BoolTensor` of shape `(B, K)`): Whether each draft is the token that the base chooses after its
-            parent. Of several children, at most one is.
+        right_BK (`torch.BoolTensor` of shape `(B, K)`): Whether each draft is the token that the base chooses after
+            its parent. Of several children, at most one is.
         ancestor_BRR (`torch.BoolTensor` of shape `(B, R, R)`): See [`ancestors`].
 
     Returns:

@@ -22,11 +22,11 @@ class Drafts:
     Args:
         token_BK (`torch.LongTensor` of shape `(B, K)`): The drafts, -1 where a row has no more.
         confidence_BK (`torch.Tensor` of shape `(B, K)`): Probability that each is accepted if its parent is.
-        parent_BK (`torch.LongTensor` of shape `(B, K)`, *optional*): The column of the token that each follows, where 0
-            is the pending token and i the i-th draft. Parents come first, and drafts with one parent differ. If `None`,
-            each draft follows the one before it.
-        sibling_BKC (`torch.LongTensor` of shape `(B, K, C)`, *optional*): Of drafts that a drafter proposes as a chain,
-            the next likeliest tokens in the place of each.
+        parent_BK (`torch.LongTensor` of shape `(B, K)`, *optional*): The column of the token that each follows: 0 is
+            the pending token, i the i-th draft. Parents come first, and drafts with one parent differ. If `None`, each
+            draft follows the one before it.
+        sibling_BKC (`torch.LongTensor` of shape `(B, K, C)`, *optional*): For a chain that a drafter proposes, the
+            next likeliest tokens in the place of each draft.
     """
 
     token_BK: torch.LongTensor

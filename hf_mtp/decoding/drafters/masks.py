@@ -81,9 +81,7 @@ class MaskDrafter:
         return drafts
 
     def _remember(self, sequences: list[Sequence], drafts: Drafts, counts: list[int]) -> None:
-        for sequence, count, tokens, siblings in zip(
-            sequences, counts, drafts.tokens, drafts.siblings, strict=True
-        ):
+        for sequence, count, tokens, siblings in zip(sequences, counts, drafts.tokens, drafts.siblings, strict=True):
             self._proposed[sequence] = tokens[:count], siblings[:count]
 
 
@@ -123,7 +121,9 @@ def draft(
             score_BC = warpers(None, score_BC) + noise_of(step, candidate_BC)
         best_B1 = score_BC.argmax(dim=-1, keepdim=True)
         if siblings:
-            others.append(candidate_BC.gather(1, score_BC.topk(min(1 + siblings, score_BC.shape[1]), dim=-1).indices[:, 1:]))
+            others.append(
+                candidate_BC.gather(1, score_BC.topk(min(1 + siblings, score_BC.shape[1]), dim=-1).indices[:, 1:])
+            )
         confidences.append(score_BC.softmax(dim=-1).gather(1, best_B1))
         pending_B = candidate_BC.gather(1, best_B1)[:, 0]
         tokens.append(pending_B)

@@ -99,7 +99,7 @@ class RankedCandidates:
     origins: list[Origin]
 
     def landing(self, count: int) -> list[float]:
-        """The probability that the pending token, or each of the first `count` candidates, is the last accepted one."""
+        """The probability that the pending token, or one of the first `count` candidates, is the last accepted."""
         landing = [1.0, *self.reach[:count]]
         for parent, reach in zip(self.parents[:count], self.reach, strict=False):
             landing[parent] -= reach

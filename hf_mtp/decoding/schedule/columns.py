@@ -1,9 +1,9 @@
 """One rule for all columns of a pass: the tokens that a column is expected to bring against what it costs.
 
-A draft brings one token if decoding reaches it. A mask brings one token in the next pass if decoding ends at the mask's
-anchor and the drafts of its block are right up to it; its draft then needs a column, too. A column is worth having if
-its tokens are worth more than its marginal cost. Candidates are sorted by what they bring, so the rule is a number of
-drafts and a number of masks.
+A draft brings one token if decoding reaches it. A mask brings one token in the next pass if decoding ends at the
+mask's anchor and the drafts of its block are right up to it; its draft then needs a column, too. A column is worth
+having if its tokens are worth more than its marginal cost. Candidates are sorted by what they bring, so the result is
+a number of drafts and a number of masks.
 
 Pure functions of numbers. The unit of all costs is a plain pass over one token.
 """
@@ -93,7 +93,8 @@ def _masked(
     drafts = _first_below(reach, slope / worth)
     # The draft that a mask makes needs a column in the next pass.
     values = _mask_values(rows, drafts, [value - slope / worth for value in survival])
-    masks = max(1, _first_below(values, slope / worth))
+    most = (len(survival) + 1) * len(survival)  # as many as quadratic decoding has
+    masks = min(max(1, _first_below(values, slope / worth)), most)
     surplus = worth * (sum(reach[:drafts]) + sum(values[:masks])) - costs.of(1 + drafts + masks, masks=True)
     return Columns(drafts, masks, surplus)
 
