@@ -275,7 +275,7 @@ def columns_by_enumeration(reach: list[float], survival: list[float], costs: Pas
                 land * sum(worth * value - slope for value in survival[:masks])
                 for land, masks in zip(landing, blocks, strict=True)
             )
-            if 0 < sum(blocks) <= (len(survival) + 1) * len(survival):
+            if sum(blocks):
                 cost = costs.of(1 + drafts + sum(blocks), masks=True)
                 best = max(best, gain + worth * sum(reach[:drafts]) - cost)
     return best

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from .candidates import RankedCandidates
 from .costs import PassCosts
 
-MOST_DRAFTS = 32  # columns of drafts in one pass
+MOST_DRAFTS, MOST_MASKS = 32, 96  # columns in one pass
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def _masked(
     drafts = _first_below(reach, slope / worth)
     # The draft that a mask makes needs a column in the next pass.
     values = _mask_values(rows, drafts, [value - slope / worth for value in survival])
-    most = (len(survival) + 1) * len(survival)  # as many as quadratic decoding has
-    masks = min(max(1, _first_below(values, slope / worth)), most)
+    masks = min(max(1, _first_below(values, slope / worth)), MOST_MASKS)
     surplus = worth * (sum(reach[:drafts]) + sum(values[:masks])) - costs.of(1 + drafts + masks, masks=True)
     return Columns(drafts, masks, surplus)
 
