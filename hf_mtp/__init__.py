@@ -1,15 +1,13 @@
 """Multi-token prediction for the causal language models of transformers, with unchanged output.
 
-Importing the package registers its adapter type with PEFT. Names that need `trl` are imported on first use.
+Importing the package registers its adapter type with PEFT, which imports torch. Names that need more are imported on
+first use. The command `hf-mtp` registers the type when a verb runs, so that `hf-mtp --help` need not wait for torch.
 """
 
 import importlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
-
-from .adapter.config import GatedLoraConfig
-from .decoding.statistics import MTPGenerateOutput, MTPStatistics
-from .model import GatedLoraModel
-from .registration import register
+from pathlib import Path
 
 try:
     __version__ = version("hf_mtp")
@@ -18,7 +16,11 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _LAZY = {
     "DecodingCallback": ".training.callbacks.decoding",
+    "GatedLoraConfig": ".adapter.config",
+    "GatedLoraModel": ".model",
     "MTPConfig": ".training.config",
+    "MTPGenerateOutput": ".decoding.statistics",
+    "MTPStatistics": ".decoding.statistics",
     "MTPTrainer": ".training.trainer",
     "SupportReport": ".evaluation.support",
     "check_support": ".evaluation.support",
@@ -38,6 +40,8 @@ __all__ = [
     "regenerate_responses",
 ]
 
+_COMMANDS = ("hf-mtp", "hf-mtp.exe")  # the script that pip installs
+
 
 def __getattr__(name: str):
     if name in _LAZY:
@@ -45,4 +49,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register()
+if not sys.argv or Path(sys.argv[0]).name not in _COMMANDS:
+    from .registration import register
+
+    register()

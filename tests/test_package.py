@@ -23,21 +23,21 @@ ORDER = """
 layout: tree mask_plan blocks attention
 base: files autocast caches inspection head rope randomness sizes tiny distributed lora_layers
 cache: rows rollback sequence protocol
-adapter: peft_type loading config base_identity card hub gate parameters stacked sampler mask_input tuner
+adapter: peft_type loading config base_identity card hub prepared gate parameters stacked sampler mask_input tuner
 passes: decoding_pass recurrent_pass speculation_mode training_pass
-data: prompts randomness shard survey answers responses
+data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise sequence states outcome
 decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
-: model registration
+: model registration pretrained
 evaluation: support compare
 training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress plotting curves attach
 training: trainer
-cli: regenerate
+cli: verb regenerate check main
 : regenerate
 """
 MODULES = [

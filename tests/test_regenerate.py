@@ -16,7 +16,9 @@ from hf_mtp import GatedLoraModel, MTPConfig, MTPTrainer, regenerate_responses
 from hf_mtp.cli import regenerate
 from hf_mtp.data import answers, responses, survey
 from hf_mtp.data.prompts import decode_response, encode_prompt
+from hf_mtp.data.rows import load_rows
 from hf_mtp.data.shard import Shard
+from hf_mtp.pretrained import load_model, load_tokenizer
 
 K, ROWS, NEW_TOKENS = 3, 7, 6
 
@@ -213,7 +215,9 @@ def save_model(folder: Path) -> Path:
 def run_command(*arguments: str) -> None:
     PartialState._reset_state()  # a forked process has its parent's
     sys.argv = ["hf-mtp-regenerate", *arguments]
-    regenerate.main()
+    with pytest.raises(SystemExit) as ended:
+        regenerate.main()
+    assert ended.value.code == 0
 
 
 def test_the_command_in_two_processes_says_what_one_says(tmp_path, monkeypatch):
@@ -312,19 +316,21 @@ def test_conversations_need_a_chat_template(tmp_path):
         regenerate_responses(tiny_base(), tokenizer, chats(), tmp_path / "out")
 
 
-def test_the_command_refuses_temperature_without_sampling(capsys):
-    with pytest.raises(SystemExit):
-        regenerate.parse_args(["--model", "m", "--dataset", "d", "--output", "o", "--temperature", "0.7"])
-    assert "--temperature, --top-p and --top-k need --do-sample" in capsys.readouterr().err
+def test_the_command_refuses_temperature_without_sampling(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "regenerate --model m --dataset d --output o --temperature 0.7".split())
+    with pytest.raises(SystemExit) as ended:
+        regenerate.main()
+    assert ended.value.code == 2
+    assert "--temperature, --top-p and --top-k need --do-sample" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_reads_saved_datasets_and_adapters(tmp_path):
     chats().save_to_disk(tmp_path / "rows")
     DatasetDict(test=chats()).save_to_disk(tmp_path / "splits")
     for name in ("rows", "splits"):
-        assert regenerate.load_rows(str(tmp_path / name), None, "test").to_list() == chats().to_list()
+        assert load_rows(str(tmp_path / name), None, "test").to_list() == chats().to_list()
     base = save_model(tmp_path / "base")
     upgraded(AutoModelForCausalLM.from_pretrained(base), K).save_pretrained(tmp_path / "adapter")
-    model = regenerate.load_model(str(tmp_path / "adapter"), "auto")
-    tokenizer = regenerate.load_tokenizer(str(tmp_path / "adapter"), model)
+    model = load_model(str(tmp_path / "adapter"))
+    tokenizer = load_tokenizer(str(tmp_path / "adapter"), model)
     assert isinstance(model.base_model, GatedLoraModel) and tokenizer.get_vocab() == tiny_tokenizer().get_vocab()

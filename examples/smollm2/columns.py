@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which columns pay? Decodes held-out texts again by the schedule of `auto`, with several kinds of drafts and costs.
 
-    python examples/smollm2/columns.py DATA out/adapter docs/results/columns.json --base smollm2
+    python examples/smollm2/columns.py DATA docs/results/columns.json --base smollm2
 
 The base answers each prompt greedily, and at every token of the answer the adapter's candidates are recorded. The real
 decode loop then decodes the record again (see `replay.py`): with n-grams alone, with drafts from masks, with both, and
@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from measure import encoded, held_out_questions, parser_of
+from held_out import held_out_questions
 from peft import PeftModel
 from replay import Text, hindsight, replay
 from transformers import (
@@ -48,12 +48,19 @@ WAYS = {
     "both, siblings": {},
 }
 FREE = PassCosts([(1, 1.0), (81, 1.25)], [(2, 1.05), (81, 1.3)])
+HERE = Path(__file__).parent
 OTHERS = 3  # recorded candidates of each mask, besides the first
 ROUNDS = 5  # measurements of the costs
 
 
 def parse_args() -> argparse.Namespace:
-    parser = parser_of(__doc__, prompts=40)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with the held-out sets")
+    parser.add_argument("output", type=Path, help="file for the numbers, JSON")
+    parser.add_argument("--base", required=True, help="the model's folder")
+    parser.add_argument("--adapter", type=Path, default=HERE / "adapter", help="folder of the adapter (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=40, help="prompts of each domain (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="length of an answer at most (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--record", type=Path, help="JSON Lines of texts and candidates: read if there, else written")
     return parser.parse_args()
@@ -81,6 +88,14 @@ def main() -> None:
         }
         print_rows(domain, report["domains"][domain], costs)
         args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def encoded(question: str, tokenizer) -> torch.LongTensor:
+    """`(1, T)`: the conversation that begins with a question."""
+    conversation = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(
+        conversation, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )["input_ids"]
 
 
 def results(texts: list[Text], costs: PassCosts, k: int) -> dict[str, dict]:

@@ -1,0 +1,23 @@
+"""Loads the rows of a dataset by the name that a user gives."""
+
+from pathlib import Path
+
+from datasets import Dataset, load_dataset, load_from_disk
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """Loads a dataset from the Hub, from a folder of `save_to_disk`, or from a JSON Lines file.
+
+    Args:
+        name (`str`): Hub id, folder or file.
+        config (`str`, *optional*): Configuration of the dataset, if it has several.
+        split (`str`, *optional*, defaults to `"train"`): Its split. A file has one only.
+    """
+    path = Path(name)
+    if path.is_file():
+        return load_dataset("json", data_files=str(path), split="train")
+    if (path / "state.json").is_file():
+        return load_from_disk(name)
+    if (path / "dataset_dict.json").is_file():
+        return load_from_disk(name)[split]
+    return load_dataset(name, config, split=split)

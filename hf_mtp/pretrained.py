@@ -1,0 +1,47 @@
+"""Loads models, adapters with their base, and tokenizers by the name that a user gives."""
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+
+def load_model(
+    name: str, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, **kwargs
+) -> PreTrainedModel | PeftModel:
+    """Loads a base model, or an adapter together with its base.
+
+    Args:
+        name (`str`): Hub id or folder.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of the weights; by default that of the
+            file.
+        device (`str` or `torch.device`, *optional*): Where to put the model. By default an accelerator, if there is
+            one.
+        kwargs: Further arguments of `from_pretrained`, such as `revision`.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: The adapter does not fit its base.
+    """
+    hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
+    kind = AutoModelForCausalLM if find_adapter_config_file(name, **hub) is None else AutoPeftModelForCausalLM
+    return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device or default_device())
+
+
+def load_tokenizer(name: str, model: PreTrainedModel | PeftModel, **kwargs) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model, or of the base of an adapter.
+
+    Args:
+        name (`str`): Hub id or folder that `model` was loaded from.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        kwargs: Further arguments of `from_pretrained`.
+    """
+    return AutoTokenizer.from_pretrained(model.name_or_path if isinstance(model, PeftModel) else name, **kwargs)
+
+
+def default_device() -> torch.device:
+    """An accelerator if there is one, else the CPU."""
+    accelerator = getattr(torch, "accelerator", torch.cuda)
+    if not accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda") if accelerator is torch.cuda else accelerator.current_accelerator()
