@@ -102,6 +102,10 @@ class Replayed:
 class WithoutMasks(AdaptiveSchedule):
     """The adaptive schedule that takes no masks, not even on trial."""
 
+    def __init__(self, k: int):
+        super().__init__(k)
+        self.masks = 0
+
     def _takes_masks(self, gain: float) -> bool:
         return False
 
