@@ -109,22 +109,6 @@ def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[
     ]
 
 
-def tree() -> str:
-    """What several candidates per position would bring."""
-    report = load("tree")
-    seconds = {int(columns): value for columns, value in report["seconds_by_columns"].items()}
-    rows = []
-    for size in (8, 16, 24, 32):
-        cells = [f"{size}", f"{seconds[1 + size] / seconds[9]:.2f}x"]
-        for domain in NAMES:
-            tokens = report["domains"][domain]["tokens_per_step"]
-            cells.append(f"{tokens[str(size)]:.2f} ({tokens[str(size)] / tokens['chain']:.2f}x)")
-        rows.append(cells)
-    chain = [f"{report['domains'][domain]['tokens_per_step']['chain']:.2f}" for domain in NAMES]
-    head = ["drafts", "time of a pass", *NAMES.values()]
-    return table(head, [["8, one chain", "1.00x", *chain], *rows]) + f"\n{machine(report)}.\n"
-
-
 def sampling() -> str:
     """Rejection sampling against noise that drafting and verification share."""
     report = load("sampling")

@@ -1,4 +1,4 @@
-"""The tables of the real model, from what examples/smollm2/measure.py wrote."""
+"""The tables of the real model, from what examples/smollm2/measure.py and columns.py wrote."""
 
 import statistics
 
@@ -157,3 +157,23 @@ def in_float32() -> str:
     report = load("float32")
     rows = [[NAMES[domain], same(ways["auto"])] for domain, ways in report["domains"].items()]
     return table(["text", "same text as plain"], rows) + f"\n{machine(report)}; {report['dtype']}.\n"
+
+
+def columns() -> str:
+    """What several kinds of drafts bring at several costs of passes."""
+    report = load("columns")
+    rows = [
+        [costs, way, *(_replayed_cell(report["domains"][domain][costs][way]) for domain in NAMES)]
+        for costs in report["costs"]
+        for way in next(iter(report["domains"].values()))[costs]
+    ]
+    prompts = next(iter(report["domains"].values()))["prompts"]
+    about = (
+        f"{prompts} prompts of each domain, {report['new_tokens']} new tokens, greedy, {report['dtype']}; costs on "
+    )
+    return table(["costs", "drafts", *NAMES.values()], rows) + f"\n{about}{machine(report)}.\n"
+
+
+def _replayed_cell(row: dict) -> str:
+    counts = f", {row['tokens'] / row['passes']:.2f}" if "passes" in row else ""
+    return f"{row['tokens'] / row['cost']:.2f}x{counts}"

@@ -155,7 +155,7 @@ def test_retired_rows_are_returned(model):
     first.finish()
     assert batch.retire() == [first]
     assert len(batch.sequences) == len(batch.cache.rows.lengths) == 1
-    assert len(batch.unread_BT) == len(batch.source_of_row) == 1
+    assert len(batch.unread_BT) == len(batch.origins) == 1
 
 
 @torch.no_grad()
@@ -170,7 +170,7 @@ def test_admitted_rows_bring_their_drafts(model):
     batch.admit(other)
     assert batch.drafts.token_BK.tolist() == before and before[0] != before[1]
     assert batch.unread_BT.tolist() == [[token, *drafts] for token, drafts in zip(pending, before, strict=True)]
-    assert batch.source_of_row == [0, 0]
+    assert [[origin.drafter for origin in row] for row in batch.origins] == [[0] * len(row) for row in before]
     assert batch.cache.rows.lengths == [sequence.ids_1S.shape[1] - 1 for sequence in batch.sequences]
 
 

@@ -11,7 +11,7 @@ from hf_mtp.decoding.drafters.acceptance import Rates
 from hf_mtp.decoding.drafters.base import Drafts, no_drafts
 from hf_mtp.decoding.drafters.ngrams import LONGEST_MATCH, MOST_DRAFTS, NgramDrafter, NgramIndex
 from hf_mtp.decoding.outcome import Outcome, Verified
-from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule
+from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule, drafts_of
 from hf_mtp.decoding.sequence import Sequence
 
 
@@ -56,12 +56,12 @@ def outcome_of(sequences: list[Sequence], new: list[str]) -> Outcome:
         sequence.append(torch.tensor(row, dtype=torch.long), None, None)
     pending = torch.tensor([sequence.text[-1] for sequence in sequences])
     verified = Verified(tokens, [0] * len(new), [0] * len(new), pending, torch.zeros_like(pending), [False] * len(new))
-    return Outcome(sequences, 1, None, None, verified, [-1] * len(new))
+    return Outcome(sequences, 1, None, None, verified, [[]] * len(new))
 
 
 def observe(drafter: NgramDrafter, sequences: list[Sequence], new: list[str]) -> tuple[Outcome, list[list[float]]]:
     outcome = outcome_of(sequences, new)
-    drafter.observe(outcome, [False] * len(new))
+    drafter.observe(outcome)
     return outcome, drafter.expect(outcome)
 
 
@@ -112,19 +112,18 @@ def test_rows_come_and_go():
     assert len(drafter._indexes) == 1  # nothing is kept of rows that are gone
 
 
-def test_drafts_of_both_kinds_in_one_batch():
-    by_masks = Drafts(torch.full((3, 2), 6), torch.full((3, 2), 0.3))
+def test_drafts_of_several_rows():
     found = Drafts(
         torch.tensor([[1, 2, 3], [-1] * 3, [4, -1, -1]]), torch.tensor([[0.9, 0.8, 0.7], [0] * 3, [0.6, 0, 0]])
     )
-    both = by_masks.overridden_by(found)
-    assert both.token_BK.tolist() == [[1, 2, 3], [6, 6, -1], [4, -1, -1]]
-    torch.testing.assert_close(both.confidence_BK, torch.tensor([[0.9, 0.8, 0.7], [0.3, 0.3, 0], [0.6, 0, 0]]))
-    assert both.offered_B.tolist() == [3, 2, 1]
-    more = no_drafts(1, torch.device("cpu")).with_rows(both)
-    assert more.offered_B.tolist() == [0, 3, 2, 1]
-    assert both.where(both.token_BK < 3).token_BK.tolist() == [[1, 2, -1], [-1] * 3, [-1] * 3]
-    assert both.select_rows([2, 0]).token_BK.tolist() == [[4, -1, -1], [1, 2, 3]]
+    assert found.offered_B.tolist() == [3, 0, 1]
+    more = no_drafts(1, torch.device("cpu")).with_rows(found)
+    assert more.offered_B.tolist() == [0, 3, 0, 1]
+    assert more.parent_BK is None
+    assert found.where(found.token_BK < 3).token_BK.tolist() == [[1, 2, -1], [-1] * 3, [-1] * 3]
+    assert found.select_rows([2, 0]).token_BK.tolist() == [[4, -1, -1], [1, 2, 3]]
+    tree = Drafts(torch.tensor([[7, 8]]), torch.tensor([[0.5, 0.2]]), torch.tensor([[0, 0]]))
+    assert tree.with_rows(found).parent_BK.tolist() == [[0, 0, 0], *[[0, 1, 2]] * 3]
 
 
 # ---------------------------------------------------------------- decoding
@@ -133,12 +132,13 @@ def test_drafts_of_both_kinds_in_one_batch():
 class EveryMatch(AdaptiveSchedule):
     """Takes whatever is found, in every second row, and drafts of masks in the others."""
 
-    def choose(self, expected):
+    def choose(self, expected, proposals, device):
         masks, found = expected
-        return [
-            [len(row) if index % 2 else 0 for index, row in enumerate(masks)],
-            [len(row) if index % 2 == 0 else 0 for index, row in enumerate(found)],
-        ]
+        masks = [row if index % 2 else [] for index, row in enumerate(masks)]
+        found = [row if index % 2 == 0 else [] for index, row in enumerate(found)]
+        rows = [self._candidates(row, [masks, found], proposals).best(99) for row in range(len(masks))]
+        longest = max(len(row.tokens) for row in rows)
+        return drafts_of(rows, longest, device), [row.origins for row in rows]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
-layout: mask_plan blocks attention
+layout: tree mask_plan blocks attention
 base: files autocast caches inspection head rope randomness sizes tiny distributed lora_layers
 cache: column_attention rows rollback sequence protocol
 adapter: peft_type loading config base_identity card hub prepared gate parameters stacked sampler mask_input tuner
@@ -29,7 +29,7 @@ data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise sequence states outcome
 decoding.drafters: base acceptance ngrams masks
-decoding.schedule: costs fixed adaptive store
+decoding.schedule: costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained
 evaluation: support compare
@@ -48,7 +48,7 @@ MODULES = [
 
 # Functions of tensors and rows: they know nothing of models, configs or each other's callers.
 PURE = {
-    *(f"layout.{name}" for name in ("mask_plan", "blocks", "attention")),
+    *(f"layout.{name}" for name in ("tree", "mask_plan", "blocks", "attention")),
     *(f"objective.{name}" for name in ("losses", "simulation")),
     "adapter.sampler",
     "base.autocast",

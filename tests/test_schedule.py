@@ -1,5 +1,7 @@
 """Schedules: masks where they pay by the given costs, rests where they do not, decided by counts alone."""
 
+import itertools
+import math
 import random
 import threading
 import time
@@ -11,6 +13,8 @@ from hf_mtp.decoding.drafters.acceptance import MaskAcceptance, Rates
 from hf_mtp.decoding.drafters.base import NO_TOKEN, Drafts, no_drafts
 from hf_mtp.decoding.outcome import Outcome, Verified
 from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule
+from hf_mtp.decoding.schedule.candidates import CandidateTree
+from hf_mtp.decoding.schedule.columns import masked_columns
 from hf_mtp.decoding.schedule.costs import PassCosts
 from hf_mtp.decoding.schedule.fixed import FixedSchedule
 from hf_mtp.decoding.schedule.store import ScheduleStore
@@ -32,12 +36,21 @@ def drafts_of(confidences: list[list[float]]) -> Drafts:
     )
 
 
+def choice(schedule: AdaptiveSchedule, *expected: list[list[float]]) -> Drafts:
+    """The schedule's choice among drafters that expect so much for each row, and never propose the same token."""
+    proposals = [
+        Drafts(100 * number + drafts_of(rows).token_BK, drafts_of(rows).confidence_BK)
+        for number, rows in enumerate(expected, start=1)
+    ]
+    return schedule.choose([*map(list, expected)], proposals, CPU)[0]
+
+
 class Decoding:
     """Decodes no text: drafts of masks are right by chance, at the given rates, with passes of the given costs."""
 
     def __init__(self, schedule: AdaptiveSchedule, rates: list[float], seed: int = 0):
         self.schedule, self.rates, self.draw = schedule, rates, random.Random(seed)
-        self.drafts, self.budgets, self.tokens, self.cost = 0, [], 0, 0.0
+        self.proposed, self.drafts, self.budgets, self.tokens, self.cost = 0, 0, [], 0, 0.0
 
     def run(self, passes: int) -> "Decoding":
         for _ in range(passes):
@@ -47,21 +60,23 @@ class Decoding:
     def step(self) -> None:
         schedule, offered = self.schedule, self.drafts
         plan = schedule.plan_masks(drafts_of([schedule.mask_acceptance.rates[:offered]]), schedule.k)
-        accepted = 0
-        while accepted < offered and self.draw.random() < self.rates[accepted]:
-            accepted += 1
+        right = 0
+        while right < self.proposed and self.draw.random() < self.rates[right]:
+            right += 1
+        accepted = min(offered, right)
         landed = torch.tensor([accepted])
         verified = Verified([[7] * (1 + accepted)], [offered], [accepted], torch.tensor([7]), landed, [False])
         columns = 1 + offered + plan.masks
         self.budgets.append(plan.masks)
         self.tokens += 1 + accepted
         self.cost += schedule.costs.of(columns, plan.masks > 0)
-        if offered:
-            schedule.mask_acceptance.count([(offered, accepted)])
-        outcome = Outcome([None], columns, plan, None, verified, [0])
+        compared = min(self.proposed, 1 + accepted)  # proposals count whether or not they were verified
+        if compared:
+            schedule.mask_acceptance.count([(compared, min(compared, right))])
+        outcome = Outcome([None], columns, plan, None, verified, [[]])
         schedule.observe(outcome)
         expected = schedule.mask_acceptance.rates[: outcome.next_masks[0]]
-        self.drafts = schedule.choose([[expected]])[0][0]
+        self.proposed, self.drafts = len(expected), choice(schedule, [expected]).count
 
 
 def adaptive(fixed: float = 1.0, column: float = 0.01, k: int = 4, budget: int | None = None) -> AdaptiveSchedule:
@@ -101,8 +116,8 @@ def test_masks_come_back_when_drafts_get_better():
 
 
 def test_a_dearer_column_buys_fewer_masks():
-    cheap, dear = (Decoding(adaptive(column=column), [0.8] * 4).run(200).schedule for column in (0.001, 0.1))
-    assert dear.budget < cheap.budget
+    cheap, dear = (Decoding(adaptive(column=column), [0.8] * 4).run(200).budgets for column in (0.001, 0.05))
+    assert sum(dear) < 0.7 * sum(cheap)
 
 
 def test_it_decides_by_counts_alone(monkeypatch):
@@ -119,61 +134,86 @@ def test_it_decides_by_counts_alone(monkeypatch):
 
 def test_masks_go_where_the_row_is_likely_to_land():
     schedule = adaptive()
-    schedule.budget = 2
+    schedule.masks = 2
     sure, doubtful = (schedule.plan_masks(drafts_of([[rate] * 3]), 4).anchor_BM.tolist() for rate in (0.99, 0.01))
     assert (sure, doubtful) == ([[3, 3]], [[0, 0]])
 
 
+def test_masks_hang_on_alternatives_too():
+    schedule = adaptive()
+    schedule.masks = 2
+    drafts = Drafts(torch.tensor([[7, 8]]), torch.tensor([[0.2, 0.75]]), torch.tensor([[0, 0]]))
+    assert schedule.plan_masks(drafts, 4).anchor_BM.tolist() == [[2, 2]]
+
+
 def test_no_more_masks_than_places():
     schedule = adaptive()
+    schedule.masks = 6
     assert schedule.plan_masks(no_drafts(2, CPU), 4).masks == 4
     assert schedule.plan_masks(no_drafts(2, CPU), 4).is_chain
     assert schedule.plan_masks(no_drafts(2, CPU), 0).masks == 0
-    schedule.resting = 3
+    schedule.masks = 0
     assert schedule.plan_masks(drafts_of([[0.9, 0.9]]), 4).masks == 0
 
 
 def test_a_fixed_budget_is_all_or_nothing():
     schedule = adaptive(fixed=6.0, k=3, budget=6)
-    assert (schedule.fixed_drafts(3), schedule._budgets()) == (3, [6])
+    assert schedule.fixed_drafts(3) == 3
     budgets = Decoding(schedule, [0.2] * 3).run(100).budgets
     assert set(budgets) <= {0, 3, 6}  # 3 behind the prompt, where there is one place only
-    assert schedule.resting
+    assert budgets[-1] == 0
     assert schedule.fixed_drafts(3) == 0
 
 
 # ---------------------------------------------------------------- adaptive: drafts
 
 
-def test_the_drafter_that_promises_most_is_chosen_row_by_row():
-    masks = [[0.5, 0.5], [0.9, 0.9], []]
-    ngrams = [[0.9, 0.9, 0.9], [0.2], []]
-    assert adaptive().choose([masks, ngrams]) == [[0, 2, 0], [3, 0, 0]]
+def resting(column: float) -> AdaptiveSchedule:
+    """A schedule that computes no masks, because these cost too much, and whose tokens are worth a plain pass."""
+    schedule = adaptive(fixed=90.0, column=column)
+    schedule.trial, schedule.resting = 0, 99
+    return schedule
 
 
 def test_drafts_are_verified_while_they_are_worth_their_column():
-    schedule = adaptive(column=0.1)
-    assert schedule.choose([[[0.9, 0.9, 0.05, 0.9]]]) == [[2]]
-    assert schedule.choose([[[0.01, 0.9]]]) == [[0]]
-    schedule.resting = 5  # then a draft must pay for the wider pass by a margin
-    assert schedule.choose([[[0.12]]]) == [[0]]
-    assert schedule.choose([[[0.14]]]) == [[1]]
+    assert choice(resting(0.1), [[0.9, 0.9, 0.1, 0.9]]).count == 2
+    assert choice(resting(0.1), [[0.11, 0.9, 0.9]]).count == 1
+    assert choice(resting(0.1), [[0.09, 0.9]]).count == 0
 
 
 def test_rows_share_the_cost_of_a_column():
-    schedule = adaptive(column=0.1)
-    assert schedule.choose([[[0.15], [0.0]]]) == [[0, 0]]
-    assert schedule.choose([[[0.15], [0.15]]]) == [[1, 1]]
+    assert choice(resting(0.1), [[0.15], [0.0]]).count == 0
+    assert choice(resting(0.1), [[0.15], [0.15]]).count == 1
+
+
+def test_drafts_of_two_drafters_are_alternatives():
+    drafts = choice(resting(0.1), [[0.5, 0.5], []], [[0.4, 0.9, 0.9], [0.9, 0.9]])
+    # The row's 0.5 and its 0.5 * 0.5; the other's 0.4, 0.36 and 0.324. The second row has one source.
+    assert drafts.token_BK.tolist() == [[107, 207, 207, 207, 107], [207, 207, -1, -1, -1]]
+    assert drafts.parent_BK.tolist() == [[0, 0, 2, 3, 1], [0, 1, 0, 0, 0]]
+    torch.testing.assert_close(drafts.confidence_BK[0], torch.tensor([0.5, 0.4, 0.9, 0.9, 0.5]))
+
+
+def test_siblings_are_verified_while_they_are_worth_their_column():
+    schedule = resting(0.1)
+    schedule.mask_acceptance.sibling_rates = [[0.3, 0.05], [0.3, 0.05]]
+    proposal = Drafts(torch.tensor([[1, 2]]), torch.ones(1, 2), sibling_BKC=torch.tensor([[[3, 4], [5, 6]]]))
+    drafts, origins = schedule.choose([[[0.5, 0.5]]], [proposal], CPU)
+    assert drafts.token_BK.tolist() == [[1, 3, 2, 5]]
+    assert drafts.parent_BK.tolist() == [[0, 0, 1, 1]]
+    assert [origin.place for origin in origins[0]] == [1, 1, 2, 2]
+    dear = resting(0.2)
+    dear.mask_acceptance.sibling_rates = [[0.19, 0.05], [0.3, 0.05]]
+    assert dear.choose([[[0.5, 0.5]]], [proposal], CPU)[0].parent_BK is None  # a chain costs nothing more
 
 
 def test_drafts_of_ngrams_raise_what_masks_must_beat():
-    """Plain passes that bring two tokens each, by n-grams: masks that bring 1.5 rest."""
-    schedules = [adaptive(1.2, 0.01), adaptive(1.2, 0.01)]
-    for schedule, tokens in zip(schedules, (1, 3), strict=True):
-        schedule.maskless.extend([(tokens, 1.1)] * 64)
-        schedule.mask_acceptance.count([(1, 1), (1, 0)] * 50)
-        schedule.plan()
-    assert [bool(schedule.resting) for schedule in schedules] == [False, True]
+    """A token is worth less where passes bring two without masks: then masks that bring few more do not pay."""
+    schedules = [adaptive(1.4, 0.01), adaptive(1.4, 0.01)]
+    for schedule, tokens in zip(schedules, (5, 15), strict=True):
+        schedule.tokens, schedule.trial, schedule.resting = tokens, 0, 99
+        choice(schedule, [[]])
+    assert [bool(schedule.masks) for schedule in schedules] == [True, False]
 
 
 # ---------------------------------------------------------------- fixed
@@ -184,7 +224,13 @@ def test_fixed_schedules_take_all_drafts_of_masks(linear):
     schedule = FixedSchedule(3, linear)
     plan = schedule.plan_masks(drafts_of([[0.1, 0.1, 0.1], [0.9]]), 3)
     assert plan.drafts_BR.tolist() == ([[0, 0, 0, 3], [0, 3, 0, 0]] if linear else [[3, 3, 3, 3], [3, 3, 0, 0]])
-    assert schedule.choose([[[0.1] * 3, [0.1]], [[0.9] * 5, []]]) == [[3, 1], [0, 0]]
+    expected = [[[0.1] * 3, [0.1]], [[0.9] * 5, []]]
+    assert schedule.counts(expected) == [[3, 1], [0, 0]]
+    proposal = drafts_of(expected[0])
+    drafts, origins = schedule.choose(expected, [proposal, None], CPU)
+    assert drafts is proposal
+    assert [[tuple(origin) for origin in row] for row in origins] == [[(0, 1), (0, 2), (0, 3)], [(0, 1)]]
+    assert schedule.choose(expected, [None, None], CPU)[0].count == 0
     assert schedule.fixed_drafts(3) == 3
 
 
@@ -208,16 +254,56 @@ def test_a_draft_counts_if_those_before_it_were_accepted():
     assert rates.rate(2) == rates.rate(9) == Rates.PRIOR_RATE
 
 
-def test_expectations_by_enumeration():
-    """Whole blocks: every landing, and every number of drafts accepted behind it."""
+def test_proposals_count_whether_or_not_they_were_verified():
     acceptance = MaskAcceptance(2)
-    acceptance.count([(2, 2), (2, 1), (1, 0)] * 20)
-    one, two = acceptance.rates
-    assert acceptance.survival == pytest.approx([one, one * two])
-    assert acceptance.expected_drafts(6) == pytest.approx(one + one * two)
-    assert acceptance.expected_columns(6) == pytest.approx(2)
-    landings = [1 - one, one * (1 - two), one * two]
-    assert acceptance.expected_drafts(1) == pytest.approx(max(landings) * one)
+    for _ in range(300):
+        acceptance.compare([1, 2], [[3, 4], [5, 6]], [3, 9])
+        acceptance.compare([1, 2], [[3, 4], [5, 6]], [1, 6, 7])
+    assert acceptance.rates == pytest.approx([0.5, 0], abs=0.02)
+    assert acceptance.sibling_rates[0] == pytest.approx([0.5, 0], abs=0.02)
+    assert acceptance.sibling_rates[1] == pytest.approx([0, 1], abs=0.02)
+
+
+def columns_by_enumeration(reach: list[float], survival: list[float], costs: PassCosts, worth: float) -> float:
+    """The best surplus of a chain with masks, over all numbers of drafts and sets of masks that have no gaps."""
+    best = -math.inf
+    for drafts in range(len(reach) + 1):
+        landing = [a - b for a, b in itertools.pairwise([1.0, *reach[:drafts], 0.0])]
+        for blocks in itertools.product(range(len(survival) + 1), repeat=drafts + 1):
+            slope = costs.slopes(masks=True)[0]
+            gain = sum(
+                land * sum(worth * value - slope for value in survival[:masks])
+                for land, masks in zip(landing, blocks, strict=True)
+            )
+            if sum(blocks):
+                cost = costs.of(1 + drafts + sum(blocks), masks=True)
+                best = max(best, gain + worth * sum(reach[:drafts]) - cost)
+    return best
+
+
+@pytest.mark.parametrize("column", [0.001, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("rate", [0.2, 0.6, 0.9])
+def test_columns_are_the_best_of_all(rate, column):
+    tree = CandidateTree()
+    tree.add_chain(0, [7, 8, 9], [rate] * 3)
+    survival, curve = [rate, rate**2], costs(1.2, column)
+    row = tree.best(9)
+    found = masked_columns([row], survival, curve, worth=0.8)
+    assert found.surplus == pytest.approx(columns_by_enumeration(row.reach, survival, curve, 0.8), abs=0.02)
+
+
+def test_two_drafters_with_one_token():
+    tree = CandidateTree()
+    tree.add_chain(0, [7, 8], [0.5, 0.5])
+    tree.add_chain(1, [7, 9], [0.6, 0.9])
+    assert (tree.tokens, tree.parents) == ([7, 8, 9], [0, 1, 1])
+    assert tree.rates == pytest.approx([0.8, 0.5, 0.9])
+    row = tree.best(9)
+    assert row.tokens == [7, 9, 8]
+    assert row.reach == pytest.approx([0.8, 0.8 * 0.9 / 1.4, 0.8 * 0.5 / 1.4])  # two alternatives cannot both be right
+    assert row.landing(3) == pytest.approx([0.2, 0.0, *row.reach[1:]])
+    assert row.landing(1) == pytest.approx([0.2, 0.8])
+    assert row.rates(3) == pytest.approx([0.8, 0.9 / 1.4, 0.5 / 1.4])
 
 
 # ---------------------------------------------------------------- store
@@ -226,14 +312,14 @@ def test_expectations_by_enumeration():
 def test_calls_work_on_copies_of_what_was_learned():
     store = ScheduleStore()
     first = store.borrow("a", lambda: adaptive())
-    first.budget = 3
+    first.masks = 3
     store.give_back("a", first)
     second, third = (store.borrow("a", lambda: adaptive()) for _ in range(2))
-    assert second.budget == third.budget == 3
+    assert second.masks == third.masks == 3
     assert len({id(first), id(second), id(third)}) == 3
-    second.budget = 1
-    assert store.borrow("a", lambda: adaptive()).budget == 3
-    assert store.borrow("b", lambda: adaptive()).budget == 8
+    second.masks = 1
+    assert store.borrow("a", lambda: adaptive()).masks == 3
+    assert store.borrow("b", lambda: adaptive()).masks == 4
 
 
 def test_threads_may_learn_at_the_same_time():

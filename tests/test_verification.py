@@ -60,7 +60,7 @@ def test_all_at_once_is_one_by_one(processors, sampled):
         score = torch.stack([torch.stack([processors(None, one[None].clone())[0] for one in row]) for row in logits])
         right = (score + (noise if sampled else 0)).argmax(-1)
         drafts, given = drafts_near(right, generator), logits.clone()
-        token_BR, accepted_B, score_BRV = verify_together(logits, drafts, noise, processors)
+        token_BR, accepted_B, _, score_BRV = verify_together(logits, drafts, noise, processors)
         assert torch.equal(logits, given)
         torch.testing.assert_close(score_BRV, score)
         for row in range(4):
@@ -75,7 +75,7 @@ def test_all_at_once_is_one_by_one(processors, sampled):
 
 def test_scores_are_compared_in_float32():
     logits = torch.tensor([[[1.0, 1.0 + 1e-9, 0.0]]], dtype=torch.float64)
-    token_BR, _, score_BRV = verify_together(logits, no_drafts(1, CPU), None, LogitsProcessorList())
+    token_BR, _, _, score_BRV = verify_together(logits, no_drafts(1, CPU), None, LogitsProcessorList())
     assert score_BRV.dtype == torch.float32
     assert token_BR.item() == 0  # the first among equals, as in plain decoding
 

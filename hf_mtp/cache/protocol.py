@@ -16,6 +16,9 @@ class DecodingCache(Protocol):
 
     rows: Rows
 
+    def gather(self, columns: list[list[int]]) -> None:
+        """Moves columns of the last pass to its first ones. Only caches of modes that allow trees can do so."""
+
     def keep(self, tokens: list[int]) -> None:
         """For each row, keeps the first `tokens` columns of the last pass and rolls the others back."""
 

@@ -80,6 +80,15 @@ class RollbackLayer(CacheLayerMixin):
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
             storage.scatter_(2, column_BN[:, None, :, None].expand_as(states), states)
 
+    def move(self, source_BP: torch.LongTensor, target_BP: torch.LongTensor) -> None:
+        """Copies columns of the storage to others."""
+        for storage in (self.keys, self.values):
+            source, target = (
+                column_BP.to(storage.device)[:, None, :, None].expand(-1, storage.shape[1], -1, storage.shape[3])
+                for column_BP in (source_BP, target_BP)
+            )
+            storage.scatter_(2, target, storage.gather(2, source))
+
     def _grow(self, columns: int) -> None:
         columns = max(columns, self.keys.shape[2] * 3 // 2, self.keys.shape[2] + SPARE_COLUMNS)
         for name in ("keys", "values"):
@@ -133,6 +142,26 @@ class RollbackCache(Cache):
             tokens_B (`torch.LongTensor` of shape `(B,)`, *optional*): The same numbers, if already on the device.
         """
         self.rows.add(tokens, tokens_B)
+
+    def gather(self, columns: list[list[int]]) -> None:
+        """Moves columns of the last pass to its first ones, so that `keep` keeps an accepted path of a tree.
+
+        Args:
+            columns (`list[list[int]]`): The columns that each row is to keep, in increasing order.
+        """
+        width = max(map(len, columns))
+        moves = [[*row, *range(len(row), width)] for row in columns]
+        same = next((place for place in range(width) if any(row[place] != place for row in moves)), width)
+        if same == width:
+            return
+        if self.offloading:  # the first layer may be on its way back to the device
+            self.prefetch_stream.synchronize()
+        length_B1 = self.rows.length_B[:, None]
+        source_BP = length_B1 + torch.tensor([row[same:] for row in moves], device=length_B1.device)
+        target_BP = length_B1 + torch.arange(same, width, device=length_B1.device)
+        for layer in self.layers:
+            if isinstance(layer, RollbackLayer) and layer.is_initialized:
+                layer.move(source_BP, target_BP)
 
     def select_rows(self, rows: list[int]) -> None:
         """Drops all other rows."""

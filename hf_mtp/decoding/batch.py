@@ -11,9 +11,8 @@ import torch
 
 from ..cache.protocol import DecodingCache
 from .drafters.base import Drafts, no_drafts
+from .outcome import Origin
 from .sequence import Sequence
-
-NO_SOURCE = -1
 
 
 @dataclass
@@ -26,20 +25,20 @@ class Batch:
         unread_BT (`torch.Tensor`): The tokens that the next pass reads, with the drafts at the end: ids of shape
             `(B, T)`, or embeddings of shape `(B, T, E)`.
         drafts ([`Drafts`], *optional*): The drafts among these; none if `None`.
-        source_of_row (`list[int]`, *optional*): Number of the drafter that made each row's drafts, -1 for none.
+        origins (`list[list[Origin]]`, *optional*): Where the drafts of each row come from.
     """
 
     sequences: list[Sequence]
     cache: DecodingCache
     unread_BT: torch.Tensor
     drafts: Drafts = field(default=None)
-    source_of_row: list[int] = field(default=None)
+    origins: list[list[Origin]] = field(default=None)
 
     def __post_init__(self):
         if self.drafts is None:
             self.drafts = no_drafts(len(self.sequences), self.unread_BT.device)
-        if self.source_of_row is None:
-            self.source_of_row = [NO_SOURCE] * len(self.sequences)
+        if self.origins is None:
+            self.origins = [[] for _ in self.sequences]
 
     @property
     def is_done(self) -> bool:
@@ -51,9 +50,9 @@ class Batch:
         """The largest number of new tokens that any row may still get."""
         return max(sequence.remaining_tokens for sequence in self.sequences)
 
-    def set_drafts(self, pending_B: torch.LongTensor, drafts: Drafts, source_of_row: list[int]) -> None:
+    def set_drafts(self, pending_B: torch.LongTensor, drafts: Drafts, origins: list[list[Origin]]) -> None:
         """Sets what the next pass reads: each row's pending token, and drafts after it."""
-        self.drafts, self.source_of_row = drafts, source_of_row
+        self.drafts, self.origins = drafts, origins
         self.unread_BT = torch.cat([pending_B[:, None], drafts.token_BK.clamp(min=0)], dim=1)
 
     def admit(self, other: "Batch") -> None:
@@ -62,7 +61,7 @@ class Batch:
         pending_B = torch.cat([self.unread_BT[:, 0], other.unread_BT[:, 0].to(device)])
         self.cache.append_rows(other.cache)
         self.sequences = self.sequences + other.sequences
-        self.set_drafts(pending_B, self.drafts.with_rows(other.drafts), self.source_of_row + other.source_of_row)
+        self.set_drafts(pending_B, self.drafts.with_rows(other.drafts), self.origins + other.origins)
 
     def retire(self) -> list[Sequence]:
         """Drops and returns finished rows, unless all rows are finished."""
@@ -72,6 +71,6 @@ class Batch:
         retired = [row for row in self.sequences if row.is_finished]
         self.cache.select_rows(alive)
         self.sequences = [self.sequences[index] for index in alive]
-        self.source_of_row = [self.source_of_row[index] for index in alive]
+        self.origins = [self.origins[index] for index in alive]
         self.drafts, self.unread_BT = self.drafts.select_rows(alive), self.unread_BT[alive]
         return retired

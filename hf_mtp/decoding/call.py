@@ -40,6 +40,7 @@ from .streaming import RowStream
 from .verifier import Verifier
 
 COLUMNS_STEP = 256
+SIBLINGS = 2  # further candidates of each draft from masks that the adaptive schedule may choose
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class GenerateCall:
         rows, device = len(batch.sequences), str(self.tuner.model.device)
         key = self.tuner.active_adapters[0], self.k, rows, is_static, device, self.bitwise
         schedule = self._schedule(key, is_static)
-        drafters = [MaskDrafter(self.tuner, schedule.mask_acceptance, verifier.processors)]
+        siblings = SIBLINGS if isinstance(schedule, AdaptiveSchedule) else 0
+        drafters = [MaskDrafter(self.tuner, schedule.mask_acceptance, verifier.processors, siblings)]
         if isinstance(schedule, AdaptiveSchedule) and not is_static:  # fixed shapes have no room for these
             drafters.append(NgramDrafter(schedule.ngram_rates))
         loop = DecodingLoop(

@@ -54,8 +54,9 @@ class GenerationMixin:
                 `"quadratic"` hangs a whole block of masks on every draft, so that each pass has drafts to verify.
                 `"linear"` hangs one on the last draft only: passes are shorter, but after a rejected draft the next
                 pass has none to verify. `"auto"` computes the masks that are worth their cost on this machine, takes
-                drafts from the text itself where it repeats, and decodes plainly while that is faster. For models that
-                read plain sequences only, such as recurrent ones, `"auto"` is `"linear"`.
+                drafts from the text itself where it repeats, verifies second and third candidates beside the likeliest
+                ones where columns are cheap, and decodes plainly while that is faster. For models that read plain
+                sequences only, such as recurrent ones, `"auto"` is `"linear"`.
             mtp_k (`int`, *optional*, defaults to the adapter's `k`):
                 Masks per block, and so the most drafts that masks make per forward pass; at most the adapter's `k`.
             mtp_bitwise (`bool`, *optional*, defaults to `False`):
@@ -150,10 +151,16 @@ class GenerationMixin:
         return self.__dict__.setdefault("_schedules", ScheduleStore())
 
     def draft(
-        self, pending_B: torch.LongTensor, hidden_BKD: torch.Tensor, noise_of=None, warpers=None, logits_BKV=None
+        self,
+        pending_B: torch.LongTensor,
+        hidden_BKD: torch.Tensor,
+        noise_of=None,
+        warpers=None,
+        logits_BKV=None,
+        siblings: int = 0,
     ) -> Drafts:
         """Drafts by the active adapter. Arguments are those of [`~hf_mtp.decoding.drafters.masks.draft`]."""
-        return draft(self, pending_B, hidden_BKD, noise_of, warpers, logits_BKV)
+        return draft(self, pending_B, hidden_BKD, noise_of, warpers, logits_BKV, siblings)
 
 
 def _first_given(value, name: str, configs: list):

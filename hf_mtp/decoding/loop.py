@@ -1,9 +1,9 @@
 """The decode loop: draft, verify, accept, roll back.
 
 One forward pass verifies the drafts of the pass before, and computes masks for the next drafts. Its regular tokens are
-each row's pending token and its drafts (in the first pass, the prompt). Masks follow, in blocks that hang on these
-tokens, since decoding may continue after any of them. The cache then keeps the accepted tokens and rolls the others
-back.
+each row's pending token and its drafts, a chain or a tree (in the first pass, the prompt). Masks follow, in blocks
+that hang on these tokens, since decoding may continue after any of them. The cache then keeps the accepted tokens and
+rolls the others back.
 
 Knows nothing of how drafts are made, verified or scheduled.
 
@@ -18,7 +18,7 @@ import torch
 from ..layout.blocks import BlockLayout, decoding_layout
 from ..layout.mask_plan import MaskPlan, choose_masks
 from ..passes.decoding_pass import DecodingPass
-from .batch import NO_SOURCE, Batch
+from .batch import Batch
 from .drafters.base import Drafter, Drafts, no_drafts
 from .outcome import Outcome
 from .schedule.adaptive import AdaptiveSchedule
@@ -66,10 +66,12 @@ class DecodingLoop:
         plan, layout = self._plan(batch)
         output = self.forward(batch.unread_BT, layout, batch.cache, logits_rows=1 + batch.drafts.count)
         verified = self.verifier(batch, output)
-        columns = batch.unread_BT.shape[1] + plan.masks
-        outcome = Outcome(batch.sequences, columns, plan, output, verified, batch.source_of_row)
+        columns = 1 + batch.drafts.count + plan.masks
+        outcome = Outcome(batch.sequences, columns, plan, output, verified, batch.origins)
         # The cache keeps the pending token and the accepted drafts. Masks and rejected drafts are rolled back.
         before = batch.unread_BT.shape[1] - 1 - batch.drafts.count
+        if verified.columns is not None:
+            batch.cache.gather(verified.columns)
         batch.cache.keep([before * (new > 0) + new for new in verified.new_tokens])
         self._observe(outcome)
         self._draft(batch, outcome)
@@ -85,47 +87,50 @@ class DecodingLoop:
         if (before > LONG_PROMPT and any(cache.rows.starts)) or (before and self.forward.bitwise):
             k = 0
         plan = self.schedule.plan_masks(batch.drafts, self.k if self.fixed_shape else k)
-        return plan, decoding_layout(cache.rows.next_places(regular), plan, first=before)
+        places_BT = cache.rows.next_places(regular)
+        return plan, decoding_layout(places_BT, plan, first=before, parent_BK=batch.drafts.parent_BK)
 
     def _observe(self, outcome: Outcome) -> None:
         self.statistics.count_pass(outcome)
-        for number, drafter in enumerate(self.drafters):
-            drafter.observe(outcome, [source == number for source in outcome.source_of_row])
+        for drafter in self.drafters:
+            drafter.observe(outcome)
         self.schedule.observe(outcome)
 
     def _draft(self, batch: Batch, outcome: Outcome) -> None:
         """Makes the drafts that the next pass verifies."""
         pending_B = outcome.verified.pending_B
-        drafts, sources = no_drafts(len(batch.sequences), pending_B.device), [NO_SOURCE] * len(batch.sequences)
-        counts = [] if batch.is_done else self._counts(batch, outcome)
-        for number, (drafter, wanted) in enumerate(zip(self.drafters, counts, strict=False)):
-            if any(wanted):
-                drafts = drafts.overridden_by(drafter.propose(outcome, wanted))
-                sources = [number if count else source for count, source in zip(wanted, sources, strict=True)]
-        if self.fixed_shape and counts:
-            drafts = drafts.padded(self.schedule.fixed_drafts(self.k))
+        drafts, origins = no_drafts(len(batch.sequences), pending_B.device), [[] for _ in batch.sequences]
+        if not batch.is_done:
+            expected = self._expected(batch, outcome)
+            proposals = [
+                drafter.propose(outcome, counts) if any(counts) else None
+                for drafter, counts in zip(self.drafters, self.schedule.counts(expected), strict=True)
+            ]
+            drafts, origins = self.schedule.choose(expected, proposals, pending_B.device)
+            if self.fixed_shape:
+                drafts = drafts.padded(self.schedule.fixed_drafts(self.k))
         if self.verifier.keeps_rows_in_step and self.verifier.pad_token is not None:
             drafts = self._with_padding(batch, drafts)
-        batch.set_drafts(pending_B, drafts, sources)
+        batch.set_drafts(pending_B, drafts, origins)
 
-    def _counts(self, batch: Batch, outcome: Outcome) -> list[list[int]]:
-        """How many drafts each drafter makes for each row, as the schedule decides, within all limits."""
+    def _expected(self, batch: Batch, outcome: Outcome) -> list[list[list[float]]]:
+        """What each drafter expects of its drafts, for as many as a row may still verify."""
         positions = self.forward.positions_left(batch.cache.rows.positions + 1)
-        expected = [
+        return [
             [
                 row[: max(0, min(positions, sequence.remaining_tokens - 1))] if not sequence.is_finished else []
                 for row, sequence in zip(drafter.expect(outcome), batch.sequences, strict=True)
             ]
             for drafter in self.drafters
         ]
-        return self.schedule.choose(expected)
 
     def _with_padding(self, batch: Batch, drafts: Drafts) -> Drafts:
         """Drafts padding for rows that ended, which continue with it."""
         ended = [index for index, row in enumerate(batch.sequences) if row.is_finished]
-        token_BK = drafts.token_BK.clone()
+        token_BK, parent_BK = drafts.token_BK.clone(), drafts.parents_BK.clone()
         token_BK[ended] = self.verifier.pad_token
-        return Drafts(token_BK, drafts.confidence_BK)
+        parent_BK[ended] = torch.arange(drafts.count, device=parent_BK.device)
+        return Drafts(token_BK, drafts.confidence_BK, None if drafts.parent_BK is None else parent_BK)
 
     def measure_costs(self, batch: Batch, agreed: Callable[[float], float]) -> None:
         """Times passes of several sizes on a batch, without changing it.

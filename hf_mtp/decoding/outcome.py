@@ -4,12 +4,25 @@ Shapes: B batch.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..layout.mask_plan import MaskPlan
 from ..passes.decoding_pass import PassOutput
 from .sequence import Sequence
+
+
+class Origin(NamedTuple):
+    """Where a draft comes from.
+
+    Args:
+        drafter (`int`): Number of the drafter that proposed it.
+        place (`int`): How many tokens it is after the pending one, from 1.
+    """
+
+    drafter: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -20,16 +33,20 @@ class Verified:
         tokens (`list[list[int]]`): New tokens.
         offered, accepted (`list[int]`): Number of drafts that were verified, and of those among the new tokens.
         pending_B (`torch.LongTensor` of shape `(B,)`): The last new token, which the model has not read.
-        accepted_B (`torch.LongTensor` of shape `(B,)`): `accepted`, on the device.
+        anchor_B (`torch.LongTensor` of shape `(B,)`): The column of the last token that the model has read: 0 for the
+            token that was pending, i for the i-th draft. The masks on it make the next drafts.
         had_ended (`list[bool]`): Whether the row ended before the pass. Its new tokens, if any, are padding.
+        columns (`list[list[int]]`, *optional*): For a tree of drafts, the columns of the accepted drafts, after the
+            pending token's 0. In a chain they are consecutive.
     """
 
     tokens: list[list[int]]
     offered: list[int]
     accepted: list[int]
     pending_B: torch.LongTensor
-    accepted_B: torch.LongTensor
+    anchor_B: torch.LongTensor
     had_ended: list[bool]
+    columns: list[list[int]] | None = None
 
     @property
     def new_tokens(self) -> list[int]:
@@ -43,11 +60,11 @@ class Outcome:
 
     Args:
         sequences (`list[Sequence]`): The rows.
-        columns (`int`): Columns of the pass, masks included.
+        columns (`int`): Columns of the pass, masks included. A prompt counts as one, since it must be read anyway.
         plan ([`MaskPlan`]): The masks that it computed.
         output ([`PassOutput`]): Its logits and hidden states.
         verified ([`Verified`]): The result of verification.
-        source_of_row (`list[int]`): Number of the drafter whose drafts each row verified, -1 for none.
+        origins (`list[list[Origin]]`): Where the drafts of each row came from.
     """
 
     sequences: list[Sequence]
@@ -55,11 +72,11 @@ class Outcome:
     plan: MaskPlan
     output: PassOutput
     verified: Verified
-    source_of_row: list[int]
+    origins: list[list[Origin]]
 
     @property
     def next_masks(self) -> list[int]:
         """Number of masks on each row's last accepted token."""
         if not self.plan.masks:
             return [0] * len(self.sequences)
-        return self.plan.drafts_BR.gather(1, self.verified.accepted_B[:, None])[:, 0].tolist()
+        return self.plan.drafts_BR.gather(1, self.verified.anchor_B[:, None])[:, 0].tolist()

@@ -14,10 +14,11 @@ class MTPStatistics:
     Args:
         forward_passes (`int`): Forward passes of the base model, the one over the prompt included.
         tokens (`int`): New tokens returned.
-        drafted (`int`): Drafts that were verified.
+        drafted (`int`): Drafts that were verified, alternatives included.
         accepted (`int`): Drafts that were accepted and returned.
         looked_up (`int`): Accepted drafts that were n-grams of the text; the others came from masks.
-        drafted_per_position, accepted_per_position (`list[int]`): The same for the first, second ... draft of a step.
+        drafted_per_position, accepted_per_position (`list[int]`): The same for the first, second ... token after a
+            step's pending token.
         steps (`list[int]`): New tokens of each forward pass, in order, all rows together.
         row_steps (`int`): Forward passes, counted once for each row of the batch that had not ended.
     """
@@ -43,24 +44,26 @@ class MTPStatistics:
         self.forward_passes += outcome.output.calls
         new_tokens = [0 if ended else new for new, ended in zip(verified.new_tokens, verified.had_ended, strict=True)]
         self.steps.append(sum(new_tokens))
-        for new, offered, right, source in zip(
-            new_tokens, verified.offered, verified.accepted, outcome.source_of_row, strict=True
-        ):
+        columns = verified.columns or [range(1 + right) for right in verified.accepted]
+        for new, drafts, right, path in zip(new_tokens, outcome.origins, verified.accepted, columns, strict=True):
             if new:
-                self._count_row(new, offered, right)
-                self.looked_up += right if source > 0 else 0  # the first drafter drafts from masks
+                self._count_row(new, [origin.place for origin in drafts], right)
+                # The first drafter drafts from masks.
+                self.looked_up += sum(drafts[column - 1].drafter > 0 for column in path[1:])
 
-    def _count_row(self, tokens: int, drafted: int, accepted: int) -> None:
+    def _count_row(self, tokens: int, places: list[int], accepted: int) -> None:
+        """Counts a row's pass: its new tokens, the place of each of its drafts, and how many of these were right."""
         self.row_steps += 1
         self.tokens += tokens
-        self.drafted += drafted
+        self.drafted += len(places)
         self.accepted += accepted
-        missing = drafted - len(self.drafted_per_position)
+        missing = max(places, default=0) - len(self.drafted_per_position)
         self.drafted_per_position += [0] * missing
         self.accepted_per_position += [0] * missing
-        for position in range(drafted):
-            self.drafted_per_position[position] += 1
-            self.accepted_per_position[position] += position < accepted
+        for place in places:
+            self.drafted_per_position[place - 1] += 1
+        for place in range(accepted):
+            self.accepted_per_position[place] += 1
 
 
 @dataclass

@@ -9,7 +9,6 @@ from transformers.generation import MaxTimeCriteria
 
 from ..passes.decoding_pass import PassOutput
 from .batch import Batch
-from .drafters.base import count_matching
 from .outcome import Verified
 from .processors import Order, end_tokens, has_end_token, order_of
 from .sequence import Sequence
@@ -54,28 +53,36 @@ class Verifier:
             for row in batch.sequences:
                 row.finish()
         for index, row in enumerate(batch.sequences):
-            row.record_states(before[index], output.states_of_row(index))
+            path = None if verified.columns is None else verified.columns[index]
+            row.record_states(before[index], output.states_of_row(index, path))
         return verified
 
     def _together(self, batch: Batch, output: PassOutput) -> Verified:
         drafts, logits_BRV = batch.drafts, output.logits_BRV
         noise_BRV = noise_of(batch.sequences, 1 + drafts.count)
-        token_BR, accepted_B, score_BRV = verify_together(logits_BRV, drafts, noise_BRV, self.processors)
+        token_BR, accepted_B, path_BR, score_BRV = verify_together(logits_BRV, drafts, noise_BRV, self.processors)
         is_finite_B = output.masks_are_finite.expand_as(accepted_B)
         numbers = torch.stack([accepted_B, drafts.offered_B, is_finite_B.long()], dim=1)
-        read = torch.cat([token_BR, numbers], dim=1).tolist()  # the only time that the host waits for the device
-        tokens, accepted, had_ended = [], [], [row.is_finished for row in batch.sequences]
-        for index, row in enumerate(batch.sequences):
-            *row_tokens, right, _, is_finite = read[index]
+        paths = [] if path_BR is None else [path_BR]
+        if path_BR is not None:
+            token_BR = token_BR.gather(1, path_BR)
+        read = torch.cat([token_BR, numbers, *paths], dim=1).tolist()  # the only time that the host waits
+        columns, tokens, accepted, had_ended = [], [], [], [row.is_finished for row in batch.sequences]
+        width = token_BR.shape[1]
+        for index, (row, values) in enumerate(zip(batch.sequences, read, strict=True)):
+            right, _, is_finite = values[width : width + 3]
             _refuse_nonfinite(is_finite)
-            row_tokens = self._cut(row, row_tokens[: right + 1])
-            here = index, slice(len(row_tokens))
-            row.append(token_BR[here], logits_BRV[here], score_BRV[here])
+            row_tokens = self._cut(row, values[: right + 1])
+            path = values[width + 3 :][: len(row_tokens)]
+            here = index, path if paths else slice(len(row_tokens))
+            row.append(token_BR[index, : len(row_tokens)], logits_BRV[here], score_BRV[here])
             tokens.append(row_tokens)
+            columns.append(path)
             accepted.append(min(right, len(row_tokens)))
         pending_B = token_BR.gather(1, accepted_B[:, None])[:, 0]
-        offered = [offered for *_, offered, _ in read]
-        return Verified(tokens, offered, accepted, pending_B, accepted_B, had_ended)
+        anchor_B = accepted_B if path_BR is None else path_BR.gather(1, accepted_B[:, None])[:, 0]
+        offered = [values[width + 1] for values in read]
+        return Verified(tokens, offered, accepted, pending_B, anchor_B, had_ended, columns if paths else None)
 
     def _cut(self, row: Sequence, tokens: list[int]) -> list[int]:
         """Cuts tokens after the first one that ends the row, and finishes the row there."""
@@ -94,10 +101,11 @@ class Verifier:
         rows, drafts = batch.sequences, batch.drafts
         groups = [list(range(len(rows)))] if self.keeps_rows_in_step else [[index] for index in range(len(rows))]
         before, had_ended = [row.new_tokens for row in rows], [row.is_finished for row in rows]
+        columns: list[list[int]] = [[] for _ in rows]
         for group in groups:
             if all(rows[index].is_finished for index in group):
                 continue
-            verify_in_order(
+            found = verify_in_order(
                 [rows[index] for index in group],
                 output.logits_BRV[group],
                 drafts.select_rows(group),
@@ -105,16 +113,19 @@ class Verifier:
                 self.criteria,
                 self.pad_token,
             )
+            for index, visited in zip(group, found, strict=True):
+                columns[index] = visited
         tokens = [row.ids_1S[0, row.prompt + start :].tolist() for row, start in zip(rows, before, strict=True)]
-        draft_tokens = drafts.token_BK.tolist()
+        kept = [visited[: len(new)] for visited, new in zip(columns, tokens, strict=True)]
         device = drafts.token_BK.device
         return Verified(
             tokens,
             drafts.offered_B.tolist(),
-            [count_matching(*pair) for pair in zip(draft_tokens, tokens, strict=True)],
+            [max(0, len(visited) - 1) for visited in columns],
             torch.cat([row.ids_1S[0, -1:] for row in rows]).to(device),
-            torch.tensor([max(0, len(row_tokens) - 1) for row_tokens in tokens], device=device),
+            torch.tensor([visited[-1] if visited else 0 for visited in kept], device=device),
             had_ended,
+            None if drafts.parent_BK is None else kept,
         )
 
 

@@ -72,7 +72,8 @@ def allowed_attention(
     """The attention rule.
 
     A regular token attends to the regular tokens of its document up to itself. A mask attends to the regular tokens of
-    its anchor's document up to the anchor, and to the masks of its own block up to itself.
+    its anchor's document up to the anchor, and to the masks of its own block up to itself. In a tree of drafts, only
+    the tokens that a draft follows are before it.
 
     Args:
         layout ([`BlockLayout`]): The blocks.
@@ -92,6 +93,8 @@ def allowed_attention(
     column_N = torch.arange(block_BN.shape[1], device=block_BN.device)
     q = slice(0 if queries is None else len(column_N) - queries, None)
     to_regular = column_N <= reach_BN[:, q, None]
+    if layout.ancestor_BTT is not None:
+        to_regular = _to_ancestors(layout.ancestor_BTT, reach_BN[:, q], len(column_N))
     to_own_block = (block_BN[:, None, :] == block_BN[:, q, None]) & (column_N <= column_N[q, None])
     same_document = (segment_BN[:, None, :] == segment_BN[:, q, None]) & (segment_BN[:, None, :] > NO_DOCUMENT)
     allowed = torch.where(block_BN[:, None, :] < 0, to_regular, to_own_block) & same_document
@@ -103,6 +106,13 @@ def allowed_attention(
     if kind.reaches_back() is not None:
         allowed &= within_reach(position_BN[:, q], key_position_BS, kind)
     return allowed
+
+
+def _to_ancestors(ancestor_BTT: torch.BoolTensor, reach_BQ: torch.LongTensor, columns: int) -> torch.BoolTensor:
+    """`(B, Q, columns)`: each query's last regular column and those that this column follows."""
+    regular = ancestor_BTT.shape[1]
+    seen_BQT = ancestor_BTT.gather(1, reach_BQ[:, :, None].expand(-1, -1, regular))
+    return padded_right(seen_BQT, columns)
 
 
 def _behind_cache(
@@ -122,9 +132,9 @@ def _behind_cache(
     return allowed_BQS, position_BS
 
 
-def padded_right(hidden_BP: torch.BoolTensor, columns: int) -> torch.BoolTensor:
-    """`(B, columns)`: `hidden_BP`, padded on the right with columns that are not hidden."""
-    return torch.nn.functional.pad(hidden_BP, (0, columns - hidden_BP.shape[1]))
+def padded_right(value_xP: torch.BoolTensor, columns: int) -> torch.BoolTensor:
+    """`(..., columns)`: `value_xP`, padded on the right with `False`."""
+    return torch.nn.functional.pad(value_xP, (0, columns - value_xP.shape[-1]))
 
 
 def within_reach(query_BQ: torch.LongTensor, key_BS: torch.LongTensor, kind: AttentionKind) -> torch.BoolTensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .mask_plan import MaskPlan
+from .tree import ancestors, depths
 
 IGNORE = -100  # the label of a token outside the loss, as everywhere in PyTorch and transformers
 NO_DOCUMENT = -1  # the document of padding, and of masks that only fill up a row
@@ -40,6 +41,8 @@ class BlockLayout:
         is_chain (`bool`): Whether all masks form one block on the last regular token: a plain causal sequence.
         weight_B (`torch.Tensor` of shape `(B,)`, *optional*): If the blocks are a sample, the number of blocks that
             each block of a row represents.
+        ancestor_BTT (`torch.BoolTensor` of shape `(B, T, T)`, *optional*): For a tree of drafts, whether the second
+            regular column is the first one or one that it follows. If `None`, every token follows all before it.
     """
 
     position_BT: torch.LongTensor
@@ -49,6 +52,7 @@ class BlockLayout:
     alive_BM: torch.BoolTensor | None = None
     is_chain: bool = False
     weight_B: torch.Tensor | None = None
+    ancestor_BTT: torch.BoolTensor | None = None
 
     @classmethod
     def of_blocks(
@@ -62,6 +66,11 @@ class BlockLayout:
     def masks(self) -> int:
         """M, masks per row."""
         return self.anchor_BM.shape[1]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the columns are one plain causal sequence."""
+        return self.ancestor_BTT is None and (not self.masks or self.is_chain)
 
     @property
     def index_BM(self) -> torch.LongTensor:
@@ -227,15 +236,30 @@ def weight_of_all_masks(
     return weight
 
 
-def decoding_layout(position_BT: torch.LongTensor, plan: MaskPlan, first: int = 0) -> BlockLayout:
-    """The masks that one decoding step computes.
+def decoding_layout(
+    position_BT: torch.LongTensor, plan: MaskPlan, first: int = 0, parent_BK: torch.LongTensor | None = None
+) -> BlockLayout:
+    """The columns of one decoding step.
 
     Args:
-        position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the step's regular tokens, below 0 at padding.
+        position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the step's regular tokens if these are a plain
+            sequence, below 0 at padding.
         plan ([`MaskPlan`]): The masks.
         first (`int`, *optional*, defaults to 0): The regular column that is number 0 in the plan.
+        parent_BK (`torch.LongTensor` of shape `(B, T - 1)`, *optional*): The column of each draft's parent, if the
+            drafts are a tree. The pending token is then the first regular column.
     """
     segment_BT = torch.where(position_BT < 0, NO_DOCUMENT, 0)
+    ancestor_BTT = None
+    if parent_BK is not None:
+        ancestor_BTT = ancestors(parent_BK)
+        position_BT = position_BT[:, :1] + depths(ancestor_BTT)
     return BlockLayout(
-        position_BT.clamp(min=0), segment_BT, plan.anchor_BM + first, plan.step_BM, plan.alive_BM, plan.is_chain
+        position_BT.clamp(min=0),
+        segment_BT,
+        plan.anchor_BM + first,
+        plan.step_BM,
+        plan.alive_BM,
+        plan.is_chain,
+        ancestor_BTT=ancestor_BTT,
     )

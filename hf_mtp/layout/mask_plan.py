@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .tree import ancestors
+
 
 @dataclass(frozen=True)
 class MaskPlan:
@@ -66,15 +68,20 @@ def whole_blocks(drafts_B: torch.LongTensor, count: int, k: int, linear: bool) -
     return replace(plan, is_chain=plan.is_chain or (linear and len(drafts_B) == 1))
 
 
-def landing_probability(accept_BK: torch.Tensor) -> torch.Tensor:
-    """`(B, K + 1)`: the probability that exactly the first 0, 1 ... K drafts are accepted.
+def landing_probability(accept_BK: torch.Tensor, parent_BK: torch.LongTensor | None = None) -> torch.Tensor:
+    """`(B, K + 1)`: the probability that each regular token is the last accepted one.
 
     Args:
-        accept_BK (`torch.Tensor` of shape `(B, K)`): Probability that each draft is accepted if all before it are.
+        accept_BK (`torch.Tensor` of shape `(B, K)`): Probability that each draft is accepted if its parent is.
+        parent_BK (`torch.LongTensor` of shape `(B, K)`, *optional*): See [`~hf_mtp.layout.tree.ancestors`]; a chain if
+            `None`.
     """
-    one_B1 = accept_BK.new_ones(accept_BK.shape[0], 1)
-    reached_BR = torch.cat([one_B1, accept_BK.cumprod(dim=1)], dim=1)
-    return reached_BR * torch.cat([1 - accept_BK, one_B1], dim=1)
+    accept_BR = torch.nn.functional.pad(accept_BK, (1, 0), value=1.0)
+    if parent_BK is None:
+        reached_BR = accept_BR.cumprod(dim=1)
+        return torch.cat([reached_BR[:, :-1] - reached_BR[:, 1:], reached_BR[:, -1:]], dim=1)
+    reached_BR = accept_BR[:, None].where(ancestors(parent_BK), 1.0).prod(dim=2)
+    return reached_BR.scatter_add(1, parent_BK, -reached_BR[:, 1:]).clamp(min=0)
 
 
 def mask_values(landing_BR: torch.Tensor, survival_k: torch.Tensor) -> torch.Tensor:

@@ -66,21 +66,27 @@ class PassOutput:
         """`(B, K, V)`: logits of these masks, arbitrary where the column is -1; `None` if not computed."""
         return None if self.mask_logits_BMV is None else _in_columns(self.mask_logits_BMV, column_BK)
 
-    def states_of_row(self, row: int) -> list[dict]:
-        """Hidden states and attentions from which each token was chosen, in order and in the shape of `generate`."""
+    def states_of_row(self, row: int, path: list[int] | None = None) -> list[dict]:
+        """Hidden states and attentions from which each token was chosen, in order and in the shape of `generate`.
+
+        Args:
+            row (`int`): The row.
+            path (`list[int]`, *optional*): In a tree of drafts, the columns whose logits chose the tokens.
+        """
         if self.hidden_states is None and self.attentions is None:
             return []
-        entries = []
-        for position in range(self.logits_BRV.shape[1]):
-            end = self.before + position + 1
+        entries, before = [], self.past[row] + self.before
+        path = range(self.logits_BRV.shape[1]) if path is None else path
+        for position, column in enumerate(path):
+            end = self.before + column + 1
             read = slice(0 if position == 0 else end - 1, end)  # the first token is chosen from the whole prompt
             entry = {}
             if self.hidden_states is not None:
                 entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
             if self.attentions is not None:
-                keys = self.past[row] + end
+                keys = [*range(before), *(before + seen for seen in path[: position + 1])]
                 entry["attentions"] = tuple(
-                    weights[row, read] if weights.dim() == 3 else weights[row, :, read, :keys]
+                    weights[row, read] if weights.dim() == 3 else weights[row, :, read][..., keys]
                     for weights in self.attentions
                 )
             entries.append(entry)
@@ -194,7 +200,7 @@ class DecodingPass:
             inputs["input_ids"] = torch.cat([regular_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
         else:
             inputs["input_ids"] = regular_BT
-        if not (cache.is_causal and (layout.masks == 0 or layout.is_chain)):  # else the model's own mask is right
+        if not (cache.is_causal and layout.is_causal):  # else the model's own mask is right
             inputs["attention_mask"] = self._attention_mask(layout, cache, regular)
         for name, value_B1 in cache.extra_inputs.items():
             inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])

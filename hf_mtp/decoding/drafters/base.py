@@ -3,8 +3,8 @@
 Shapes: B batch, K drafts per row.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,29 +17,56 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Drafts:
-    """Guesses at each row's next tokens.
+    """Guesses at each row's next tokens: a chain, or a tree of alternatives.
 
     Args:
         token_BK (`torch.LongTensor` of shape `(B, K)`): The drafts, -1 where a row has no more.
-        confidence_BK (`torch.Tensor` of shape `(B, K)`): Probability that each is accepted if all before it are.
+        confidence_BK (`torch.Tensor` of shape `(B, K)`): Probability that each is accepted if its parent is.
+        parent_BK (`torch.LongTensor` of shape `(B, K)`, *optional*): The column of the token that each follows: 0 is
+            the pending token, i the i-th draft. Parents come first, and drafts with one parent differ. If `None`, each
+            draft follows the one before it.
+        sibling_BKC (`torch.LongTensor` of shape `(B, K, C)`, *optional*): For a chain that a drafter proposes, the
+            next likeliest tokens in the place of each draft.
     """
 
     token_BK: torch.LongTensor
     confidence_BK: torch.Tensor
+    parent_BK: torch.LongTensor | None = None
+    sibling_BKC: torch.LongTensor | None = None
 
     @property
     def count(self) -> int:
         """K."""
         return self.token_BK.shape[1]
 
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """`token_BK` on the host. The first use waits for the device."""
+        return self.token_BK.tolist()
+
+    @cached_property
+    def siblings(self) -> list[list[list[int]]]:
+        """`sibling_BKC` on the host."""
+        if self.sibling_BKC is None:
+            return [[[] for _ in row] for row in self.tokens]
+        return self.sibling_BKC.tolist()
+
     @property
     def offered_B(self) -> torch.LongTensor:
         """`(B,)`: how many drafts each row has."""
         return (self.token_BK != NO_TOKEN).sum(dim=1)
 
+    @property
+    def parents_BK(self) -> torch.LongTensor:
+        """`(B, K)`: the parents, also of a chain."""
+        if self.parent_BK is not None:
+            return self.parent_BK
+        return torch.arange(self.count, device=self.token_BK.device).expand_as(self.token_BK)
+
     def select_rows(self, index: list[int]) -> "Drafts":
         """The drafts of these rows."""
-        return Drafts(self.token_BK[index], self.confidence_BK[index])
+        parent_BK = None if self.parent_BK is None else self.parent_BK[index]
+        return Drafts(self.token_BK[index], self.confidence_BK[index], parent_BK)
 
     def where(self, wanted_BK: torch.BoolTensor) -> "Drafts":
         """Drops all other drafts."""
@@ -48,21 +75,18 @@ class Drafts:
     def padded(self, count: int) -> "Drafts":
         """Pads to K = `count` places, without drafts in the new ones."""
         short = (0, count - self.count)
-        return Drafts(F.pad(self.token_BK, short, value=NO_TOKEN), F.pad(self.confidence_BK, short))
+        parent_BK = None if self.parent_BK is None else F.pad(self.parent_BK, short)
+        return Drafts(F.pad(self.token_BK, short, value=NO_TOKEN), F.pad(self.confidence_BK, short), parent_BK)
 
     def with_rows(self, other: "Drafts") -> "Drafts":
         """Appends the rows of `other`."""
         count = max(self.count, other.count)
         one, two = self.padded(count), other.padded(count)
-        return Drafts(torch.cat([one.token_BK, two.token_BK]), torch.cat([one.confidence_BK, two.confidence_BK]))
-
-    def overridden_by(self, other: "Drafts") -> "Drafts":
-        """Takes the rows of `other` where it has drafts, and keeps the other rows."""
-        count = max(self.count, other.count)
-        mine, theirs = self.padded(count), other.padded(count)
-        chosen_B1 = theirs.offered_B[:, None] > 0
+        is_chain = self.parent_BK is None and other.parent_BK is None
         return Drafts(
-            theirs.token_BK.where(chosen_B1, mine.token_BK), theirs.confidence_BK.where(chosen_B1, mine.confidence_BK)
+            torch.cat([one.token_BK, two.token_BK]),
+            torch.cat([one.confidence_BK, two.confidence_BK]),
+            None if is_chain else torch.cat([one.parents_BK, two.parents_BK]),
         )
 
 
@@ -73,19 +97,13 @@ def no_drafts(batch: int, device: torch.device) -> Drafts:
 
 
 class Drafter(Protocol):
-    """A source of drafts. After each pass, the loop calls `observe`, `expect` and, if chosen, `propose`."""
+    """A source of drafts. After each pass, the loop calls `observe`, `expect` and, if wanted, `propose`."""
 
-    def observe(self, outcome: Outcome, is_own: list[bool]) -> None:
-        """Learns from a pass. `is_own` tells which rows verified drafts of this drafter."""
+    def observe(self, outcome: Outcome) -> None:
+        """Learns from a pass how often its proposals are right, whether or not these were verified."""
 
     def expect(self, outcome: Outcome) -> list[list[float]]:
         """For each row, the probability that each possible draft is accepted if all before it are."""
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
-        """Makes `counts` drafts for each row, at most as many as `expect` returned probabilities."""
-
-
-def count_matching(drafts: Iterable[int], tokens: Iterable[int]) -> int:
-    """Number of drafts before the first that differs from its token."""
-    pairs = list(zip(drafts, tokens, strict=False))
-    return next((place for place, (draft, token) in enumerate(pairs) if draft != token), len(pairs))
+        """Makes a chain of `counts` drafts for each row, at most as many as `expect` returned probabilities."""

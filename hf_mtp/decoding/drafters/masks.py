@@ -6,6 +6,7 @@ likeliest tokens form a shortlist. The sampler head then chooses from it, one dr
 Shapes: B batch, K drafts per row, C shortlisted tokens, D features, V vocabulary.
 """
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -28,24 +29,32 @@ class MaskDrafter:
 
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
-        acceptance ([`MaskAcceptance`]): Acceptance rates, which the drafter updates.
+        acceptance ([`MaskAcceptance`]): Acceptance rates.
         processors ([`~transformers.LogitsProcessorList`]): The processors of the call.
+        siblings (`int`, *optional*, defaults to 0): How many further candidates to propose for each draft. If any, the
+            drafter compares its proposals with the tokens that come, and updates the acceptance rates.
     """
 
-    def __init__(self, tuner: GatedLoraTuner, acceptance: MaskAcceptance, processors: LogitsProcessorList):
-        self.tuner, self.acceptance = tuner, acceptance
+    def __init__(
+        self,
+        tuner: GatedLoraTuner,
+        acceptance: MaskAcceptance,
+        processors: LogitsProcessorList,
+        siblings: int = 0,
+    ):
+        self.tuner, self.acceptance, self.siblings = tuner, acceptance, siblings
         self.warpers = LogitsProcessorList(p for p in processors if type(p) in SHORTLIST_WARPERS)
-
-    def observe(self, outcome: Outcome, is_own: list[bool]) -> None:
-        """Updates the acceptance rates by its own drafts."""
-        verified = outcome.verified
-        self.acceptance.count(
-            [
-                (offered, accepted)
-                for offered, accepted, own in zip(verified.offered, verified.accepted, is_own, strict=True)
-                if own and offered
-            ]
+        # The last proposals: each row's drafts, and the siblings of each.
+        self._proposed: weakref.WeakKeyDictionary[Sequence, tuple[list[int], list[list[int]]]] = (
+            weakref.WeakKeyDictionary()
         )
+
+    def observe(self, outcome: Outcome) -> None:
+        """Compares the last proposals with the new tokens."""
+        for sequence, tokens in zip(outcome.sequences, outcome.verified.tokens, strict=True):
+            drafts, siblings = self._proposed.pop(sequence, ([], []))
+            if drafts:
+                self.acceptance.compare(drafts, siblings, tokens)
 
     def expect(self, outcome: Outcome) -> list[list[float]]:
         """For each row, the probability that each possible draft is accepted if all before it are."""
@@ -53,18 +62,27 @@ class MaskDrafter:
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
         """Makes `counts` drafts for each row from the masks that the pass computed."""
-        rows, accepted_B = torch.arange(len(counts)), outcome.verified.accepted_B
-        column_BK = outcome.plan.column_BRk[rows, accepted_B, : max(counts)]
+        rows, anchor_B = torch.arange(len(counts)), outcome.verified.anchor_B
+        column_BK = outcome.plan.column_BRk[rows, anchor_B, : max(counts)]
         wanted_BK = torch.arange(column_BK.shape[1]) < torch.tensor(counts)[:, None]
         output = outcome.output
         noise_of = None if outcome.sequences[0].noise is None else _noise_of(outcome.sequences)
         drafts = self.tuner.draft(
-            outcome.verified.pending_B, output.block(column_BK), noise_of, self.warpers, output.block_logits(column_BK)
+            outcome.verified.pending_B,
+            output.block(column_BK),
+            noise_of,
+            self.warpers,
+            output.block_logits(column_BK),
+            self.siblings,
         )
-        if noise_of is not None:  # with noise, a draft's probability says little about its acceptance
-            rates_K = torch.tensor(self.acceptance.rates[: drafts.count], device=column_BK.device)
-            drafts = Drafts(drafts.token_BK, rates_K.expand_as(drafts.confidence_BK))
-        return drafts.where((column_BK >= 0) & wanted_BK.to(column_BK.device))
+        drafts = drafts.where((column_BK >= 0) & wanted_BK.to(column_BK.device))
+        if self.siblings:
+            self._remember(outcome.sequences, drafts, counts)
+        return drafts
+
+    def _remember(self, sequences: list[Sequence], drafts: Drafts, counts: list[int]) -> None:
+        for sequence, count, tokens, siblings in zip(sequences, counts, drafts.tokens, drafts.siblings, strict=True):
+            self._proposed[sequence] = tokens[:count], siblings[:count]
 
 
 def draft(
@@ -74,6 +92,7 @@ def draft(
     noise_of: Callable[[int, torch.LongTensor], torch.Tensor] | None = None,
     warpers: LogitsProcessorList | None = None,
     logits_BKV: torch.Tensor | None = None,
+    siblings: int = 0,
 ) -> Drafts:
     """Drafts a token for each mask of a block, given the token before it.
 
@@ -86,6 +105,7 @@ def draft(
         warpers ([`~transformers.LogitsProcessorList`], *optional*): Processors to apply before the noise is added.
         logits_BKV (`torch.Tensor` of shape `(B, K, V)`, *optional*): The unembedding's logits of the states, if they
             are known.
+        siblings (`int`, *optional*, defaults to 0): C, the number of further candidates for each draft.
     """
     if not hidden_BKD.shape[1]:
         return no_drafts(len(pending_B), pending_B.device)
@@ -94,16 +114,21 @@ def draft(
     score_BKC, candidate_BKC = logits_BKV.topk(min(SHORTLIST, logits_BKV.shape[-1]), dim=-1)
     if sampler is not None:
         refine, rescore = sampler.given(hidden_BKD), _shortlisted(unembedding, candidate_BKC)
-    tokens, confidences = [], []
+    tokens, confidences, others = [], [], []
     for step, candidate_BC in enumerate(candidate_BKC.unbind(dim=1)):
         score_BC = score_BKC[:, step].float() if sampler is None else rescore(step, refine(step, embedding(pending_B)))
         if noise_of is not None:
             score_BC = warpers(None, score_BC) + noise_of(step, candidate_BC)
         best_B1 = score_BC.argmax(dim=-1, keepdim=True)
+        if siblings:
+            others.append(
+                candidate_BC.gather(1, score_BC.topk(min(1 + siblings, score_BC.shape[1]), dim=-1).indices[:, 1:])
+            )
         confidences.append(score_BC.softmax(dim=-1).gather(1, best_B1))
         pending_B = candidate_BC.gather(1, best_B1)[:, 0]
         tokens.append(pending_B)
-    return Drafts(torch.stack(tokens, dim=1), torch.cat(confidences, dim=1))
+    sibling_BKC = torch.stack(others, dim=1) if siblings else None
+    return Drafts(torch.stack(tokens, dim=1), torch.cat(confidences, dim=1), sibling_BKC=sibling_BKC)
 
 
 def _noise_of(sequences: list[Sequence]) -> Callable[[int, torch.LongTensor], torch.Tensor]:

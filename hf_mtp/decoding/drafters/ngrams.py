@@ -11,8 +11,8 @@ import torch
 
 from ..outcome import Outcome
 from ..sequence import Sequence
-from .acceptance import Rates
-from .base import NO_TOKEN, Drafts, count_matching
+from .acceptance import Rates, count_matching
+from .base import NO_TOKEN, Drafts
 
 LONGEST_INDEXED = 3  # tokens of the longest n-gram in the index
 LONGEST_MATCH = 8  # tokens to compare at a place; a longer match tells nothing more
@@ -81,7 +81,7 @@ class NgramDrafter:
         self._indexes: weakref.WeakKeyDictionary[Sequence, NgramIndex] = weakref.WeakKeyDictionary()
         self._matches: weakref.WeakKeyDictionary[Sequence, Match] = weakref.WeakKeyDictionary()
 
-    def observe(self, outcome: Outcome, is_own: list[bool]) -> None:
+    def observe(self, outcome: Outcome) -> None:
         """Compares the last matches with the new tokens, and adds these to the index."""
         for sequence, tokens in zip(outcome.sequences, outcome.verified.tokens, strict=True):
             if sequence not in self._indexes:

@@ -6,27 +6,26 @@ not disturb it, and processes that share a model decide alike.
 Shapes: B batch, K drafts, k masks per block.
 """
 
-from collections import deque
-from itertools import accumulate
-from operator import mul
-
 import torch
 
 from ...layout.mask_plan import MaskPlan, choose_masks, landing_probability, mask_values, no_masks
 from ..drafters.acceptance import MaskAcceptance, Rates
-from ..drafters.base import Drafts
-from ..outcome import Outcome
+from ..drafters.base import NO_TOKEN, Drafts
+from ..outcome import Origin, Outcome
+from .candidates import CandidateTree, RankedCandidates
+from .columns import MOST_DRAFTS, Columns, fixed_columns, masked_columns, plain_columns
 from .costs import FIRST_GUESS
 
 NGRAM_CLASSES = 8
 
 
 class AdaptiveSchedule:
-    """Chooses the numbers of masks and drafts with the most expected tokens per cost.
+    """Chooses the drafts and masks of each pass by what they are expected to bring and what they cost.
 
-    The unit of all costs is a plain pass over one token. While masks are slower than plain decoding, no masks are
-    computed; a trial follows once 1.5 % of the cost of the passes since covers its expected loss. A model's schedule
-    is kept from one `generate` to the next.
+    The unit of all costs is a plain pass over one token. A token is worth its cost at the throughput of the last
+    passes. While passes with masks are expected to be slower than those without, no masks are computed; a trial
+    follows once 1.5 % of the cost of the passes since covers its expected loss. A model's schedule is kept from one
+    `generate` to the next.
 
     Args:
         k (`int`): Most masks per block.
@@ -35,24 +34,23 @@ class AdaptiveSchedule:
     Attributes:
         mask_acceptance ([`MaskAcceptance`]), ngram_rates ([`Rates`]): Acceptance rates, which the drafters update.
         costs ([`PassCosts`] or `None`): Measured when the model first decodes with this schedule.
+        masks (`int`): Masks of the next pass.
     """
 
-    MARGIN = 1.03  # the factor by which masks must be faster than plain decoding
-    NGRAM_MARGIN = 1.3  # the factor by which drafts in a pass without masks must save more than they cost
-    LEARNING_RATE = 0.03
-    PLAN_EVERY, TRIAL = 8, 4  # passes
+    MARGIN = 0.03  # how much more masks must be worth than passes without them, in plain passes
+    MEMORY = 0.98  # per pass, of tokens and costs
+    TRIAL = 4  # passes
     REST = 24  # the fewest passes without masks between trials
     TRIAL_SHARE = 0.015
+    TRIAL_WEIGHT = 8  # drafts: the text may have changed since masks were last tried
 
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget, self.costs = k, fixed_budget, None
         self.mask_acceptance, self.ngram_rates = MaskAcceptance(k), Rates(NGRAM_CLASSES)
-        self.budget = fixed_budget or 2 * k  # masks per pass, unless resting
-        self.resting = 0  # remaining passes without masks
-        self.passes_to_plan = self.TRIAL
-        self.yield_ratio = 1.0  # accepted drafts over those that average rates predict
-        self.maskless: deque[tuple[float, float]] = deque(maxlen=64)  # tokens per row and cost of passes without masks
+        self.masks = fixed_budget or k
+        self.trial, self.resting = self.TRIAL, 0  # remaining passes with masks on trial, and without masks
         self.credit = 0.0  # cost that trials may lose
+        self.tokens = self.cost = 5.0  # of the last passes, per row, as running sums
 
     # ---------------------------------------------------------------- choices
 
@@ -60,114 +58,104 @@ class AdaptiveSchedule:
         """The mask plan of the next pass. Arguments as in [`FixedSchedule.plan_masks`]."""
         batch, count = drafts.token_BK.shape
         device = drafts.token_BK.device
-        budget = 0 if self.resting else min(self.budget, (count + 1) * k)
+        budget = min(self.masks, (count + 1) * k)
         if not budget:
             return no_masks(batch, count + 1, k, device)
         accept_BK = drafts.confidence_BK * (drafts.token_BK >= 0)
         survival_k = torch.tensor(self.mask_acceptance.survival[:k], device=device)
-        return choose_masks(mask_values(landing_probability(accept_BK), survival_k), budget)
+        landing_BR = landing_probability(accept_BK, drafts.parent_BK)
+        return choose_masks(mask_values(landing_BR, survival_k), budget)
 
-    def choose(self, expected: list[list[list[float]]]) -> list[list[int]]:
-        """Numbers of drafts by drafter and row: for each row the best drafter's, as far as they are worth their cost.
+    def counts(self, expected: list[list[list[float]]]) -> list[list[int]]:
+        """How many drafts each drafter proposes for each row: all that it can.
 
         Args:
             expected (`list`): The result of `expect` of each drafter.
         """
-        survivals = [[list(accumulate(row, mul)) for row in rows] for rows in expected]
-        rows = list(zip(*survivals, strict=True))
-        best = [max(range(len(row)), key=lambda drafter, row=row: sum(row[drafter])) for row in rows]
-        length = self._length([row[drafter] for row, drafter in zip(rows, best, strict=True)])
-        return [
-            [
-                min(len(row[drafter]), length) if chosen == drafter else 0
-                for row, chosen in zip(rows, best, strict=True)
-            ]
-            for drafter in range(len(expected))
-        ]
+        return [[len(row) for row in rows] for rows in expected]
 
-    def _length(self, survivals: list[list[float]]) -> int:
-        """The number of drafts per row that saves most. A column costs the same however many rows use it."""
-        costs, masks = self.costs or FIRST_GUESS, 0 if self.resting else self.budget
-        token_value = 1 / (self._plain_throughput() * len(survivals))
-        base = 1 + masks
-        saved, best, gain = 0.0, 0, 0.0
-        for length in range(1, max(map(len, survivals), default=0) + 1):
-            gain += sum(row[length - 1] for row in survivals if len(row) >= length) * token_value
-            extra = costs.of(base + length, masks > 0) - costs.of(base, masks > 0)
-            margin = 1.0 if masks else self.NGRAM_MARGIN
-            if gain - margin * extra > saved:
-                saved, best = gain - margin * extra, length
-        return best
+    def choose(
+        self, expected: list[list[list[float]]], proposals: list[Drafts | None], device: torch.device
+    ) -> tuple[Drafts, list[list[Origin]]]:
+        """The drafts that the next pass verifies, and where they come from. Also decides about its masks.
+
+        Args:
+            expected (`list`): The result of `expect` of each drafter.
+            proposals (`list[Drafts | None]`): What each drafter proposes.
+            device (`torch.device`): Where the drafts are needed.
+        """
+        rows = [self._candidates(row, expected, proposals).best(MOST_DRAFTS) for row in range(len(expected[0]))]
+        columns = self._columns(rows)
+        self.masks = columns.masks
+        return drafts_of(rows, columns.drafts, device), [row.origins[: columns.drafts] for row in rows]
 
     def fixed_drafts(self, k: int) -> int:
         """Drafts per row, used or not, where passes have one of two shapes: plain, or with all drafts and masks."""
-        return 0 if self.resting else k
+        return k if self.masks else 0
+
+    def _candidates(
+        self, row: int, expected: list[list[list[float]]], proposals: list[Drafts | None]
+    ) -> CandidateTree:
+        tree = CandidateTree()
+        for number, (rates, drafts) in enumerate(zip(expected, proposals, strict=True)):
+            if drafts is None or not rates[row]:
+                continue
+            siblings = drafts.siblings[row] if drafts.sibling_BKC is not None else None
+            tree.add_chain(number, drafts.tokens[row], rates[row], siblings, self.mask_acceptance.sibling_rates)
+        return tree
+
+    def _columns(self, rows: list[RankedCandidates]) -> Columns:
+        """The best columns, those with masks during a trial."""
+        costs, survival = self.costs or FIRST_GUESS, self.mask_acceptance.survival
+        worth = min(1.0, self.cost / self.tokens)
+        if self.fixed_budget:
+            plain = Columns(0, 0, -costs.of(1, masks=False))
+            masked = fixed_columns(rows, survival, costs, worth, self.k, self.fixed_budget)
+        else:
+            plain = plain_columns(rows, costs, worth)
+            masked = masked_columns(rows, survival, costs, worth)
+        return masked if self._takes_masks(masked.surplus - plain.surplus) else plain
+
+    def _takes_masks(self, gain: float) -> bool:
+        """Whether the next pass has masks: if they gain enough, or on trial."""
+        if gain > self.MARGIN:
+            self.trial, self.resting, self.credit = 0, self.REST, 0.0  # trials may not spend what masks gained
+            return True
+        loss = max(0.0, -gain)
+        if not self.trial and not self.resting and self.credit >= self.TRIAL * loss:
+            self.trial = self.TRIAL
+            self.mask_acceptance.forget(self.TRIAL_WEIGHT)
+        if self.trial:
+            self.trial, self.resting = self.trial - 1, self.REST
+            self.credit -= loss
+            return True
+        self.resting = max(0, self.resting - 1)
+        return False
 
     # ---------------------------------------------------------------- learning
 
     def observe(self, outcome: Outcome) -> None:
-        """Updates budget, credit and averages after a pass."""
-        costs = self.costs or FIRST_GUESS
-        tokens, masks = sum(outcome.verified.new_tokens) / len(outcome.sequences), outcome.plan.masks
-        cost = costs.of(outcome.columns, masks > 0)
-        if masks:
-            self.credit -= cost - tokens / self._plain_throughput()
-            self._learn_yield(tokens, any(outcome.verified.offered))
-        else:
+        """Updates credit and averages after a pass."""
+        tokens = sum(outcome.verified.new_tokens) / len(outcome.sequences)
+        cost = (self.costs or FIRST_GUESS).of(outcome.columns, outcome.plan.masks > 0)
+        if not outcome.plan.masks:
             self.credit += self.TRIAL_SHARE * cost
-            self.maskless.append((tokens, cost))
-        if self.resting:
-            self.resting -= 1
-            if not self.resting:
-                self._try_again()
-            return
-        self.passes_to_plan -= 1
-        if self.passes_to_plan <= 0:
-            self.plan()
+        self.tokens, self.cost = self.tokens * self.MEMORY + tokens, self.cost * self.MEMORY + cost
 
-    def _learn_yield(self, tokens: float, had_drafts: bool) -> None:
-        """Corrects the prediction by average rates, which ignores confidences and drafts from n-grams."""
-        expected = self.mask_acceptance.expected_drafts(self.budget)
-        if had_drafts and expected > 0:
-            self.yield_ratio += self.LEARNING_RATE * ((tokens - 1) / expected - self.yield_ratio)
 
-    def plan(self) -> None:
-        """Sets the budget with the most expected tokens per cost, or starts a rest."""
-        self.passes_to_plan = self.PLAN_EVERY
-        self.budget = max(self._budgets(), key=self.throughput)
-        if self.throughput(self.budget) < self.MARGIN * self._plain_throughput():
-            self.resting = self.REST
-        else:
-            self.credit = 0.0  # trials may not spend what masks gained
+def drafts_of(rows: list[RankedCandidates], count: int, device: torch.device) -> Drafts:
+    """The first `count` candidates of each row as drafts."""
+    count = min(count, max(len(row.tokens) for row in rows))
 
-    def _try_again(self) -> None:
-        """Starts a trial if the credit covers its expected loss, or else the next rest."""
-        self.passes_to_plan = self.TRIAL
-        masks = self.budget
-        loss = self.cost(masks) - self.tokens(masks) / self._plain_throughput()
-        if self.credit < self.TRIAL * loss:
-            self.resting = self.REST
+    def padded(values: list, value) -> list:
+        return values[:count] + [value] * (count - len(values))
 
-    def throughput(self, masks: int) -> float:
-        """Expected tokens per row and unit of cost, with so many masks per pass."""
-        return self.tokens(masks) / self.cost(masks)
-
-    def tokens(self, masks: int) -> float:
-        """Expected tokens per row of a pass that follows one with so many masks."""
-        return 1 + self.yield_ratio * self.mask_acceptance.expected_drafts(masks)
-
-    def cost(self, masks: int) -> float:
-        """Expected cost of such a pass, over the pending token, drafts and masks."""
-        columns = 1 + self.mask_acceptance.expected_columns(masks) + masks
-        return (self.costs or FIRST_GUESS).of(columns, masks=True)
-
-    def _plain_throughput(self) -> float:
-        """Tokens per row and unit of cost without masks, drafts from n-grams included."""
-        cost = sum(cost for _, cost in self.maskless)
-        return max(1.0, sum(tokens for tokens, _ in self.maskless) / cost) if cost else 1.0
-
-    def _budgets(self) -> list[int]:
-        if self.fixed_budget:
-            return [self.fixed_budget]
-        whole = (self.k + 1) * self.k
-        return sorted({min(masks, whole) for masks in (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, whole)})
+    tokens = [padded(row.tokens, NO_TOKEN) for row in rows]
+    confidences = [padded(row.rates(count), 0.0) for row in rows]
+    parents = [padded(row.parents, 0) for row in rows]
+    is_chain = all(parent == place for row in rows for place, parent in enumerate(row.parents[:count]))
+    return Drafts(
+        torch.tensor(tokens, dtype=torch.long, device=device).view(len(rows), count),
+        torch.tensor(confidences, device=device).view(len(rows), count),
+        None if is_chain else torch.tensor(parents, device=device),
+    )

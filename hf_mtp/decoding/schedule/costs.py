@@ -4,10 +4,11 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 PLAIN_COLUMNS = (5, 17)
 MASKED_COLUMNS = (3, 9, 17, 41)
+LEAST_SLOPE = 0.002  # a column that brings less than one token in 500 passes is not worth having
 SLOW_SECONDS = 0.05  # if a plain pass takes longer, each size is timed only once
 
 
@@ -29,6 +30,11 @@ class PassCosts:
         place = min(max(bisect_left(points, (columns, 0.0)), 1), len(points) - 1)
         (x0, y0), (x1, y1) = points[place - 1], points[place]
         return max(y0 + (y1 - y0) * (columns - x0) / (x1 - x0), points[0][1])
+
+    def slopes(self, masks: bool) -> list[float]:
+        """The costs of one more column, of passes of all sizes; at least [`LEAST_SLOPE`], because times are noisy."""
+        points = self.masked if masks else self.plain
+        return sorted({max(LEAST_SLOPE, (y1 - y0) / (x1 - x0)) for (x0, y0), (x1, y1) in pairwise(points)})
 
 
 # Until costs are measured: typical of machines where reading the weights takes most of the time.

@@ -3,10 +3,12 @@
 Shapes: B batch, K drafts.
 """
 
+import torch
+
 from ...layout.mask_plan import MaskPlan, whole_blocks
 from ..drafters.acceptance import MaskAcceptance
-from ..drafters.base import Drafts
-from ..outcome import Outcome
+from ..drafters.base import Drafts, no_drafts
+from ..outcome import Origin, Outcome
 
 
 class FixedSchedule:
@@ -29,14 +31,27 @@ class FixedSchedule:
         """
         return whole_blocks(drafts.offered_B, drafts.count, k, self.linear)
 
-    def choose(self, expected: list[list[list[float]]]) -> list[list[int]]:
-        """Numbers of drafts by drafter and row: all drafts of the first drafter.
+    def counts(self, expected: list[list[list[float]]]) -> list[list[int]]:
+        """How many drafts each drafter proposes for each row: the first one all that it can, the others none.
 
         Args:
             expected (`list`): The result of `expect` of each drafter.
         """
         first, *others = expected
         return [[len(row) for row in first], *([0] * len(first) for _ in others)]
+
+    def choose(
+        self, expected: list[list[list[float]]], proposals: list[Drafts | None], device: torch.device
+    ) -> tuple[Drafts, list[list[Origin]]]:
+        """The drafts that the next pass verifies, and where they come from: all of the first drafter.
+
+        Args:
+            expected (`list`): The result of `expect` of each drafter.
+            proposals (`list[Drafts | None]`): What each drafter proposes.
+            device (`torch.device`): Where the drafts are needed.
+        """
+        drafts = no_drafts(len(expected[0]), device) if proposals[0] is None else proposals[0]
+        return drafts, [[Origin(0, place + 1) for place in range(len(row))] for row in expected[0]]
 
     def fixed_drafts(self, k: int) -> int:
         """Drafts per row, used or not, where all passes have the same shape."""
