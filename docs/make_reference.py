@@ -34,6 +34,17 @@ SECTIONS = {
         "hf_mtp.base.lora_layers": ["layers_out_of_reach"],
         "hf_mtp.evaluation.compare": ["decode_both_ways", "summarize", "Record", "describe_machine"],
     },
+    "Evaluation": {
+        "hf_mtp.evaluation.exactness": ["verify", "VerifyReport", "Comparison"],
+        "hf_mtp.evaluation.divergence": ["Divergence"],
+        "hf_mtp.evaluation.two_sample": ["p_value"],
+        "hf_mtp.evaluation.runner": ["evaluate"],
+        "hf_mtp.evaluation.results": ["Results", "Settings", "Summary", "Call", "Answer", "load_results"],
+        "hf_mtp.evaluation.suites": ["load_suite", "Suite", "SuitePrompt"],
+        "hf_mtp.evaluation.files": ["write_report", "write_card_section"],
+        "hf_mtp.evaluation.metrics": ["load_metric"],
+        "hf_mtp.evaluation.measures": ["tokens_per_pass", "acceptance_per_position", "agreement"],
+    },
     "The decode loop": {
         "hf_mtp.decoding.loop": ["DecodingLoop", "DecodingLoop.step"],
         "hf_mtp.decoding.sequence": ["Sequence"],

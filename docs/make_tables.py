@@ -12,9 +12,15 @@ import re
 import sys
 from pathlib import Path
 
+from hf_mtp.evaluation.report import notes, simulated_table, speed_table, tokens_table
+from hf_mtp.evaluation.results import load_results
+
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "results"
-PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "training.md", DOCS / "support.md")
+PAGES = (
+    DOCS.parent / "README.md",
+    *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support")),
+)
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
 PAPER = {
@@ -357,6 +363,34 @@ def quickstart() -> str:
     ]
     head = ["domain", "tokens per step", "forward passes", "wall-clock against plain", "identical", "repeated 4-grams"]
     return table(head, rows)
+
+
+def verification() -> str:
+    """What `hf-mtp verify` found on SmolLM2."""
+    rows, reports = [], load("verify")["reports"]
+    for report in reports:
+        for one in report["comparisons"]:
+            units = [divergence["units"] for divergence in one["divergences"]]
+            ties = sum(divergence["tie"] for divergence in one["divergences"])
+            gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
+            rows.append([report["dtype"], one["way"], f"{one['answers'] - len(units)} of {one['answers']}", gaps])
+    return table(["dtype", "way", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
+
+
+def evaluated_tokens() -> str:
+    """Tokens per pass of `hf-mtp evaluate` on SmolLM2."""
+    return tokens_table(load_results(RESULTS / "evaluation.json")) + "\n"
+
+
+def evaluated_speed() -> str:
+    """Speed of `hf-mtp evaluate` on SmolLM2."""
+    results = load_results(RESULTS / "evaluation.json")
+    return f"{speed_table(results)}\n\n{notes(results)}"
+
+
+def simulated_and_decoded() -> str:
+    """Tokens per pass that an evaluation in training computes from the answers, and those of decoding them."""
+    return simulated_table(load_results(RESULTS / "evaluation.json")) + "\n"
 
 
 def support_counts() -> str:

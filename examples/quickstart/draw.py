@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hf_mtp.training.callbacks.plotting import COLOURS, GREY, label_ends, save_png, style
+from hf_mtp.evaluation.plotting import COLOURS, GREY, label_ends, save_png, style
 
 
 def draw_tokens_per_step(curves: dict[str, dict[int, float]], prompts: int, path: Path) -> None:

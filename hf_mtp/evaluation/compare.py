@@ -7,16 +7,15 @@ token ids, and nothing of datasets, tables or plots.
 import importlib.metadata
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
-from ..base.inspection import decoder_of
+from .decoded import decode_rows
+from .measures import repeated_share, tokens_per_pass
 
 LIBRARIES = ("hf_mtp", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -63,22 +62,6 @@ class Record:
         return self.seconds_plain / self.seconds_mtp
 
 
-@contextmanager
-def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the number of forward passes of the base's decoder since the start."""
-    passes = 0
-
-    def count(*_):
-        nonlocal passes
-        passes += 1
-
-    hook = decoder_of(model.get_base_model()).register_forward_pre_hook(count)
-    try:
-        yield lambda: passes
-    finally:
-        hook.remove()
-
-
 def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
     """Answers one prompt greedily.
 
@@ -88,19 +71,8 @@ def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, *
         max_new_tokens (`int`): Most new tokens.
         options: Further arguments of `generate`, such as `mtp=True`.
     """
-    with counted_forward_passes(model) as forward_passes:
-        start = time.perf_counter()
-        output = model.generate(
-            input_ids=prompt_1T,
-            attention_mask=torch.ones_like(prompt_1T),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **options,
-        )
-        ids = output[0, prompt_1T.shape[1] :].tolist()  # waits for a GPU to finish
-        seconds = time.perf_counter() - start
-    steps = model.base_model.mtp_statistics.steps if options.get("mtp") else [1] * len(ids)
-    return Decoded(ids, forward_passes(), seconds, steps)
+    decoded = decode_rows(model, prompt_1T.tolist(), max_new_tokens, **options)
+    return Decoded(decoded.rows[0], decoded.forward_passes, decoded.seconds, decoded.steps)
 
 
 def decode_both_ways(
@@ -157,12 +129,6 @@ def compare(plain: Decoded, fast: Decoded) -> Record:
     )
 
 
-def repeated_share(ids: list[int], n: int = 4) -> float:
-    """The share of n-grams that repeat an earlier one of the answer. A text that loops is easy to predict."""
-    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def summarize(records: list[Record]) -> dict[str, float | int]:
     """Summarizes the records of one domain.
 
@@ -171,18 +137,17 @@ def summarize(records: list[Record]) -> dict[str, float | int]:
         the median over prompts, and `speedup_in_total`, the ratio of all seconds; `identical`, the number of prompts
         with the same output; `repeated_4grams`, the mean share.
     """
-    new_tokens = sum(record.new_tokens for record in records)
-    passes = sum(record.forward_passes_mtp for record in records)
+    tokens, passes = [record.new_tokens for record in records], [record.forward_passes_mtp for record in records]
     seconds_plain = sum(record.seconds_plain for record in records)
     seconds_mtp = sum(record.seconds_mtp for record in records)
     return {
         "prompts": len(records),
-        "new_tokens": new_tokens,
+        "new_tokens": sum(tokens),
         "forward_passes_plain": sum(record.forward_passes_plain for record in records),
-        "forward_passes_mtp": passes,
+        "forward_passes_mtp": sum(passes),
         "seconds_plain": seconds_plain,
         "seconds_mtp": seconds_mtp,
-        "tokens_per_step": new_tokens / passes,
+        "tokens_per_step": tokens_per_pass(tokens, passes)["tokens_per_pass"],
         "speedup": statistics.median(record.speedup for record in records),
         "speedup_in_total": seconds_plain / seconds_mtp,
         "identical": sum(record.identical for record in records),
@@ -208,7 +173,8 @@ def decode_all(
 
 def tokens_per_step(answers: list[Decoded]) -> float:
     """New tokens per forward pass over all answers."""
-    return sum(len(answer.ids) for answer in answers) / sum(answer.forward_passes for answer in answers)
+    tokens, passes = [len(answer.ids) for answer in answers], [answer.forward_passes for answer in answers]
+    return tokens_per_pass(tokens, passes)["tokens_per_pass"]
 
 
 def describe_machine() -> dict[str, str | int | dict]:
