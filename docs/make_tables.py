@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from hf_mtp.evaluation.report import notes, simulated_table, speed_table, tokens_table
+from hf_mtp.evaluation.report import simulated_table, tokens_table
 from hf_mtp.evaluation.results import load_results
 
 DOCS = Path(__file__).parent
@@ -379,13 +379,13 @@ def verification() -> str:
 
 def evaluated_tokens() -> str:
     """Tokens per pass of `hf-mtp evaluate` on SmolLM2."""
-    return tokens_table(load_results(RESULTS / "evaluation.json")) + "\n"
-
-
-def evaluated_speed() -> str:
-    """Speed of `hf-mtp evaluate` on SmolLM2."""
     results = load_results(RESULTS / "evaluation.json")
-    return f"{speed_table(results)}\n\n{notes(results)}"
+    settings = results.settings
+    about = (
+        f"{settings.suite['prompts']} prompts of `{settings.suite['name']}`, up to {settings.max_new_tokens} tokens"
+    )
+    note = f"{about}, {settings.dtype}; {machine({'machine': settings.machine})}."
+    return f"{tokens_table(results)}\n\n{note}\n"
 
 
 def simulated_and_decoded() -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hf_mtp.evaluation.results import Answer, Call, Results, Settings, Summary, 
 from hf_mtp.evaluation.suites import suite_of_rows
 from hf_mtp.objective.request import ObjectiveRequest
 
+ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 12
 WAYS = ["plain", "prompt lookup", "auto, k=3", "quadratic, k=1", "quadratic, k=3", "linear, k=3"]
 
@@ -333,8 +335,6 @@ def test_the_schema_is_checked(results, tmp_path):
 
 @pytest.mark.parametrize("kind", [Results, Settings, Summary, Call, Answer])
 def test_the_page_documents_every_field_of_the_schema(kind):
-    from test_docs import ROOT
-
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(kind):
         assert f"`{field.name}`" in page, f"{kind.__name__}.{field.name}"
@@ -401,3 +401,8 @@ def test_nothing_of_the_process_changes(model):
     torch.manual_seed(3)
     run(model, suite(1))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_the_committed_results_follow_the_schema():
+    results = load_results(ROOT / "docs" / "results" / "evaluation.json")
+    assert results.complete and results.domains == summarize_calls(results.calls)

@@ -146,7 +146,7 @@ def _warnings(results: Results) -> list[str]:
     if results.load_average is not None and results.load_average > BUSY:
         found.append(
             f"**Busy machine:** other programs were running when it started (load average {results.load_average}). "
-            "Tokens per pass do not depend on it. Speeds are ratios of neighbours in time, but trust them only as far "
-            "as their quartiles are close."
+            "Tokens per pass do not depend on it, but those of `auto` do, which decides by measured costs. Speeds are "
+            "ratios of neighbours in time: trust them only as far as their quartiles are close."
         )
     return found
