@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 VERSION = "0.1.0"
 
 PLOTS = ["matplotlib>=3.9"]  # training_curves.png; left out without
-QUICKSTART = [*PLOTS, "rich>=13.9"]
+QUICKSTART = [*PLOTS, "gguf>=0.17", "rich>=13.9"]  # gguf: SmolLM2 comes as a GGUF file
 RUFF = "ruff==0.17.6"
 TEST = [*QUICKSTART, "pytest>=8.4", "pytest-xdist>=3.6", RUFF]  # the quickstart is tested too
 # What PEFT's own tests import. Its package imports attr, too, but does not require attrs.

@@ -4,19 +4,19 @@
     python docs/make_tables.py            # writes them
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file that makes it.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
+smollm2_tables.py, that makes it.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
-from hf_mtp.evaluation.report import simulated_table, tokens_table
-from hf_mtp.evaluation.results import load_results
+import evaluation_tables
+import smollm2_tables
+from tables import load, machine, table
 
 DOCS = Path(__file__).parent
-RESULTS = DOCS / "results"
 PAGES = (
     DOCS.parent / "README.md",
     *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support")),
@@ -31,23 +31,7 @@ PAPER = {
     "logits": "logits of 1,024 rows",
     "adapter": "adapter, gradients, AdamW",
 }
-SMOLLM2_NAMES = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
 NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
-
-
-def machine(report: dict) -> str:
-    """One line: the machine and the versions that the numbers were measured with."""
-    about = report["machine"]
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft", "trl"))
-    return f"{about['processor']}, {about['threads']} threads, Python {about['python']}, {versions}"
 
 
 def greedy() -> str:
@@ -155,36 +139,6 @@ def sampling() -> str:
     rows = [[way, *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
     note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
     return table(head, rows) + note
-
-
-def smollm2() -> str:
-    """The real model: every way against plain decoding."""
-    report = load("smollm2")
-    rows = [
-        [
-            SMOLLM2_NAMES[domain],
-            *(
-                f"{ways[way]['speedup']:.2f}x, {ways[way]['tokens_per_pass']:.2f}"
-                for way in ("auto", "quadratic", "linear", "prompt lookup")
-            ),
-            ", ".join(f"{ways[way]['identical']}/{report['prompts']}" for way in ("auto", "prompt lookup")),
-        ]
-        for domain, ways in report["domains"].items()
-    ]
-    head = ["domain", "auto", "quadratic", "linear", "prompt lookup", "same text (auto, prompt lookup)"]
-    note = f"{report['prompts']} held-out prompts a domain, {report['dtype']}; {machine(report)}"
-    return table(head, rows) + f"\n{note}.\n"
-
-
-def divergences() -> str:
-    """Where texts in half precision leave those of plain decoding."""
-    report = load("divergences")
-    rows = [
-        [way, f"{row['different']} of {row['texts']}", f"{row['most_units']:.1f}"]
-        for way, row in report["ways"].items()
-    ]
-    head = ["way", "texts that differ", "largest gap at the first difference, units of rounding"]
-    return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
 
 
 def passes() -> str:
@@ -347,52 +301,6 @@ def adapter_sizes() -> str:
     return table(["base, in bfloat16", "parameters at r = 16", "file in bfloat16", "file in float32"], rows)
 
 
-def quickstart() -> str:
-    """What `make quickstart` printed on this machine."""
-    report = load("quickstart")
-    rows = [
-        [
-            domain,
-            f"{row['tokens_per_step']:.2f}",
-            f"{row['forward_passes_plain']:,} → {row['forward_passes_mtp']:,}",
-            f"{row['speedup']:.2f}x",
-            f"{row['identical']}/{row['prompts']}",
-            f"{row['repeated_4grams']:.2f}",
-        ]
-        for domain, row in report["domains"].items()
-    ]
-    head = ["domain", "tokens per step", "forward passes", "wall-clock against plain", "identical", "repeated 4-grams"]
-    return table(head, rows)
-
-
-def verification() -> str:
-    """What `hf-mtp verify` found on SmolLM2."""
-    rows, reports = [], load("verify")["reports"]
-    for report in reports:
-        for one in report["comparisons"]:
-            units = [divergence["units"] for divergence in one["divergences"]]
-            ties = sum(divergence["tie"] for divergence in one["divergences"])
-            gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
-            rows.append([report["dtype"], one["way"], f"{one['answers'] - len(units)} of {one['answers']}", gaps])
-    return table(["dtype", "way", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
-
-
-def evaluated_tokens() -> str:
-    """Tokens per pass of `hf-mtp evaluate` on SmolLM2."""
-    results = load_results(RESULTS / "evaluation.json")
-    settings = results.settings
-    about = (
-        f"{settings.suite['prompts']} prompts of `{settings.suite['name']}`, up to {settings.max_new_tokens} tokens"
-    )
-    note = f"{about}, {settings.dtype}; {machine({'machine': settings.machine})}."
-    return f"{tokens_table(results)}\n\n{note}\n"
-
-
-def simulated_and_decoded() -> str:
-    """Tokens per pass that an evaluation in training computes from the answers, and those of decoding them."""
-    return simulated_table(load_results(RESULTS / "evaluation.json")) + "\n"
-
-
 def support_counts() -> str:
     """How many model types decode in which way."""
     report = load("support")
@@ -444,7 +352,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        return globals()[name]()
+        return (vars(smollm2_tables) | vars(evaluation_tables) | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
 

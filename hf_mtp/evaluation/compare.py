@@ -4,15 +4,18 @@ The examples and benchmarks use it, and you can use it with your own model and p
 token ids, and nothing of datasets, tables or plots.
 """
 
+import copy
 import importlib.metadata
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from .decoded import decode_rows
 from .measures import repeated_share, tokens_per_pass
@@ -62,11 +65,11 @@ class Record:
         return self.seconds_plain / self.seconds_mtp
 
 
-def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
-    """Answers one prompt greedily.
+def decode(model: PreTrainedModel | PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
+    """Answers one prompt, greedily unless the options say otherwise.
 
     Args:
-        model ([`~peft.PeftModel`]): An upgraded model.
+        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]): An upgraded model, or any other.
         prompt_1T (`torch.LongTensor` of shape `(1, T)`): The prompt.
         max_new_tokens (`int`): Most new tokens.
         options: Further arguments of `generate`, such as `mtp=True`.
@@ -175,6 +178,38 @@ def tokens_per_step(answers: list[Decoded]) -> float:
     """New tokens per forward pass over all answers."""
     tokens, passes = [len(answer.ids) for answer in answers], [answer.forward_passes for answer in answers]
     return tokens_per_pass(tokens, passes)["tokens_per_pass"]
+
+
+def same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules that shares the weights.
+
+    One copy can have an adapter and another none. Two copies of the weights would differ by some percent in speed,
+    depending on where they lie in memory.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def bfloat16_is_faster(size: int = 256, repeats: int = 8) -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones, found in a fraction of a second.
+
+    A CPU that has no instructions for bfloat16 does not. A trial finds this out on any kind of CPU and torch release.
+
+    Args:
+        size (`int`, *optional*, defaults to 256):
+            Rows and columns of the matrices. Emulated bfloat16 takes a thousand times as long, so they are small.
+        repeats (`int`, *optional*, defaults to 8): Products per dtype, of which the fastest counts.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(2, size, size, dtype=dtype)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 def describe_machine() -> dict[str, str | int | dict]:

@@ -105,11 +105,13 @@ def timed_generate(
         return new_BN, forward_passes(), time.perf_counter() - start
 
 
-def decode_rows(model: PeftModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> DecodedRows:
-    """Answers some prompts in one call of `generate`, greedily by default.
+def decode_rows(
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options
+) -> DecodedRows:
+    """Answers some prompts in one call of `generate`, greedily unless the options say otherwise.
 
     Args:
-        model ([`~peft.PeftModel`]): An upgraded model.
+        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]): An upgraded model, or any other.
         prompts (`Sequence[Sequence[int]]`): Token ids of each row. Shorter ones are padded on the left.
         max_new_tokens (`int`): Most new tokens of each row.
         options: Further arguments of `generate`, such as `mtp=True`.
@@ -136,7 +138,9 @@ def decode_rows(model: PeftModel, prompts: Sequence[Sequence[int]], max_new_toke
     )
 
 
-def _padded(model: PeftModel, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _padded(
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """`(B, T)` token ids, padded on the left, their mask, and the padding token."""
     config = model.generation_config
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(sorted(end_tokens(model))), 0)
@@ -146,7 +150,7 @@ def _padded(model: PeftModel, prompts: Sequence[Sequence[int]]) -> tuple[torch.T
     return ids_BT, mask_BT, pad
 
 
-def end_tokens(model: PeftModel) -> set[int]:
+def end_tokens(model: PreTrainedModel | PeftModel) -> set[int]:
     """The token ids that end an answer."""
     ends = model.generation_config.eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..adapter.prepared import PreparedLora
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
 from ..base.inspection import accepted_inputs, mask_form
@@ -105,7 +106,7 @@ class DecodingPass:
         output_attentions: bool = False,
         compiled: Callable | None = None,
     ):
-        self.compiled = compiled
+        self.compiled, self.lora = compiled, None if compiled else PreparedLora()
         self.tuner, self.model = tuner, tuner.model
         config = self.model.config.get_text_config(decoder=True)
         self.kinds, self.form = attention_kinds(config), mask_form(self.model)
@@ -131,7 +132,11 @@ class DecodingPass:
         regular, past = regular_BT.shape[1], cache.rows.lengths
         inputs = self._inputs(regular_BT, layout, cache, logits_rows)
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
-        with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
+        lora = self.prepared_lora(regular_BT.device)
+        with (
+            self.tuner.masks_in_columns(regular, layout.index_BM, lora),
+            self.tuner.capture_hidden_states() as captured,
+        ):
             outputs = forward(**inputs, **self.outputs)
         logits = outputs.logits
         if "logits_to_keep" not in self.known_arguments:
@@ -146,6 +151,10 @@ class DecodingPass:
             hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
             attentions=outputs.attentions if "output_attentions" in self.outputs else None,
         )
+
+    def prepared_lora(self, device: torch.device) -> PreparedLora | None:
+        """The LoRA weights that all passes use. Autocast and a compiled pass see to the weights themselves."""
+        return None if torch.is_autocast_enabled(device.type) else self.lora
 
     def _inputs(
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int
