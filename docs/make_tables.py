@@ -141,6 +141,19 @@ def sampling() -> str:
     return table(head, rows) + note
 
 
+def rounding() -> str:
+    """What makes passes over several columns round differently."""
+    report = load("rounding")
+    rows = [
+        [variant, *(f"{count} of {report['columns']}" for count in counts.values())]
+        for variant, counts in report["equal"].items()
+    ]
+    masks = [f"{masks} masks" if masks != "0" else "no masks" for masks in next(iter(report["equal"].values()))]
+    orders = ", ".join(f"{row['all_up_to']} ({row['outputs']} × {row['inputs']})" for row in report["products"])
+    note = f"Products keep the order of a single row up to so many rows, by outputs × inputs: {orders}"
+    return table(["pass", *masks], rows) + f"\n{note}. {machine(report)}; {report['dtype']}.\n"
+
+
 def passes() -> str:
     """What a pass with masks costs, milliseconds."""
     report = load("pass")

@@ -86,8 +86,9 @@ def test_every_way_decodes_the_same_prompts_and_gives_the_same_text(run, data, m
     assert {*report["domains"]} == {"maths", "code", "chat"} and report["dtype"] == "float32"
     for ways in report["domains"].values():
         assert {name: row["prompts"] for name, row in ways.items()} == {
-            **dict.fromkeys(("plain", "auto", "prompt lookup"), 2),
-            **dict.fromkeys(("quadratic", "linear", "early exit", "small draft", "auto, untrained adapter"), 1),
+            **dict.fromkeys(("plain", "auto", "auto, bitwise", "prompt lookup"), 2),
+            **dict.fromkeys(("quadratic", "linear", "early exit", "small draft"), 1),
+            **dict.fromkeys(("auto, untrained adapter", "plain, in a batch"), 1),
         }
         assert all(row["identical"] == row["prompts"] == len(row["speedups"]) for row in ways.values())
         assert ways["plain"]["tokens_per_pass"] == 1

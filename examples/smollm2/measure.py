@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from held_out import held_out_questions, own_questions
 from paired import Record, measure, summarize
-from ways import PEERS, PLAIN, Models, Way, mtp, sampled
+from ways import PEERS, PLAIN, PLAIN_IN_A_BATCH, Models, Way, mtp, sampled
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.card import write_model_card
@@ -64,7 +64,9 @@ def speed_ways(args: argparse.Namespace) -> dict[str, Way]:
     """Ours, and every peer with its best setting."""
     peers = {family: PEERS[family][setting] for family, setting in best_peers(args.peers).items()}
     ours = {strategy: mtp(strategy, is_rare=strategy != "auto") for strategy in ("auto", "quadratic", "linear")}
-    return {"plain": PLAIN, **ours, **peers, "auto, untrained adapter": mtp(model="untrained", is_rare=True)}
+    ours["auto, bitwise"] = mtp(mtp_bitwise=True)
+    untrained = {"auto, untrained adapter": mtp(model="untrained", is_rare=True)}
+    return {"plain": PLAIN, **ours, **peers, **untrained, "plain, in a batch": PLAIN_IN_A_BATCH}
 
 
 def best_peers(path: Path) -> dict[str, str]:

@@ -29,6 +29,7 @@ class Way:
         assistant_tokens (`int`, *optional*): Drafts per pass of assisted generation.
         has_small_draft (`bool`): Whether the small model of the quickstart drafts.
         is_rare (`bool`): Whether it decodes the first prompts only.
+        copies (`int`): Rows of a batch, each with the same prompt.
     """
 
     model: str = "base"
@@ -36,6 +37,7 @@ class Way:
     assistant_tokens: int | None = None
     has_small_draft: bool = False
     is_rare: bool = False
+    copies: int = 1
 
     @property
     def is_greedy(self) -> bool:
@@ -54,6 +56,7 @@ def sampled(strategy: str, temperature: float) -> Way:
 
 
 PLAIN = Way()
+PLAIN_IN_A_BATCH = Way(copies=4, is_rare=True)  # does its text stay the same in half precision?
 PEERS = {
     "prompt lookup": {
         f"{tokens} tokens, n-grams up to {size}": Way(
@@ -110,6 +113,7 @@ class Models:
     def decode(self, way: Way, inputs: dict, max_new_tokens: int) -> tuple[list[list[int]], int, float]:
         """The new tokens of each row up to its end, the number of forward passes, and the seconds."""
         model, options = getattr(self, way.model), way.options
+        inputs = {name: value.repeat(way.copies, 1) for name, value in inputs.items()}
         if way.has_small_draft:
             options = options | self.small_draft_options
             self.small_draft.generation_config.num_assistant_tokens = way.assistant_tokens
@@ -118,7 +122,7 @@ class Models:
         new_BN, passes, seconds = timed_generate(
             model, **inputs, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options
         )
-        return [self._until_end(ids) for ids in new_BN.tolist()], passes, seconds
+        return [self._until_end(ids) for ids in new_BN.tolist()[: len(new_BN) // way.copies]], passes, seconds
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
