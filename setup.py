@@ -40,7 +40,8 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["hf_mtp", "hf_mtp.*"]),
-    package_data={"hf_mtp": ["py.typed"]},
+    # Folders of metrics are no packages: they have the layout that the `evaluate` library loads.
+    package_data={"hf_mtp": ["py.typed", "evaluation/data/*.jsonl", "evaluation/metrics/*/*"]},
     # Floors only. The last releases of transformers and trl for Python 3.10 are 5.20 and 1.14.
     install_requires=[
         "torch>=2.4",
@@ -49,6 +50,7 @@ setup(
         "trl>=1.14",
         "accelerate>=1.10.1",
         "datasets>=4.7",
+        "evaluate>=0.4.6",
         "huggingface_hub>=1.31",
         "safetensors>=0.8",
         "typer>=0.15",

@@ -28,6 +28,35 @@ def load_model(
     return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device or default_device())
 
 
+def load_upgraded(
+    name: str, adapter: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Loads a base model with an adapter, in evaluation mode, and its tokenizer.
+
+    Args:
+        name (`str`): Hub id or folder of the base, or of the adapter if `adapter` is `None`.
+        adapter (`str`, *optional*): Hub id or folder of the adapter.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of the base's weights.
+
+    Raises:
+        OSError: There is no such model or adapter.
+        ValueError: The adapter does not fit its base, or there is none.
+    """
+    model = load_model(name, dtype)
+    tokenizer = load_tokenizer(name, model)
+    if adapter is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError(f"{name} is an adapter itself. Pass its base as the model, or leave out {adapter}.")
+        if find_adapter_config_file(adapter) is None:
+            raise ValueError(
+                f"{adapter} is not the Hub id or the folder of an adapter: it has no adapter_config.json."
+            )
+        model = PeftModel.from_pretrained(model, adapter)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{name} is a base model. Pass the Hub id or the folder of its adapter, too (--adapter).")
+    return model.eval(), tokenizer
+
+
 def load_tokenizer(name: str, model: PreTrainedModel | PeftModel, **kwargs) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model, or of the base of an adapter.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import prompt, tiny_base, upgraded
 
-from hf_mtp.evaluation import compare
+from hf_mtp.evaluation import compare, decoded
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_sampling_and_batches_are_timed_too(models):
     base, _ = models
     rows = prompt(rows=3)
     torch.manual_seed(0)
-    new_BN, passes, seconds = compare.timed_generate(base, rows, max_new_tokens=5, do_sample=True)
+    new_BN, passes, seconds = decoded.timed_generate(base, rows, max_new_tokens=5, do_sample=True)
     torch.manual_seed(0)
     assert torch.equal(new_BN, base.generate(rows, max_new_tokens=5, do_sample=True)[:, rows.shape[1] :])
     assert new_BN.shape[0] == 3 and passes == new_BN.shape[1] and seconds > 0

@@ -32,12 +32,17 @@ decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained
-evaluation: support compare
+evaluation: measures decoded support compare plotting
+evaluation.metrics.tokens_per_pass: tokens_per_pass app
+evaluation.metrics.acceptance_per_position: acceptance_per_position app
+evaluation.metrics.agreement: agreement app
+evaluation: ways benchmarks rows suites prompts divergence two_sample exactness
+evaluation: results folder simulated runner report curves files
 training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
-training.callbacks: deadline interrupt decoding progress plotting curves attach
+training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
-cli: verb regenerate check main
+cli: verb lists regenerate check verify evaluate main
 : regenerate
 """
 MODULES = [

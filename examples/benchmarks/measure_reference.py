@@ -24,9 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import MTPConfig, MTPTrainer
 from hf_mtp.evaluation.compare import decode_both_ways, describe_machine, summarize
-from hf_mtp.layout.blocks import IGNORE
-from hf_mtp.objective.request import ObjectiveRequest
-from hf_mtp.objective.simulation import SimulatedDecoding
+from hf_mtp.evaluation.simulated import simulated_decoding
 
 STRATEGIES = ("quadratic", "linear")
 
@@ -79,24 +77,10 @@ def decoded(model: PeftModel, tokenizer, dataset, args: argparse.Namespace) -> d
             name: round(value, 4) if isinstance(value, float) else value for name, value in summarize(records).items()
         }
         if strategy == "quadratic":
-            simulated = foreseen(model, prompts, [record.ids for record in records])
+            texts = [(prompt_1T[0].tolist(), record.ids) for prompt_1T, record in zip(prompts, records, strict=True)]
+            simulated = simulated_decoding(model, texts)
             results[strategy]["foreseen_tokens_per_step"] = round(simulated.tokens_per_step, 4)
     return results
-
-
-@torch.no_grad()
-def foreseen(model: PeftModel, prompts: list[torch.LongTensor], answers: list[list[int]]) -> SimulatedDecoding:
-    """What an evaluation of these answers says that decoding them takes."""
-    whole = SimulatedDecoding()
-    for prompt_1T, answer in zip(prompts, answers, strict=True):
-        text_1T = torch.cat([prompt_1T, torch.tensor([answer])], dim=1)
-        labels_1T = text_1T.clone()
-        labels_1T[:, : prompt_1T.shape[1]] = IGNORE
-        if (
-            objective := model(input_ids=text_1T, labels=labels_1T, mtp_objective=ObjectiveRequest())
-        ).simulated is not None:
-            whole += objective.simulated
-    return whole
 
 
 def main() -> None:

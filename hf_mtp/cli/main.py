@@ -6,7 +6,9 @@ import typer
 
 from .. import __version__
 from .check import check
+from .evaluate import evaluate
 from .regenerate import regenerate
+from .verify import verify
 
 app = typer.Typer(
     name="hf-mtp",
@@ -33,7 +35,7 @@ def options(
     """Options of the command itself."""
 
 
-for _verb in (regenerate, check):
+for _verb in (regenerate, check, verify, evaluate):
     app.command()(_verb)
 
 

@@ -13,13 +13,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 SELF_EXPLANATORY = (ValueError, OSError, NotImplementedError, RuntimeError, ImportError, TypeError)
 
 
-def verb(function: Callable) -> Callable:
-    """Makes a verb of a function: adds `--debug`, and reports errors on stderr with exit code 1.
+def verb(function: Callable, error_code: int = 1) -> Callable:
+    """Makes a verb of a function: adds `--debug`, and reports errors on stderr with an exit code.
 
     Wrong usage ends with exit code 2, as typer does it. Modules of verbs import nothing heavy: their functions do.
 
     Args:
         function (`Callable`): Its parameters are the arguments and options of the verb, as typer reads them.
+        error_code (`int`, *optional*, defaults to 1): The exit code of errors, for verbs in which 1 is an answer.
     """
 
     @functools.wraps(function)
@@ -38,7 +39,7 @@ def verb(function: Callable) -> Callable:
             if debug:
                 raise
             typer.secho(_paragraph(error), err=True, fg="red")
-            raise typer.Exit(1) from error
+            raise typer.Exit(error_code) from error
 
     own = inspect.signature(function)
     added = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)

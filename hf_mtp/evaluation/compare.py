@@ -9,8 +9,7 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..base.inspection import decoder_of
+from .decoded import decode_rows
+from .measures import repeated_share, tokens_per_pass
 
 LIBRARIES = ("hf_mtp", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -65,23 +65,6 @@ class Record:
         return self.seconds_plain / self.seconds_mtp
 
 
-@contextmanager
-def counted_forward_passes(model: PreTrainedModel | PeftModel) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the number of forward passes of the base's decoder since the start."""
-    passes = 0
-
-    def count(*_):
-        nonlocal passes
-        passes += 1
-
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    hook = decoder_of(base).register_forward_pre_hook(count)
-    try:
-        yield lambda: passes
-    finally:
-        hook.remove()
-
-
 def decode(model: PreTrainedModel | PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
     """Answers one prompt, greedily unless the options say otherwise.
 
@@ -91,32 +74,8 @@ def decode(model: PreTrainedModel | PeftModel, prompt_1T: torch.LongTensor, max_
         max_new_tokens (`int`): Most new tokens.
         options: Further arguments of `generate`, such as `mtp=True`.
     """
-    inputs = {"input_ids": prompt_1T, "attention_mask": torch.ones_like(prompt_1T)}
-    new_1T, passes, seconds = timed_generate(model, max_new_tokens=max_new_tokens, **inputs, **options)
-    ids = new_1T[0].tolist()
-    steps = model.base_model.mtp_statistics.steps if options.get("mtp") else [1] * len(ids)
-    return Decoded(ids, passes, seconds, steps)
-
-
-def timed_generate(
-    model: PreTrainedModel | PeftModel, input_ids: torch.LongTensor, **options
-) -> tuple[torch.LongTensor, int, float]:
-    """Runs `generate`, greedily unless the options say otherwise.
-
-    Args:
-        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]): An upgraded model, or any other.
-        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts.
-        options: Further arguments of `generate`.
-
-    Returns:
-        `tuple`: The new tokens, `(B, N)`; the forward passes of the base's decoder, that over the prompts included;
-        and the wall-clock time in seconds.
-    """
-    with counted_forward_passes(model) as forward_passes:
-        start = time.perf_counter()
-        output = model.generate(input_ids=input_ids, **{"do_sample": False, **options})
-        new_BN = output[:, input_ids.shape[1] :].cpu()  # waits for a GPU to finish
-        return new_BN, forward_passes(), time.perf_counter() - start
+    decoded = decode_rows(model, prompt_1T.tolist(), max_new_tokens, **options)
+    return Decoded(decoded.rows[0], decoded.forward_passes, decoded.seconds, decoded.steps)
 
 
 def decode_both_ways(
@@ -173,12 +132,6 @@ def compare(plain: Decoded, fast: Decoded) -> Record:
     )
 
 
-def repeated_share(ids: list[int], n: int = 4) -> float:
-    """The share of n-grams that repeat an earlier one of the answer. A text that loops is easy to predict."""
-    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def summarize(records: list[Record]) -> dict[str, float | int]:
     """Summarizes the records of one domain.
 
@@ -187,18 +140,17 @@ def summarize(records: list[Record]) -> dict[str, float | int]:
         the median over prompts, and `speedup_in_total`, the ratio of all seconds; `identical`, the number of prompts
         with the same output; `repeated_4grams`, the mean share.
     """
-    new_tokens = sum(record.new_tokens for record in records)
-    passes = sum(record.forward_passes_mtp for record in records)
+    tokens, passes = [record.new_tokens for record in records], [record.forward_passes_mtp for record in records]
     seconds_plain = sum(record.seconds_plain for record in records)
     seconds_mtp = sum(record.seconds_mtp for record in records)
     return {
         "prompts": len(records),
-        "new_tokens": new_tokens,
+        "new_tokens": sum(tokens),
         "forward_passes_plain": sum(record.forward_passes_plain for record in records),
-        "forward_passes_mtp": passes,
+        "forward_passes_mtp": sum(passes),
         "seconds_plain": seconds_plain,
         "seconds_mtp": seconds_mtp,
-        "tokens_per_step": new_tokens / passes,
+        "tokens_per_step": tokens_per_pass(tokens, passes)["tokens_per_pass"],
         "speedup": statistics.median(record.speedup for record in records),
         "speedup_in_total": seconds_plain / seconds_mtp,
         "identical": sum(record.identical for record in records),
@@ -224,7 +176,8 @@ def decode_all(
 
 def tokens_per_step(answers: list[Decoded]) -> float:
     """New tokens per forward pass over all answers."""
-    return sum(len(answer.ids) for answer in answers) / sum(answer.forward_passes for answer in answers)
+    tokens, passes = [len(answer.ids) for answer in answers], [answer.forward_passes for answer in answers]
+    return tokens_per_pass(tokens, passes)["tokens_per_pass"]
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -61,7 +61,7 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
         return
     from matplotlib.figure import Figure
 
-    from .plotting import save_png
+    from ...evaluation.plotting import save_png
 
     figure = Figure(figsize=(8, 9), dpi=125, layout="constrained")  # 1000 pixels wide
     figure.get_layout_engine().set(h_pad=0.15)  # inches
@@ -83,7 +83,7 @@ def points_of(name: str, log_history: list[dict]) -> Points:
 def _draw_losses(axes: "Axes", log_history: list[dict]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from .plotting import COLOURS, style
+    from ...evaluation.plotting import COLOURS, style
 
     lines = {label: name for name, label in LOSSES.items() if points_of(name, log_history)}
     colours = [COLOURS[[*LOSSES.values()].index(label)] for label in lines]
@@ -106,7 +106,7 @@ def _ticks(names: list[str], log_history: list[dict]) -> tuple[float, ...]:
 
 
 def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
-    from .plotting import COLOURS, GREY, style
+    from ...evaluation.plotting import COLOURS, GREY, style
 
     decoded = points_of(DECODED, log_history)
     style(
@@ -124,7 +124,7 @@ def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
 def _draw_accuracies(axes: "Axes", log_history: list[dict]) -> None:
     from matplotlib import colormaps
 
-    from .plotting import style
+    from ...evaluation.plotting import style
 
     logged = {name for entry in log_history for name in entry}
     k = max(int(name.removeprefix("accuracy_")) for name in logged if name.startswith("accuracy_"))
@@ -143,7 +143,7 @@ def _draw_lines(
     axes: "Axes", lines: dict[str, str], colours: list, log_history: list[dict], label_every: int = 1
 ) -> None:
     """Plots a line for training and circles for evaluations, for each label and its measure."""
-    from .plotting import label_ends
+    from ...evaluation.plotting import label_ends
 
     ends = {}
     for label, name in lines.items():

@@ -1,0 +1,34 @@
+"""Tables of docs/evaluation.md, from what `hf-mtp verify` and `hf-mtp evaluate` wrote."""
+
+from tables import RESULTS, load, machine, table
+
+from hf_mtp.evaluation.report import simulated_table, tokens_table
+from hf_mtp.evaluation.results import load_results
+
+
+def verification() -> str:
+    """What `hf-mtp verify` found on SmolLM2."""
+    rows, reports = [], load("verify")["reports"]
+    for report in reports:
+        for one in report["comparisons"]:
+            units = [divergence["units"] for divergence in one["divergences"]]
+            ties = sum(divergence["tie"] for divergence in one["divergences"])
+            gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
+            rows.append([report["dtype"], one["way"], f"{one['answers'] - len(units)} of {one['answers']}", gaps])
+    return table(["dtype", "way", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
+
+
+def evaluated_tokens() -> str:
+    """Tokens per pass of `hf-mtp evaluate` on SmolLM2."""
+    results = load_results(RESULTS / "evaluation.json")
+    settings = results.settings
+    about = (
+        f"{settings.suite['prompts']} prompts of `{settings.suite['name']}`, up to {settings.max_new_tokens} tokens"
+    )
+    note = f"{about}, {settings.dtype}; {machine({'machine': settings.machine})}."
+    return f"{tokens_table(results)}\n\n{note}\n"
+
+
+def simulated_and_decoded() -> str:
+    """Tokens per pass that an evaluation in training computes from the answers, and those of decoding them."""
+    return simulated_table(load_results(RESULTS / "evaluation.json")) + "\n"

@@ -1,0 +1,70 @@
+"""`hf-mtp evaluate`: the command line of [`~hf_mtp.evaluation.evaluate`]."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from .lists import numbers, words
+from .verb import verb
+
+INTERRUPTED = 130  # as shells have it for a process that Ctrl-C ended
+
+
+@verb
+def evaluate(
+    model: Annotated[str, Argument(help="Hub id or folder of a base model, or of an adapter.")],
+    adapter: Annotated[str | None, Option(help="Hub id or folder of the adapter, if the model is a base.")] = None,
+    suite: Annotated[
+        str, Option(help="quick, paper, the name of a benchmark such as spec-bench, a file, or a dataset of the Hub.")
+    ] = "quick",
+    k: Annotated[str | None, Option(help="Masks per block, separated by commas.")] = None,
+    strategies: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
+    batch_size: Annotated[int, Option(help="Prompts of one call.")] = 1,
+    limit: Annotated[int | None, Option(help="Most prompts of each domain.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 128,
+    dtype: Annotated[str, Option(help="Dtype of the base, such as bfloat16; auto is that of the file.")] = "auto",
+    data: Annotated[Path | None, Option(help="Folder with local copies of benchmarks, such as gsm8k.jsonl.")] = None,
+    output: Annotated[Path, Option(help="Folder for results.json, table.md and the curves.")] = Path("evaluation"),
+    card: Annotated[bool, Option("--card", help="Write the results into the adapter's model card.")] = False,
+) -> None:
+    """Measure tokens per pass and speed over domains, k and strategies, beside plain decoding and prompt lookup.
+
+    Every prompt is decoded in all ways in turn. Ctrl-C keeps what is done, and the same command resumes.
+
+    Example:
+
+        hf-mtp evaluate Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --suite paper --limit 20
+    """
+    from ..evaluation.curves import can_draw
+    from ..evaluation.files import write_card_section, write_report
+    from ..evaluation.report import tokens_table
+    from ..evaluation.runner import evaluate as run
+    from ..evaluation.suites import load_suite
+    from ..pretrained import load_upgraded
+
+    wanted, prompts = numbers(k, "--k"), load_suite(suite, limit, data)
+    folder = Path(adapter or model)
+    if card and not folder.is_dir():
+        raise typer.BadParameter(f"--card writes into the folder of an adapter, but {folder} is not a folder.")
+    loaded, tokenizer = load_upgraded(model, adapter, dtype)
+    results = run(
+        loaded,
+        tokenizer,
+        prompts,
+        strategies=words(strategies),
+        k=wanted,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        output=output,
+    )
+    write_report(results, output)
+    if results.domains:
+        typer.echo(f"Tokens per pass:\n\n{tokens_table(results)}\n")
+    typer.echo(f"All figures are in {output}{'' if can_draw() else ', but no curves: matplotlib is not installed'}.")
+    if not results.complete:
+        typer.echo("Interrupted: what is done is kept. The same command goes on.", err=True)
+        raise typer.Exit(INTERRUPTED)
+    if card:
+        typer.echo(f"The results are in {write_card_section(results, folder)}, too.")

@@ -1,0 +1,103 @@
+"""`hf-mtp verify`: the command line of [`~hf_mtp.evaluation.verify`]."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from .lists import words
+from .verb import verb
+
+if TYPE_CHECKING:
+    from ..evaluation.exactness import Comparison, VerifyReport
+
+DIFFERENT, ERROR = 1, 2
+
+
+@partial(verb, error_code=ERROR)
+def verify(
+    model: Annotated[str, Argument(help="Hub id or folder of a base model, or of an adapter.")],
+    adapter: Annotated[str | None, Option(help="Hub id or folder of the adapter, if the model is a base.")] = None,
+    prompts: Annotated[str, Option(help="A file of prompts, or the name of a suite.")] = "quick",
+    strategy: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
+    dtype: Annotated[str, Option(help="Dtypes of the base, separated by commas; auto is that of the file.")] = "auto",
+    k: Annotated[int | None, Option(help="Masks per block. The adapter's own number by default.")] = None,
+    batch_size: Annotated[int, Option(help="Prompts of one call.")] = 1,
+    max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 64,
+    limit: Annotated[int, Option(help="Most prompts of each domain.")] = 2,
+    greedy_only: Annotated[bool, Option("--greedy-only", help="Do not compare sampling.")] = False,
+    output: Annotated[Path | None, Option("--json", help="File for the report as JSON.")] = None,
+) -> None:
+    """Check that the output with `mtp=True` is that of plain decoding, token by token.
+
+    Sampling is compared with plain decoding under the same noise, and its distribution by a two-sample test. The exit
+    code is 0 if everything is equal, 1 if something differs, and 2 after an error.
+
+    Example:
+
+        hf-mtp verify Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --dtype float32,bfloat16
+    """
+    from ..evaluation.exactness import verify as run
+    from ..pretrained import load_upgraded
+
+    reports, tokenizer = [], None
+    for name in words(dtype):
+        loaded, tokenizer = load_upgraded(model, adapter, name)
+        reports.append(
+            run(
+                loaded,
+                tokenizer,
+                prompts,
+                strategies=words(strategy),
+                k=k,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                limit=limit,
+                sampling=not greedy_only,
+            )
+        )
+        typer.echo(_as_text(reports[-1], tokenizer))
+    if output is not None:
+        content = {"equal": all(report.is_equal for report in reports), "reports": [r.to_dict() for r in reports]}
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if not all(report.is_equal for report in reports):
+        raise typer.Exit(DIFFERENT)
+
+
+def _as_text(report: "VerifyReport", tokenizer) -> str:
+    lines = [f"{report.dtype}, batch {report.batch_size}, up to {report.max_new_tokens} new tokens"]
+    for comparison in report.comparisons:
+        lines += _lines(comparison, tokenizer)
+    if report.p_value is not None:
+        lines.append(f"  two-sample test of sampled texts against the base's: p = {report.p_value:.4f}")
+    lines += [f"  left out: prompt {name}. {reason}" for name, reason in report.left_out.items()]
+    divergences = [one for comparison in report.comparisons for one in comparison.divergences]
+    verdict = "equal" if report.is_equal else "DIFFERENT"
+    if divergences and all(one.is_tie for one in divergences):
+        verdict += ", at ties only: rounding alone decides between these tokens"
+    return "\n".join([*lines, f"  {verdict}"])
+
+
+def _lines(comparison: "Comparison", tokenizer) -> list[str]:
+    name = f"  {comparison.mode}, {comparison.way}"
+    if comparison.refused:
+        return [f"{name}: refused. {comparison.refused}"]
+    equal = comparison.answers - len(comparison.divergences)
+    lines = [f"{name}: {equal} of {comparison.answers} answers equal"]
+    for one in comparison.divergences:
+        plain, other = (_shown(token, tokenizer) for token in (one.plain_token, one.other_token))
+        lines.append(f"    {one.prompt}, new token {one.position}: plain {plain}, here {other}{_gap(one)}")
+    return lines
+
+
+def _shown(token: int | None, tokenizer) -> str:
+    return "has ended" if token is None else f"{tokenizer.decode([token])!r} ({token})"
+
+
+def _gap(one) -> str:
+    if one.units is None:
+        return ""
+    return f"; {one.units:g} units of rounding apart, {'a tie' if one.is_tie else 'NO tie'}"

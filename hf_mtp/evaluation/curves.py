@@ -1,0 +1,76 @@
+"""Draws the results of an evaluation against k: tokens per pass, and speed by the wall clock."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "curves"
+PANELS = {
+    "tokens_per_pass": ("Tokens per pass", "new tokens per forward pass of the base, pooled"),
+    "speedup": ("Speed", "plain decoding's seconds divided by ours, median over prompts"),
+}
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_curves(results: Results, folder: Path) -> list[Path]:
+    """Draws one column of panels for each strategy, with a line for each domain, as PNG and SVG.
+
+    Args:
+        results ([`Results`]): The results. Strategies with one k have a point for each domain.
+        folder (`Path`): An existing folder.
+
+    Returns:
+        `list[Path]`: The files; none if nothing was measured.
+    """
+    strategies = {
+        strategy: {way["k"]: way["name"] for way in results.settings.ways if way["strategy"] == strategy}
+        for strategy in dict.fromkeys(way["strategy"] for way in results.settings.ways if way["k"] is not None)
+    }
+    measured = {way for ways in results.domains.values() for way in ways}
+    strategies = {name: by_k for name, by_k in strategies.items() if measured.issuperset(by_k.values())}
+    if not strategies:
+        return []
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(strategies) + 1, 8), dpi=125, layout="constrained")
+    grid = figure.subplots(len(PANELS), len(strategies), sharex=True, sharey="row", squeeze=False)
+    for row, (measure, (title, subtitle)) in zip(grid, PANELS.items(), strict=True):
+        for axes, (strategy, by_k) in zip(row, strategies.items(), strict=True):
+            _draw_panel(axes, results, measure, by_k, (f"{title}, {strategy}", subtitle))
+    for axes in grid[-1]:
+        axes.set_xlabel("k, masks per block")
+    paths = [folder / f"{NAME}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path)
+    return paths
+
+
+def _draw_panel(axes: "Axes", results: Results, measure: str, by_k: dict[int, str], titles: tuple[str, str]) -> None:
+    """One measure of one strategy against k."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import FixedLocator
+
+    from .plotting import GREY, label_ends, style
+
+    style(axes, *titles)
+    axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+    colours = [colormaps["tab10"](index % 10) for index in range(len(results.domains))]
+    ends = {}
+    for (domain, ways), colour in zip(results.domains.items(), colours, strict=True):
+        values = {k: getattr(ways[name], measure) for k, name in sorted(by_k.items())}
+        axes.plot(values.keys(), values.values(), "o-", color=colour, markersize=4, linewidth=1.8)
+        ends[domain] = [*values.items()][-1]
+    axes.xaxis.set_major_locator(FixedLocator(sorted(by_k)))
+    axes.margins(x=0.05)
+    axes.set_ylim(bottom=0)
+    axes.autoscale_view()
+    label_ends(axes, ends, colours)

@@ -1,0 +1,223 @@
+"""Compares the output of `generate(mtp=True)` with plain decoding, token by token: [`verify`].
+
+Shapes: N sampled texts, L new tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from peft import PeftModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from ..base.inspection import evaluation_mode
+from ..base.randomness import own_randomness
+from ..decoding.noise import PositionNoise, draw_seed
+from .compare import describe_machine
+from .decoded import checked_config, decode_rows
+from .divergence import Divergence, divergence_at
+from .measures import first_difference
+from .prompts import EncodedPrompt, encode_prompts
+from .suites import Suite, load_suite
+from .two_sample import p_value
+from .ways import STRATEGIES, Way, ways_of
+
+SIGNIFICANT = 0.001  # how often a true equality may be taken for a difference
+SAMPLED_TEXTS, SAMPLED_TOKENS = 64, 6  # of the two-sample test, for each way to sample
+SEED = 17
+GREEDY, SAMPLING = "greedy", "sampling"
+# The base's own distribution, whatever its generation config says.
+AT_TEMPERATURE_1 = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+@dataclass
+class Comparison:
+    """One way to decode, compared with plain decoding.
+
+    Args:
+        way (`str`): Name of the way.
+        mode (`str`): `"greedy"` or `"sampling"`.
+        answers (`int`): Number of answers.
+        divergences (`list[Divergence]`): The first difference of each answer that differs.
+        refused (`str`, *optional*): Why the model does not allow this way. It then has no answers.
+    """
+
+    way: str
+    mode: str
+    answers: int
+    divergences: list[Divergence] = field(default_factory=list)
+    refused: str | None = None
+
+
+@dataclass
+class VerifyReport:
+    """The result of [`verify`].
+
+    Args:
+        dtype (`str`): Dtype of the base's weights.
+        batch_size (`int`): Most prompts of a call.
+        max_new_tokens (`int`): Most new tokens of an answer.
+        comparisons (`list[Comparison]`): One for each way, greedy and sampled.
+        p_value (`float`, *optional*): Of the two-sample test of sampled texts. `None` without sampling.
+        left_out (`dict[str, str]`): Prompts that the model cannot answer, and why.
+        machine (`dict`): Processor, threads and versions.
+    """
+
+    dtype: str
+    batch_size: int
+    max_new_tokens: int
+    comparisons: list[Comparison]
+    p_value: float | None
+    left_out: dict[str, str]
+    machine: dict
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every answer has the token ids of plain decoding, and sampled texts have the base's distribution."""
+        same_ids = not any(comparison.divergences for comparison in self.comparisons)
+        return same_ids and (self.p_value is None or self.p_value > SIGNIFICANT)
+
+    def to_dict(self) -> dict:
+        """The report as JSON would hold it, with `equal` and, for each divergence, `tie`."""
+        content = {"equal": self.is_equal, **asdict(self)}
+        for comparison, row in zip(self.comparisons, content["comparisons"], strict=True):
+            for divergence, entry in zip(comparison.divergences, row["divergences"], strict=True):
+                entry["tie"] = divergence.is_tie
+        return content
+
+
+def verify(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Suite | str = "quick",
+    *,
+    strategies: Sequence[str] = STRATEGIES,
+    k: int | None = None,
+    batch_size: int = 1,
+    max_new_tokens: int = 64,
+    limit: int | None = 2,
+    sampling: bool = True,
+) -> VerifyReport:
+    """Checks that the output with `mtp=True` is that of plain decoding.
+
+    Greedy answers are compared token by token. Sampled ones, too: plain decoding is given the same noise for each
+    output position, by a logits processor, so both must draw the same tokens. A two-sample test compares texts sampled
+    by the first strategy with texts that the base draws by its own random numbers.
+
+    Args:
+        model ([`~peft.PeftModel`]): An upgraded model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        prompts ([`Suite`] or `str`, *optional*, defaults to `"quick"`): The prompts, or the name of a suite.
+        strategies (`Sequence[str]`, *optional*): Values of `mtp_strategy`; all three by default.
+        k (`int`, *optional*): Value of `mtp_k`; the adapter's k by default.
+        batch_size (`int`, *optional*, defaults to 1): Prompts of one call of `generate`.
+        max_new_tokens (`int`, *optional*, defaults to 64): Most new tokens of an answer.
+        limit (`int`, *optional*, defaults to 2): Most prompts of each domain; all if `None`.
+        sampling (`bool`, *optional*, defaults to `True`): Whether to compare sampling, too.
+
+    Returns:
+        [`VerifyReport`]
+
+    Raises:
+        ValueError: The model has no adapter of hf_mtp, an argument is out of range, or no prompt can be answered.
+    """
+    config = checked_config(model, batch_size, max_new_tokens)
+    suite = (load_suite(prompts) if isinstance(prompts, str) else prompts).limited(limit)
+    encoded, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
+    batches = [encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
+    ways = [way for way in ways_of(strategies, [k or config.k], config.k) if way.k is not None]
+    comparisons, sampled = [], None
+    with evaluation_mode(model):
+        for mode in (GREEDY, SAMPLING) if sampling else (GREEDY,):
+            comparisons += _compare_all(model, ways, batches, mode, max_new_tokens)
+        refused = {comparison.way for comparison in comparisons if comparison.refused}
+        allowed = [way for way in ways if way.name not in refused]
+        if sampling and allowed:
+            sampled = _two_sample(model, allowed[0], encoded[0])
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    return VerifyReport(dtype, batch_size, max_new_tokens, comparisons, sampled, left_out, describe_machine())
+
+
+def _compare_all(
+    model: PeftModel, ways: list[Way], batches: list[list[EncodedPrompt]], mode: str, max_new_tokens: int
+) -> list[Comparison]:
+    """Decodes every batch plainly and in every way."""
+    found = {way: Comparison(way.name, mode, 0) for way in ways}
+    for batch in batches:
+        ids = [prompt.ids for prompt in batch]
+        noises = _noises(model, len(batch)) if mode == SAMPLING else None
+        plain = decode_rows(model, ids, max_new_tokens, **_plain_options(noises, ids)).rows
+        for way, comparison in found.items():
+            if comparison.refused:
+                continue
+            try:
+                rows = decode_rows(model, ids, max_new_tokens, **_options(way, mode)).rows
+            except NotImplementedError as error:
+                comparison.refused = " ".join(str(error).split())
+                continue
+            comparison.answers += len(rows)
+            comparison.divergences += _divergences(model, batch, plain, rows, noises)
+    return list(found.values())
+
+
+def _options(way: Way, mode: str) -> dict:
+    if mode == GREEDY:
+        return way.options
+    return {**way.options, **AT_TEMPERATURE_1, "generator": torch.Generator().manual_seed(SEED)}
+
+
+def _noises(model: PeftModel, rows: int) -> list[PositionNoise]:
+    """The noise of each row that `generate(mtp=True)` draws from a generator with our seed."""
+    head = model.get_base_model().get_output_embeddings()
+    seed = draw_seed(torch.Generator().manual_seed(SEED))
+    return [PositionNoise(seed, row, head.weight.shape[0], head.weight.device) for row in range(rows)]
+
+
+class AddedNoise(LogitsProcessor):
+    """Adds to each row's scores the noise of its output position. The largest sum is a draw (the Gumbel-max trick).
+
+    Args:
+        noises (`list[PositionNoise]`): The noise of each row.
+        prompt_length (`int`): Columns of the prompts, padding included.
+    """
+
+    def __init__(self, noises: list[PositionNoise], prompt_length: int):
+        self.noises, self.prompt_length = noises, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        position = input_ids.shape[1] - self.prompt_length
+        return scores + torch.stack([noise.at(position) for noise in self.noises]).to(scores.device)
+
+
+def _plain_options(noises: list[PositionNoise] | None, ids: list[list[int]]) -> dict:
+    if noises is None:
+        return {}
+    return {"logits_processor": LogitsProcessorList([AddedNoise(noises, max(map(len, ids)))])}
+
+
+def _divergences(
+    model: PeftModel,
+    batch: list[EncodedPrompt],
+    plain: list[list[int]],
+    rows: list[list[int]],
+    noises: list[PositionNoise] | None,
+) -> list[Divergence]:
+    found = []
+    for index, (prompt, expected, ids) in enumerate(zip(batch, plain, rows, strict=True)):
+        place = first_difference(expected, ids)
+        if place is not None:
+            noise_V = None if noises is None else noises[index].at(place)
+            base = model.get_base_model()
+            found.append(divergence_at(base, prompt.name, prompt.ids, expected, ids, place, noise_V))
+    return found
+
+
+def _two_sample(model: PeftModel, way: Way, prompt: EncodedPrompt) -> float:
+    """The p-value of texts sampled with `mtp=True` against texts that the base draws by its own random numbers."""
+    samples = []
+    for options in ({}, {**way.options, "generator": torch.Generator().manual_seed(SEED)}):
+        many = {**AT_TEMPERATURE_1, "num_return_sequences": SAMPLED_TEXTS, **options}
+        with own_randomness(SEED):
+            rows = decode_rows(model, [prompt.ids], SAMPLED_TOKENS, **many).rows
+        samples.append(torch.tensor([row + [-1] * (SAMPLED_TOKENS - len(row)) for row in rows]))
+    return p_value(*samples)

@@ -1,0 +1,72 @@
+"""Writes what people read of an evaluation: the table, the curves and the section of a model card."""
+
+from pathlib import Path
+
+from ..adapter.card import README, is_replaceable, write_model_card
+from ..adapter.config import GatedLoraConfig
+from ..base.files import write_whole
+from .curves import can_draw, draw_curves
+from .report import BEGIN, END, card_section, table_page
+from .results import ALL, Results
+
+TABLE = "table.md"
+
+
+def write_report(results: Results, folder: str | Path) -> list[Path]:
+    """Writes `table.md` and the curves. Without matplotlib there are no curves.
+
+    Args:
+        results ([`Results`]): The results.
+        folder (`str` or `Path`): Where to write.
+
+    Returns:
+        `list[Path]`: The files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / TABLE, [table_page(results).encode()])
+    return [folder / TABLE, *(draw_curves(results, folder) if can_draw() else [])]
+
+
+def write_card_section(results: Results, adapter: str | Path) -> Path:
+    """Writes the results into an adapter's model card, in place of the section of an earlier evaluation.
+
+    A card that hf_mtp wrote also gets the tokens per pass of each domain; they are kept in the adapter's config.
+
+    Args:
+        results ([`Results`]): Complete results.
+        adapter (`str` or `Path`): Folder of the adapter.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        ValueError: The results are partial, or the folder has no adapter.
+    """
+    folder = Path(adapter)
+    if not results.complete:
+        raise ValueError("The evaluation was interrupted, so its results are not for a model card. Finish it first.")
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"A model card is written into the folder of an adapter, but {folder} has no adapter_config.json. "
+            "Download the adapter first, for example with `hf download`."
+        )
+    card = folder / README
+    if is_replaceable(card):
+        config = GatedLoraConfig.from_pretrained(str(folder))
+        config.tokens_per_step = _tokens_per_step(results)
+        config.save_pretrained(folder)
+        write_model_card(config, folder)
+    text = card.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2].lstrip("\n") if rest else ""
+    write_whole(card, [f"{before.rstrip()}\n\n{card_section(results)}{after and chr(10) + after}".encode()])
+    return card
+
+
+def _tokens_per_step(results: Results) -> dict[str, float]:
+    """Tokens per pass of each domain, in the way that has most of them over all."""
+    ways = {name for way in results.settings.ways if way["k"] is not None and (name := way["name"])}
+    overall = results.domains.get(ALL) or next(iter(results.domains.values()))
+    best = max((way for way in overall if way in ways), key=lambda way: overall[way].tokens_per_pass)
+    return {f"{domain} ({best})": round(row[best].tokens_per_pass, 2) for domain, row in results.domains.items()}

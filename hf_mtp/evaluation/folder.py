@@ -1,0 +1,91 @@
+"""The output folder of an evaluation: it keeps every finished call, so that an interrupted run can be resumed.
+
+While a run goes on, `calls.jsonl` has its settings and one finished turn a line. `results.json` takes its place.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from .results import FILE, Call, Results, Settings, call_of, load_results
+
+CALLS = "calls.jsonl"
+
+
+class RunFolder:
+    """Finished turns of one run. A turn is some prompts, decoded in every way.
+
+    Args:
+        folder (`Path`, *optional*): Where to keep them; in memory only if `None`.
+        settings ([`Settings`]): What the run measures.
+
+    Attributes:
+        turns (`list[list[Call]]`): Finished turns.
+        seconds (`float`): Wall-clock time that they took.
+        finished ([`Results`], *optional*): The results, if the folder has all of this run's.
+
+    Raises:
+        ValueError: The folder has a run with other settings.
+    """
+
+    def __init__(self, folder: Path | None, settings: Settings):
+        self.folder, self.settings = folder, settings
+        self.finished: Results | None = None
+        self.turns: list[list[Call]] = []
+        self.seconds = 0.0
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / CALLS).is_file():
+            self._read_turns()
+        elif (folder / FILE).is_file():
+            results = load_results(folder)
+            self._refuse_other(results.settings)
+            self.finished = results
+        else:
+            self._append(dataclasses.asdict(settings))
+
+    def add(self, calls: list[Call], seconds: float) -> None:
+        """Keeps a finished turn.
+
+        Args:
+            calls (`list[Call]`): Its calls, one for each way.
+            seconds (`float`): Wall-clock time of the turn.
+        """
+        self.turns.append(calls)
+        self.seconds += seconds
+        if self.folder is not None:
+            self._append({"seconds": seconds, "calls": [dataclasses.asdict(call) for call in calls]})
+
+    def finish(self) -> None:
+        """Deletes `calls.jsonl`, once `results.json` has all of it."""
+        if self.folder is not None:
+            (self.folder / CALLS).unlink(missing_ok=True)
+
+    def _append(self, content: dict) -> None:
+        with (self.folder / CALLS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+    def _read_turns(self) -> None:
+        path = self.folder / CALLS
+        lines = path.read_text(encoding="utf-8").split("\n")
+        whole = lines[:-1]  # a line without its end was being written when the process died
+        if not whole:
+            path.write_text(json.dumps(dataclasses.asdict(self.settings)) + "\n", encoding="utf-8")
+            return
+        self._refuse_other(Settings(**json.loads(whole[0])))
+        for turn in map(json.loads, whole[1:]):
+            self.turns.append([call_of(row) for row in turn["calls"]])
+            self.seconds += turn["seconds"]
+        if lines[-1]:
+            path.write_text("\n".join(whole) + "\n", encoding="utf-8")
+
+    def _refuse_other(self, found: Settings) -> None:
+        mine, other = dataclasses.asdict(self.settings), dataclasses.asdict(found)
+        different = [name for name in mine if mine[name] != other[name]]
+        if different:
+            listed = "; ".join(f"{name} was {other[name]}, now it is {mine[name]}" for name in different)
+            raise ValueError(
+                f"The folder {self.folder} has the results of another run: {listed}. Choose another output folder, or "
+                "delete this one."
+            )

@@ -1,0 +1,152 @@
+"""The results of an evaluation as tables in Markdown: [`table_page`], and the section of a model card."""
+
+from .results import ALL, Results, Summary
+from .ways import PLAIN, Way
+
+BEGIN, END = "<!-- hf_mtp evaluation -->", "<!-- end of hf_mtp evaluation -->"
+BUSY = 0.75  # processes that wait for a processor besides this one, on average
+
+
+def table_page(results: Results) -> str:
+    """The whole of `table.md`: the paper's table, speed, all figures, acceptance and how they were measured.
+
+    Args:
+        results ([`Results`]): The results.
+    """
+    if not results.domains:
+        return "# Evaluation\n\nNothing was measured: the run was interrupted before its first prompt was finished.\n"
+    sections = {
+        "Tokens per pass": tokens_table(results),
+        "Speed by the wall clock": speed_table(results),
+        "Acceptance per position": acceptance_table(results),
+        **({"Simulated and decoded": simulated_table(results)} if results.simulated else {}),
+        "All figures": full_table(results),
+        "How it was measured": notes(results),
+    }
+    title = f"# Evaluation of {results.settings.model} on {results.settings.suite['name']}\n"
+    return "\n".join([title, *(f"## {name}\n\n{text}\n" for name, text in sections.items())])
+
+
+def card_section(results: Results) -> str:
+    """The section of a model card, between marks by which it is found again.
+
+    Args:
+        results ([`Results`]): The results.
+    """
+    tables = f"Tokens per pass:\n\n{tokens_table(results)}\n\nSpeed by the wall clock:\n\n{speed_table(results)}"
+    return f"{BEGIN}\n## Evaluation\n\n{tables}\n\n{notes(results)}\n{END}\n"
+
+
+def tokens_table(results: Results) -> str:
+    """Tokens per pass by domain and way, pooled over answers."""
+    return _by_way(results, lambda row: f"{row.tokens_per_pass:.2f}", [PLAIN])
+
+
+def speed_table(results: Results) -> str:
+    """Speed against plain decoding by domain and way: the median over prompts, and the quartiles."""
+    return _by_way(results, _speed, [PLAIN])
+
+
+def acceptance_table(results: Results) -> str:
+    """How often the first, second ... draft of a pass was accepted, over all domains."""
+    ways = {way: row.acceptance_per_position for way, row in _overall(results).items()}
+    drafting = {way: rates for way, rates in ways.items() if rates}
+    if not drafting:
+        return "No way drafted a token."
+    positions = max(map(len, drafting.values()))
+    rows = [
+        [way, *(f"{rate:.2f}" for rate in rates), *[""] * (positions - len(rates))] for way, rates in drafting.items()
+    ]
+    return markdown_table(["way", *map(str, range(1, positions + 1))], rows)
+
+
+def simulated_table(results: Results) -> str:
+    """Tokens per pass that an evaluation in training computes from the same answers, beside the decoded ones."""
+    way = Way("quadratic", results.settings.adapter["k"]).name
+    rows = []
+    for domain, told in results.simulated.items():
+        decoded = results.domains[domain][way].tokens_per_pass
+        rows.append([domain, f"{told:.3f}", f"{decoded:.3f}", f"{100 * (told / decoded - 1):+.1f} %"])
+    return markdown_table(["domain", "simulated", way, "difference"], rows)
+
+
+def full_table(results: Results) -> str:
+    """Every figure of every domain and way."""
+    head = ["domain", "way", "tokens per pass", "mean of means", "speed", "tokens/s", "same text", "repeated 4-grams"]
+    rows = [
+        [
+            domain,
+            way,
+            f"{row.tokens_per_pass:.2f}",
+            f"{row.tokens_per_pass_mean:.2f}",
+            _speed(row),
+            f"{row.tokens_per_second:.1f}",
+            f"{row.identical}/{row.prompts}",
+            f"{row.repeated_4grams:.2f}",
+        ]
+        for domain, ways in results.domains.items()
+        for way, row in ways.items()
+    ]
+    return markdown_table(head, rows)
+
+
+def notes(results: Results) -> str:
+    """How the figures were measured, and what to know about them."""
+    settings, machine = results.settings, results.settings.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    adapter = settings.adapter
+    lines = [
+        "Greedy decoding, ended by the end token. Tokens per pass are new tokens divided by forward passes of the "
+        "base, pooled over answers: the token that the base adds to each pass (the bonus token), the end token and "
+        "the pass over the prompt are included, so plain decoding has 1. Speed is plain decoding's seconds divided "
+        "by the way's own: the median over prompts, and the quartiles. Every prompt was decoded in all ways in turn, "
+        "after a warm-up.",
+        f"{_count(results)} of {settings.suite['prompts']} prompts, at most {settings.max_new_tokens} new tokens, "
+        f"batch {settings.batch_size}, {settings.dtype} on {machine.get('accelerator', settings.device)}; "
+        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}. Adapter "
+        f"{adapter['fingerprint']}, k={adapter['k']}, r={adapter['r']}.",
+        *_warnings(results),
+        *(f"Left out: {name}. {reason}" for name, reason in results.left_out.items()),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        head (`list[str]`): Names of the columns.
+        rows (`list[list[str]]`): Cells.
+    """
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def _by_way(results: Results, cell, left_out: list[str]) -> str:
+    """A row for each domain, a column for each way."""
+    ways = [way for way in _overall(results) if way not in left_out]
+    rows = [[domain, *(cell(row[way]) for way in ways)] for domain, row in results.domains.items()]
+    return markdown_table(["domain", *ways], rows)
+
+
+def _overall(results: Results) -> dict[str, Summary]:
+    """The summaries of all domains together."""
+    return results.domains.get(ALL) or next(iter(results.domains.values()))
+
+
+def _speed(row: Summary) -> str:
+    return f"{row.speedup:.2f}x ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
+
+
+def _count(results: Results) -> int:
+    return _overall(results)[PLAIN].prompts
+
+
+def _warnings(results: Results) -> list[str]:
+    found = [] if results.complete else ["**Partial:** the run was interrupted. The same command goes on with it."]
+    if results.load_average is not None and results.load_average > BUSY:
+        found.append(
+            f"**Busy machine:** other programs were running when it started (load average {results.load_average}). "
+            "Tokens per pass do not depend on it, but those of `auto` do, which decides by measured costs. Speeds are "
+            "ratios of neighbours in time: trust them only as far as their quartiles are close."
+        )
+    return found

@@ -1,0 +1,271 @@
+"""The results of an evaluation, and the schema of `results.json`.
+
+The fields of these classes are the schema. docs/evaluation.md describes them; a change of their meaning raises
+[`SCHEMA`]'s number.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..base.files import write_whole
+from .measures import acceptance_per_position, quartiles, tokens_per_pass
+from .ways import PLAIN
+
+SCHEMA = "hf_mtp.evaluation/1"
+ALL = "all"  # the name of all domains together
+FILE = "results.json"
+
+
+@dataclass
+class Answer:
+    """One answer.
+
+    Args:
+        prompt (`str`): Name of the prompt in the suite.
+        prompt_tokens (`int`): Length of the prompt.
+        tokens (`int`): New tokens, the end token included.
+        ended (`bool`): Whether it ended by itself, before `max_new_tokens`.
+        first_difference (`int`, *optional*): First new token that differs from plain decoding; `None` if none does.
+        repeated_4grams (`float`): The share of 4-grams that occurred earlier in the same answer.
+        ids (`list[int]`, *optional*): The new tokens; `None` if they are those of plain decoding.
+    """
+
+    prompt: str
+    prompt_tokens: int
+    tokens: int
+    ended: bool
+    first_difference: int | None
+    repeated_4grams: float
+    ids: list[int] | None
+
+
+@dataclass
+class Call:
+    """One call of `generate`: one prompt, or a batch of them, decoded in one way.
+
+    Args:
+        domain (`str`): Domain of its prompts.
+        way (`str`): Name of the way to decode.
+        seconds (`float`): Wall-clock time.
+        forward_passes (`int`): Forward passes of the base, those over the prompts included.
+        row_passes (`int`): The same, counted once for each row that had not ended.
+        drafted_per_position, accepted_per_position (`list[int]`): Drafts that were verified, and those accepted, by
+            their position in a pass. Empty for plain decoding and prompt lookup.
+        answers (`list[Answer]`): One for each row.
+    """
+
+    domain: str
+    way: str
+    seconds: float
+    forward_passes: int
+    row_passes: int
+    drafted_per_position: list[int]
+    accepted_per_position: list[int]
+    answers: list[Answer]
+
+
+@dataclass
+class Summary:
+    """All calls of one way on one domain.
+
+    Args:
+        prompts (`int`): Number of answers.
+        tokens, passes (`int`): New tokens and forward passes of all rows.
+        tokens_per_pass (`float`): Their ratio: pooled over answers, the bonus token and the end token included.
+        tokens_per_pass_mean (`float`): The mean over calls of each call's own ratio.
+        seconds (`float`): Wall-clock time of all calls.
+        tokens_per_second (`float`): New tokens divided by it.
+        speedup (`float`): Median over calls of plain decoding's seconds divided by this way's, of the same prompts.
+        speedup_low, speedup_high (`float`): Lower and upper quartile. A busy machine shows as a wide range.
+        speedup_in_total (`float`): Plain decoding's seconds divided by this way's, all calls together.
+        identical (`int`): Answers equal to those of plain decoding.
+        acceptance_per_position (`list[float]`): How often the first, second ... draft of a pass was accepted.
+        repeated_4grams (`float`): Mean share of repeated 4-grams.
+    """
+
+    prompts: int
+    tokens: int
+    passes: int
+    tokens_per_pass: float
+    tokens_per_pass_mean: float
+    seconds: float
+    tokens_per_second: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    speedup_in_total: float
+    identical: int
+    acceptance_per_position: list[float]
+    repeated_4grams: float
+
+
+@dataclass
+class Settings:
+    """What was measured. Two runs with the same settings on the same machine can be one.
+
+    Args:
+        model (`str`): Hub id of the base, or the name of its folder.
+        adapter (`dict`): `fingerprint` of the adapter's weights, `k` and `r`.
+        dtype (`str`): Dtype of the base's weights.
+        device (`str`): Device of the base's embeddings.
+        suite (`dict`): `name`, `fingerprint` and number of `prompts`.
+        ways (`list[dict]`): `name`, `strategy` and `k` of each way to decode.
+        batch_size (`int`): Most prompts of a call.
+        max_new_tokens (`int`): Most new tokens of an answer.
+        machine (`dict`): Processor, threads, accelerator, Python and versions of libraries.
+    """
+
+    model: str
+    adapter: dict
+    dtype: str
+    device: str
+    suite: dict
+    ways: list[dict]
+    batch_size: int
+    max_new_tokens: int
+    machine: dict
+
+
+@dataclass
+class Results:
+    """Results of an evaluation: the content of `results.json`.
+
+    Args:
+        settings ([`Settings`]): What was measured.
+        complete (`bool`): Whether all prompts were answered. `False` after an interrupt.
+        warm_up (`dict[str, float]`): Seconds of each way's first, unmeasured call, which has one-time costs.
+        left_out (`dict[str, str]`): Ways and prompts that could not be measured, and why.
+        seconds (`float`): Wall-clock time of the whole run, the warm-up not included.
+        load_average (`float`, *optional*): Processes that were waiting for a processor at the start of the run, by the
+            system's one-minute average.
+        domains (`dict[str, dict[str, Summary]]`): Summaries by domain and way. The domain `"all"` has all of them.
+        simulated (`dict[str, float]`): By domain, the tokens per pass that an evaluation in training computes from the
+            same answers, for quadratic decoding with the adapter's k. Empty if that way was not measured.
+        calls (`list[Call]`): Every call of `generate`.
+        schema (`str`): Name and version of this schema.
+    """
+
+    settings: Settings
+    complete: bool
+    warm_up: dict[str, float]
+    left_out: dict[str, str]
+    seconds: float
+    load_average: float | None
+    domains: dict[str, dict[str, Summary]] = field(default_factory=dict)
+    simulated: dict[str, float] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    schema: str = SCHEMA
+
+    def save(self, folder: Path) -> None:
+        """Writes `results.json`, with one call on each line.
+
+        Args:
+            folder (`Path`): An existing folder.
+        """
+        content = dataclasses.asdict(self)
+        calls = ",\n  ".join(json.dumps(call) for call in content.pop("calls"))
+        head = json.dumps({"schema": content.pop("schema"), **content}, indent=1).removesuffix("\n}")
+        write_whole(folder / FILE, [f'{head},\n "calls": [\n  {calls}\n ]\n}}\n'.encode()])
+
+
+def load_results(path: Path) -> Results:
+    """Reads a `results.json`, and checks it against the schema.
+
+    Args:
+        path (`Path`): The file, or its folder.
+
+    Raises:
+        ValueError: It is no JSON, has another schema, or a field is missing or unknown.
+        OSError: There is no such file.
+    """
+    path = path / FILE if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{path} has the schema {found!r}, but this version of hf_mtp reads {SCHEMA!r}.")
+    try:
+        domains = {
+            domain: {way: fields_of(Summary, row) for way, row in ways.items()}
+            for domain, ways in content["domains"].items()
+        }
+        calls = [call_of(row) for row in content["calls"]]
+        settings = fields_of(Settings, content["settings"])
+        return fields_of(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not follow the schema {SCHEMA!r}: {error}.") from error
+
+
+def fields_of(kind: type, content: dict):
+    """An object of a dataclass from all its fields, and no others.
+
+    Args:
+        kind (`type`): The dataclass.
+        content (`dict`): Values by name.
+
+    Raises:
+        TypeError: A field is missing or unknown.
+    """
+    names = {one.name for one in dataclasses.fields(kind)}
+    if names != content.keys():
+        wrong = sorted(names ^ content.keys())
+        raise TypeError(f"{kind.__name__} has other fields: {', '.join(wrong)}")
+    return kind(**content)
+
+
+def call_of(content: dict) -> Call:
+    """A [`Call`] from its JSON.
+
+    Args:
+        content (`dict`): The JSON.
+    """
+    return fields_of(Call, {**content, "answers": [fields_of(Answer, row) for row in content["answers"]]})
+
+
+def summarize_calls(calls: list[Call]) -> dict[str, dict[str, Summary]]:
+    """Summaries by domain and way, with `"all"` for all domains together if there are several.
+
+    Args:
+        calls (`list[Call]`): For the same prompts in every way; each way's in the same order.
+    """
+    domains = list(dict.fromkeys(call.domain for call in calls))
+    ways = list(dict.fromkeys(call.way for call in calls))
+    groups = {domain: [call for call in calls if call.domain == domain] for domain in domains}
+    if len(groups) > 1:
+        groups[ALL] = calls
+    return {
+        domain: {
+            way: _summary([call for call in group if call.way == way], [call for call in group if call.way == PLAIN])
+            for way in ways
+        }
+        for domain, group in groups.items()
+    }
+
+
+def _summary(calls: list[Call], plain: list[Call]) -> Summary:
+    answers = [answer for call in calls for answer in call.answers]
+    tokens = [sum(answer.tokens for answer in call.answers) for call in calls]
+    passes, seconds = [call.row_passes for call in calls], sum(call.seconds for call in calls)
+    speedups = [one.seconds / call.seconds for one, call in zip(plain, calls, strict=True)]
+    low, middle, high = quartiles(speedups)
+    return Summary(
+        prompts=len(answers),
+        tokens=sum(tokens),
+        passes=sum(passes),
+        **tokens_per_pass(tokens, passes),
+        seconds=seconds,
+        tokens_per_second=sum(tokens) / seconds,
+        speedup=middle,
+        speedup_low=low,
+        speedup_high=high,
+        speedup_in_total=sum(call.seconds for call in plain) / seconds,
+        identical=sum(answer.first_difference is None for answer in answers),
+        acceptance_per_position=acceptance_per_position(
+            [call.drafted_per_position for call in calls], [call.accepted_per_position for call in calls]
+        ),
+        repeated_4grams=sum(answer.repeated_4grams for answer in answers) / len(answers),
+    )

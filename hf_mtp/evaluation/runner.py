@@ -1,0 +1,224 @@
+"""Measures an adapter: every prompt of a suite decoded in every way, in turn. Knows nothing of tables or plots."""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..base.inspection import evaluation_mode, input_device
+from ..objective.simulation import SimulatedDecoding
+from .compare import describe_machine
+from .decoded import DecodedRows, checked_config, decode_rows, end_tokens
+from .folder import RunFolder
+from .measures import first_difference, repeated_share
+from .prompts import EncodedPrompt, encode_prompts
+from .results import ALL, Answer, Call, Results, Settings, summarize_calls
+from .simulated import simulated_decoding
+from .suites import Suite, load_suite
+from .ways import PLAIN, STRATEGIES, Way, ways_of
+
+WARM_UP_TOKENS = 24
+
+
+def evaluate(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: Suite | str = "quick",
+    *,
+    strategies: Sequence[str] = STRATEGIES,
+    k: Sequence[int] | None = None,
+    batch_size: int = 1,
+    max_new_tokens: int = 128,
+    limit: int | None = None,
+    output: str | Path | None = None,
+) -> Results:
+    """Measures tokens per pass and speed over domains, k and strategies, beside plain decoding and prompt lookup.
+
+    Decodes greedily, and ends at the end token. Each prompt is decoded in every way before the next one, and the ways
+    take turns in coming first, so a machine that gets slower does so for all of them. With `output`, every finished
+    prompt is kept: after an interrupt, the same call resumes.
+
+    Args:
+        model ([`~peft.PeftModel`]): An upgraded model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        suite ([`Suite`] or `str`, *optional*, defaults to `"quick"`): The prompts, or the name of a suite as for
+            [`load_suite`].
+        strategies (`Sequence[str]`, *optional*): Values of `mtp_strategy`; all three by default.
+        k (`Sequence[int]`, *optional*): Values of `mtp_k`, for every strategy. By default the adapter's k, and for
+            `"quadratic"` also 1, 4 and 8, the paper's, as far as they are smaller.
+        batch_size (`int`, *optional*, defaults to 1): Prompts of one call of `generate`, all of one domain.
+        max_new_tokens (`int`, *optional*, defaults to 128): Most new tokens of an answer.
+        limit (`int`, *optional*): Most prompts of each domain.
+        output (`str` or `Path`, *optional*): Folder for `results.json`. Nothing is written if `None`.
+
+    Returns:
+        [`Results`]. After an interrupt by Ctrl-C they have what is done, with `complete=False`.
+
+    Raises:
+        ValueError: The model has no adapter of hf_mtp, an argument is out of range, no prompt fits into the context,
+            or `output` has the results of another run.
+    """
+    config = checked_config(model, batch_size, max_new_tokens)
+    suite = (load_suite(suite) if isinstance(suite, str) else suite).limited(limit)
+    prompts, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
+    ways = ways_of(strategies, k, config.k)
+    settings = Settings(
+        model=_name_of(model),
+        adapter={"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
+        dtype=str(model.get_base_model().dtype).removeprefix("torch."),
+        device=str(input_device(model).type),
+        suite={"name": suite.name, "fingerprint": suite.fingerprint, "prompts": len(suite.prompts)},
+        ways=[{"name": way.name, "strategy": way.strategy, "k": way.k} for way in ways],
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        machine=describe_machine(),
+    )
+    folder = RunFolder(None if output is None else Path(output), settings)
+    if folder.finished is not None:
+        return folder.finished
+    with evaluation_mode(model):
+        results = _run(model, ways, _batches(prompts, batch_size), folder, left_out)
+        if results.complete and Way("quadratic", config.k).name in results.warm_up:
+            results.simulated = _simulated(model, prompts, results)
+    if folder.folder is not None:
+        results.save(folder.folder)
+        if results.complete:
+            folder.finish()
+    return results
+
+
+def _name_of(model: PeftModel) -> str:
+    """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory."""
+    base = model.get_base_model()
+    name = base.name_or_path or type(base).__name__
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def adapter_fingerprint(model: PeftModel) -> str:
+    """16 hexadecimal digits that change with any weight of the active adapter, and not with the dtype it is held in.
+
+    Args:
+        model ([`~peft.PeftModel`]): An upgraded model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if f".{model.active_adapter}" in name:
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _batches(prompts: list[EncodedPrompt], size: int) -> list[list[EncodedPrompt]]:
+    """Prompts of one domain in batches, and a batch of each domain in turn, so that part of a run is balanced."""
+    domains: dict[str, list[EncodedPrompt]] = {}
+    for prompt in prompts:
+        domains.setdefault(prompt.domain, []).append(prompt)
+    numbered = [
+        (start, rows[start : start + size]) for rows in domains.values() for start in range(0, len(rows), size)
+    ]
+    return [rows for _, rows in sorted(numbered, key=lambda item: item[0])]
+
+
+def _run(
+    model: PeftModel,
+    ways: list[Way],
+    batches: list[list[EncodedPrompt]],
+    folder: RunFolder,
+    left_out: dict[str, str],
+) -> Results:
+    """Warms up, and decodes what is not yet in the folder."""
+    load, complete = _load_average(), False
+    warm_up: dict[str, float] = {}
+    try:
+        ways, warm_up = _warmed_up(model, ways, batches[0], left_out)
+        for number, batch in enumerate(tqdm(batches, unit="prompts", disable=None)):
+            if number >= len(folder.turns):
+                start = time.perf_counter()
+                calls = _turn(model, ways, batch, number, folder.settings.max_new_tokens)
+                folder.add(calls, time.perf_counter() - start)
+        complete = True
+    except KeyboardInterrupt:
+        pass  # what is done is kept
+    calls = [call for turn in folder.turns for call in turn]
+    domains = summarize_calls(calls) if calls else {}
+    return Results(folder.settings, complete, warm_up, left_out, folder.seconds, load, domains, calls=calls)
+
+
+def _simulated(model: PeftModel, prompts: list[EncodedPrompt], results: Results) -> dict[str, float]:
+    """Simulated tokens per pass of the plain answers, by domain."""
+    ids = {prompt.name: prompt.ids for prompt in prompts}
+    texts: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for call in results.calls:
+        if call.way == PLAIN:
+            texts.setdefault(call.domain, []).extend((ids[answer.prompt], answer.ids) for answer in call.answers)
+    simulated = {domain: simulated_decoding(model, pairs) for domain, pairs in texts.items()}
+    if len(simulated) > 1:
+        simulated[ALL] = sum(simulated.values(), SimulatedDecoding())
+    return {domain: counts.tokens_per_step for domain, counts in simulated.items() if counts.passes}
+
+
+def _load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _warmed_up(
+    model: PeftModel, ways: list[Way], batch: list[EncodedPrompt], left_out: dict[str, str]
+) -> tuple[list[Way], dict[str, float]]:
+    """The ways that work, and the seconds of each one's first call. Those that do not are added to `left_out`."""
+    working, seconds = [], {}
+    for way in ways:
+        try:
+            decoded = decode_rows(model, [prompt.ids for prompt in batch], WARM_UP_TOKENS, **way.options)
+        except (ValueError, NotImplementedError) as error:
+            if way.strategy == PLAIN:
+                raise
+            left_out[way.name] = " ".join(str(error).split())
+            continue
+        working.append(way)
+        seconds[way.name] = round(decoded.seconds, 4)
+    return working, seconds
+
+
+def _turn(
+    model: PeftModel, ways: list[Way], batch: list[EncodedPrompt], number: int, max_new_tokens: int
+) -> list[Call]:
+    """Decodes a batch in every way. Each turn, another one comes first."""
+    first = number % len(ways)
+    ids = [prompt.ids for prompt in batch]
+    decoded = {
+        way.name: decode_rows(model, ids, max_new_tokens, **way.options) for way in [*ways[first:], *ways[:first]]
+    }
+    ends = end_tokens(model)
+    return [_call(way.name, batch, decoded[way.name], decoded[PLAIN], ends) for way in ways]
+
+
+def _call(way: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: DecodedRows, ends: set[int]) -> Call:
+    answers = []
+    for prompt, ids, expected in zip(batch, decoded.rows, plain.rows, strict=True):
+        difference = first_difference(ids, expected)
+        answers.append(
+            Answer(
+                prompt=prompt.name,
+                prompt_tokens=len(prompt.ids),
+                tokens=len(ids),
+                ended=ids[-1] in ends,
+                first_difference=difference,
+                repeated_4grams=round(repeated_share(ids), 4),
+                ids=ids if difference is not None or way == PLAIN else None,
+            )
+        )
+    return Call(
+        domain=batch[0].domain,
+        way=way,
+        seconds=round(decoded.seconds, 6),
+        forward_passes=decoded.forward_passes,
+        row_passes=decoded.row_passes,
+        drafted_per_position=decoded.drafted_per_position,
+        accepted_per_position=decoded.accepted_per_position,
+        answers=answers,
+    )

@@ -1,0 +1,116 @@
+"""`verify` passes for exact decoding, and finds what planted errors change; ties, and the two-sample test."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_base, upgraded
+from tiny_text import tiny_tokenizer, words
+
+from hf_mtp.decoding import verification
+from hf_mtp.evaluation import verify
+from hf_mtp.evaluation.divergence import Divergence, divergence_at, unit_of_rounding
+from hf_mtp.evaluation.suites import suite_of_rows
+from hf_mtp.evaluation.two_sample import p_value
+
+PROMPTS = suite_of_rows("words", [{"prompt": words(9, start=index)} for index in range(3)])
+LEFT_ALONE = verification.chosen_tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return upgraded("llama", 3, dtype=torch.float64).double()
+
+
+def run(model, **options):
+    return verify(model, tiny_tokenizer(), PROMPTS, **{"max_new_tokens": 12, "limit": None, **options})
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_exact_decoding_is_equal(batch_size, model):
+    report = run(model, batch_size=batch_size)
+    assert report.is_equal and report.to_dict()["equal"] and report.p_value > 0.001
+    assert [(one.mode, one.way, one.answers) for one in report.comparisons] == [
+        (mode, f"{way}, k=3", 3) for mode in ("greedy", "sampling") for way in ("auto", "quadratic", "linear")
+    ]
+    json.dumps(report.to_dict())
+
+
+def test_a_wrong_greedy_token_is_found_where_it_is(model, monkeypatch):
+    def wrong(score_xV, noise_xV):
+        token_x = LEFT_ALONE(score_xV, noise_xV)
+        return torch.where(token_x == target, score_xV.argmin(dim=-1), token_x)
+
+    plain = model.generate(input_ids=torch.tensor([tiny_tokenizer()(words(9))["input_ids"]]), max_new_tokens=12)
+    target = plain[0, 9 + 5].item()
+    place = plain[0, 9:].tolist().index(target)
+    monkeypatch.setattr(verification, "chosen_tokens", wrong)
+    report = run(model, sampling=False, strategies=["quadratic"])
+    (comparison,) = report.comparisons
+    first = comparison.divergences[0]
+    assert not report.is_equal and report.p_value is None
+    assert (first.prompt, first.position, first.plain_token) == ("1", place, target)
+    assert not first.is_tie and first.units > 1e6 and first.gap > 0.1
+
+
+def test_sampling_without_its_noise_is_found_by_both_checks(model, monkeypatch):
+    monkeypatch.setattr(verification, "chosen_tokens", lambda score_xV, noise_xV: score_xV.argmax(dim=-1))
+    report = run(model, strategies=["quadratic"])
+    greedy, sampled = report.comparisons
+    assert greedy.divergences == [] and len(sampled.divergences) == 3
+    assert report.p_value < 0.001 and not report.is_equal
+
+
+def test_noise_of_another_temperature_is_found_by_the_two_sample_test(model, monkeypatch):
+    monkeypatch.setattr(
+        verification,
+        "chosen_tokens",
+        lambda score_xV, noise_xV: LEFT_ALONE(score_xV, None if noise_xV is None else 0.25 * noise_xV),
+    )
+    assert run(model, strategies=["quadratic"]).p_value < 0.001
+
+
+def test_a_way_that_the_model_refuses_is_named():
+    report = run(upgraded("bloom", 3), sampling=False)
+    refused = {one.way: one.refused for one in report.comparisons if one.refused}
+    assert list(refused) == ["quadratic, k=3"] and "would not be exact" in refused["quadratic, k=3"]
+    assert report.is_equal
+
+
+def test_an_answer_that_ends_early_differs_where_it_ends():
+    found = divergence_at(tiny_base("llama"), "p", [5, 6], [7, 8, 9], [7, 8], 2)
+    assert found == Divergence("p", 2, 9, None) and not found.is_tie
+
+
+def test_a_tie_is_a_gap_within_a_few_units_of_rounding():
+    base = tiny_base("llama", dtype=torch.bfloat16, tie_word_embeddings=False)
+    with torch.no_grad():
+        base.lm_head.weight[20] = base.lm_head.weight[10]
+    found = divergence_at(base, "p", [5, 6, 7], [8, 10], [8, 20], 1)
+    assert (found.gap, found.units, found.is_tie) == (0.0, 0.0, True)
+    logit_V = base(torch.tensor([[5, 6, 7, 8]])).logits[0, -1].float()
+    best, worst = logit_V.argmax().item(), logit_V.argmin().item()
+    found = divergence_at(base, "p", [5, 6, 7], [8, best], [8, worst], 1)
+    assert found.gap == (logit_V[best] - logit_V[worst]).item() and not found.is_tie
+    noise_V = torch.zeros(97)
+    noise_V[worst] = found.gap
+    assert divergence_at(base, "p", [5, 6, 7], [8, best], [8, worst], 1, noise_V).is_tie
+
+
+def test_the_unit_of_rounding_is_that_of_the_largest_logit():
+    assert unit_of_rounding(torch.tensor([0.1, -12.0, 3.0], dtype=torch.bfloat16)) == 2**-4
+    assert unit_of_rounding(torch.tensor([1.5])) == 2**-23
+
+
+def test_two_samples_of_one_distribution_differ_as_often_as_the_p_value_says():
+    generator = torch.Generator().manual_seed(0)
+    values = [p_value(*torch.randint(6, (2, 30, 3), generator=generator), seed=trial) for trial in range(40)]
+    assert min(values) > 0.001 and 10 <= sum(value < 0.5 for value in values) <= 30
+
+
+def test_two_samples_of_different_distributions_differ():
+    one, other = torch.randint(6, (2, 60, 3), generator=torch.Generator().manual_seed(0))
+    assert p_value(one, other + (torch.arange(3) == 1) * 3) < 0.001
+    ended = other.clone()
+    ended[:, 2] = -1
+    assert p_value(other, ended) < 0.001
