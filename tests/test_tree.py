@@ -48,7 +48,7 @@ class TreeOracle(Oracle):
 @pytest.fixture
 def free_columns(monkeypatch):
     """Passes cost the same whatever their columns, so that `auto` verifies alternatives. Returns its trees."""
-    monkeypatch.setattr(loop, "measure_costs", lambda *args: FREE)
+    monkeypatch.setattr(loop, "measure_costs", lambda *args, **options: FREE)
     trees, before = [], Batch.set_drafts
 
     def set_drafts(batch, pending_B, drafts, origins):
