@@ -32,12 +32,13 @@ decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained
+serving: text rules request metrics engine limits manager handlers middleware server
 evaluation: support compare
 training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress plotting curves attach
 training: trainer
-cli: verb regenerate check main
+cli: verb session generate chat serve train regenerate check push main
 : regenerate
 """
 MODULES = [

@@ -5,8 +5,13 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .chat import chat
 from .check import check
+from .generate import generate
+from .push import push
 from .regenerate import regenerate
+from .serve import serve
+from .train import train
 
 app = typer.Typer(
     name="hf-mtp",
@@ -33,8 +38,12 @@ def options(
     """Options of the command itself."""
 
 
-for _verb in (regenerate, check):
+# The fields of a trainer's config are parsed by TRL.
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+for _verb in (generate, chat, serve, regenerate, check, push):
     app.command()(_verb)
+app.command(context_settings=ANY_OPTION)(train)
 
 
 def main() -> None:
