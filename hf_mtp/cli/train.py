@@ -8,6 +8,8 @@ from typer import Option
 
 from .verb import verb
 
+USAGE = "hf-mtp train --model MODEL --dataset DATASET [--config FILE] [--FIELD VALUE ...]"
+
 
 @dataclass
 class UpgradeArguments:
@@ -51,15 +53,20 @@ def train(
 
     from ..adapter.config import GatedLoraConfig
     from ..data.rows import load_rows
-    from ..pretrained import load_model, load_tokenizer
+    from ..pretrained import default_device, load_model, load_tokenizer
     from ..training.config import MTPConfig
     from ..training.trainer import MTPTrainer
 
-    parser = TrlParser([UpgradeArguments, MTPConfig], prog="hf-mtp train")
+    parser = TrlParser([UpgradeArguments, MTPConfig], prog="hf-mtp train", usage=USAGE)
+    if default_device().type == "cpu":  # else the default dtype of a trainer is an error
+        parser.set_defaults(use_cpu=True)
     if list_fields:
         parser.print_help()
         return
-    asked, config = parser.parse_args_and_config(context.args)
+    try:
+        asked, config = parser.parse_args_and_config(context.args)
+    except ValueError as error:  # a field that neither class has, or a value that one refuses
+        raise typer.BadParameter(str(error)) from error
     base = load_model(asked.model, asked.dtype, device="cpu")
     scale = {} if asked.lora_alpha is None else {"lora_alpha": asked.lora_alpha}
     trainer = MTPTrainer(
