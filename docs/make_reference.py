@@ -14,6 +14,10 @@ PAGE = Path(__file__).with_name("reference.md")
 # First what users call, then the parts behind it.
 SECTIONS = {
     "Configuration": {"hf_mtp.adapter.config": ["GatedLoraConfig"]},
+    "Loading by name": {
+        "hf_mtp.pretrained": ["load_model", "load_tokenizer"],
+        "hf_mtp.data.rows": ["load_rows"],
+    },
     "Training": {
         "hf_mtp.training.config": ["MTPConfig"],
         "hf_mtp.training.trainer": ["MTPTrainer"],
@@ -45,10 +49,20 @@ SECTIONS = {
         "hf_mtp.decoding.schedule.adaptive": ["AdaptiveSchedule"],
         "hf_mtp.decoding.schedule.costs": ["PassCosts"],
         "hf_mtp.decoding.noise": ["PositionNoise"],
+        "hf_mtp.decoding.streaming": ["PassStreamer"],
         "hf_mtp.decoding.verifier": ["Verifier"],
         "hf_mtp.decoding.verification": ["chosen_tokens", "verify_together", "verify_in_order"],
         "hf_mtp.decoding.processors": ["Order", "order_of"],
         "hf_mtp.decoding.prefill": ["read_by_base"],
+    },
+    "Serving": {
+        "hf_mtp.serving.server": ["Server", "Server.run", "ServerSettings"],
+        "hf_mtp.serving.limits": ["Limits"],
+        "hf_mtp.serving.engine": ["Engine", "Engine.submit", "Engine.stop"],
+        "hf_mtp.serving.request": ["Request", "row_of"],
+        "hf_mtp.serving.rules": ["Rules", "RowVerifier"],
+        "hf_mtp.serving.text": ["TextStream", "StopStrings"],
+        "hf_mtp.serving.metrics": ["Metrics"],
     },
     "The upgraded model": {
         "hf_mtp.model": ["GatedLoraModel", "GatedLoraModel.forward"],

@@ -13,9 +13,13 @@ from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
+from transformers.utils import logging
 
 from .limits import Limits, bad_request, refuse_ignored_fields, whole_number
 
+logger = logging.get_logger(__name__)
+
+TEXT = ("text", "input_text", "output_text")
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -57,6 +61,7 @@ class CheckedHandler:
         except HTTPException:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
+            logger.info("A request could not be read.", exc_info=True)
             text = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
             raise bad_request(f"The request cannot be read: {text}.".replace("..", ".")) from error
 
@@ -97,6 +102,11 @@ def _check_messages(body: dict) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise bad_request(f"Each message needs a `role` and a `content`, but got {message!r}.")
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else part
+            if kind not in TEXT:  # the host would leave it out
+                raise bad_request(f"A message has a part of type {kind!r}, but this server takes text only.")
 
 
 def _sample_if_asked(config: GenerationConfig, body: dict) -> None:

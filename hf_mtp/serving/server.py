@@ -64,7 +64,11 @@ class Server:
     def __init__(self, settings: ServerSettings):
         self.settings, self.metrics = settings, Metrics()
         self.socket = _listen(settings.host, settings.port)  # before the model is loaded, which takes long
-        models = AdapterManager(device=settings.device, dtype=settings.dtype, force_model=settings.adapter)
+        try:
+            models = AdapterManager(device=settings.device, dtype=settings.dtype, force_model=settings.adapter)
+        except BaseException:
+            self.socket.close()
+            raise
         manager = BatchedManager(settings.limits, self.metrics, settings.strategy, settings.max_rows)
         self.model, self.tokenizer = models.load_model_and_processor(models.process_model_name(settings.adapter))
         manager.start(self.model)
