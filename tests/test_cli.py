@@ -154,7 +154,7 @@ def test_generate_takes_one_prompt(adapter, tmp_path):
 
 
 def test_a_conversation_reads_nothing_twice(session_of):
-    session, seen = session_of(), []
+    session, seen = session_of(suppress_tokens=[*range(6)]), []  # so that an answer reads as it was written
     read = session.model.get_base_model().register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
@@ -168,9 +168,17 @@ def test_a_conversation_reads_nothing_twice(session_of):
         read.remove()
     assert answer.text == session.messages[-1]["content"]
     chat = session.tokenizer.apply_chat_template(session.messages[:-1], add_generation_prompt=True, return_dict=True)
-    assert answer.text == continued(session, chat["input_ids"])
+    assert answer.text == continued(session, chat["input_ids"], suppress_tokens=[*range(6)])
     session.clear()
     assert session.messages == []
+
+
+@pytest.mark.parametrize("change", ["w90 w6", "w6 w9 w12 w90"])
+def test_a_text_that_differs_from_the_last_one_is_read_from_there(session_of, change):
+    session = session_of()
+    session.complete(session.tokenizer(SPOKEN).input_ids, lambda piece: None)
+    ids = session.tokenizer(change).input_ids
+    assert session.complete(ids, lambda piece: None).text == continued(session, ids)
 
 
 @pytest.mark.parametrize("plain", [False, True])

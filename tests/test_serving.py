@@ -235,6 +235,19 @@ def test_tools_pass_through_to_the_template(client, server, adapter):
     assert response.choices[0].message.content == expected(server, chat)[0]
 
 
+def test_the_terminal_client_of_transformers(server, adapter, monkeypatch):
+    from transformers.cli.chat import Chat
+
+    typed = iter(["hello", "n", "!exit"])  # it asks whether to go on after the last token
+    monkeypatch.setattr("builtins.input", lambda *_: next(typed))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    before = counts(server)
+    Chat(adapter, server.url.removesuffix("/v1"), [f"max_new_tokens={NEW_TOKENS}", "do_sample=False"], user="me")
+    after = {name: value - before.get(name, 0) for name, value in counts(server).items()}
+    assert after["hf_mtp_requests_totalfinished"] == 1
+    assert after["hf_mtp_generated_tokens_total"] == NEW_TOKENS
+
+
 # ---------------------------------------------------------------- many at a time
 
 SETTINGS = [

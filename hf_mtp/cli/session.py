@@ -9,10 +9,12 @@ import torch
 from peft import PeftModel
 from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
+from ..decoding.drafters.base import count_matching
 from ..decoding.streaming import PassStreamer
 
 PLAIN_TOKENS = 16  # on which plain decoding's speed is measured
@@ -174,13 +176,16 @@ class Session:
         return PLAIN_TOKENS / (time.perf_counter() - start)
 
     def _cache_for(self, ids: list[int]) -> dict:
-        """The cache as an argument of `generate`. It is a new one unless it holds a beginning of the text."""
+        """The cache as an argument of `generate`, with the beginning of the text that it holds."""
         base = self.model.get_base_model() if self.is_upgraded else self.model
         name = cache_name(inspect.signature(base.forward).parameters)
         if not base._supports_default_dynamic_cache():  # a recurrent state cannot be continued by several tokens
             return {}
-        is_beginning = self._cache is not None and len(self._read) < len(ids) and self._read == ids[: len(self._read)]
-        if not is_beginning:
+        # A chat template may write an answer otherwise than the model did, and a token must be left to read.
+        surplus = len(self._read) - count_matching(self._read, ids[:-1])
+        if self._cache is not None and surplus and all(type(layer) is DynamicLayer for layer in self._cache.layers):
+            self._cache.crop(-surplus)
+        elif self._cache is None or surplus:
             self._cache = DynamicCache(config=base.config.get_text_config(decoder=True))
         return {name: self._cache}
 

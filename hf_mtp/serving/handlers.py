@@ -74,9 +74,8 @@ class CheckedHandler:
         config = super()._build_generation_config(own, model_generation_config, use_cb=use_cb)
         if body.get("generation_config") is None:
             _sample_if_asked(config, body)
-        if config.max_new_tokens is None:
-            config.max_new_tokens = self.limits.new_tokens
-        config.max_new_tokens = min(config.max_new_tokens, self.limits.new_tokens)
+        asked = next((body[name] for name in LENGTHS if body.get(name) is not None), config.max_new_tokens)
+        config.max_new_tokens = min(asked or self.limits.new_tokens, self.limits.new_tokens)
         config.mtp_seed, config.mtp_number = body.get("seed"), body.get("number", 0)
         return config
 

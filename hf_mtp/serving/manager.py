@@ -5,6 +5,7 @@ The handlers of transformers ask a model manager for the model, and a generation
 
 import asyncio
 import functools
+from pathlib import Path
 
 import torch
 from fastapi import HTTPException
@@ -16,7 +17,6 @@ from transformers.cli.serving.utils import (
     GenerationState,
     _StreamError,
     response_events_to_chunks,
-    split_revision,
 )
 from transformers.utils import logging
 
@@ -56,8 +56,16 @@ class AdapterManager(ModelManager):
     def _pinned(self, model_id_and_revision: str) -> tuple[str, dict]:
         if model_id_and_revision != self.process_model_name(self.force_model):
             raise ValueError(f"This server has one model, {self.force_model}, but got {model_id_and_revision}.")
-        name, revision = split_revision(model_id_and_revision)
-        return name, {} if revision is None else {"revision": revision}
+        if Path(self.force_model).exists():
+            return self.force_model, {}
+        name, _, revision = model_id_and_revision.partition("@")
+        return name, {"revision": revision}
+
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
+        """The one model, as `/v1/models` lists it."""
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "hf_mtp"}]
+
+    get_gen_models = list_models  # its name before transformers 5.24
 
     def shutdown(self) -> None:
         """Keeps the model, which requests may be using: a server has no other."""
