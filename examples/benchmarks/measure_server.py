@@ -3,11 +3,13 @@
 
 python examples/benchmarks/measure_server.py ADAPTER --prompts PROMPTS.jsonl --output docs/results/server.json
 
-Three measurements, in one process with the server, so that all use one model:
+The server is a process of its own. Three measurements:
 
 - overhead: the same prompts by `generate(mtp=True)` in this process and by one client, in turn; medians over prompts;
 - one at a time: one client for `--seconds`, the next request when the last one has ended;
 - concurrent: `--clients` clients for `--seconds`.
+
+The processor's time of the server per token is there for machines that are busy with other things.
 
 Every response is compared with that of `generate(mtp=False)`. Prompts are JSON Lines, each with a `prompt`: a text or
 messages. The last line of the output is one JSON document, which is also written to `--output`.
@@ -16,17 +18,20 @@ messages. The last line of the output is one JSON document, which is also writte
 import argparse
 import concurrent.futures
 import json
+import socket
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from itertools import cycle, islice
 from pathlib import Path
+from urllib.request import urlopen
 
 import openai
 import torch
 
 from hf_mtp.evaluation.compare import describe_machine
-from hf_mtp.serving.server import Server, ServerSettings
+from hf_mtp.pretrained import load_model, load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,15 +57,30 @@ class Bench:
         lines = args.prompts.read_text(encoding="utf-8").splitlines()
         self.chats = dict(_chat(json.loads(line)["prompt"]) for line in lines[: args.count])
         self.prompts = [*self.chats]
-        self.server = Server(ServerSettings(args.adapter, port=0, max_rows=args.clients, dtype=args.dtype))
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        self.client = openai.OpenAI(base_url=self.server.url, api_key="none", max_retries=0, timeout=600)
+        self.model = load_model(args.adapter, args.dtype).eval()
+        self.tokenizer = load_tokenizer(args.adapter, self.model)
         self.plain = {prompt: self.generate(prompt, mtp=False) for prompt in self.prompts}
+        self.root, self.server = self._start()
+        self.client = openai.OpenAI(base_url=f"{self.root}/v1", api_key="none", max_retries=0, timeout=600)
+
+    def _start(self) -> tuple[str, subprocess.Popen]:
+        """Starts the server and waits until it answers: its address and its process."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "hf_mtp.cli.main", "serve", self.args.adapter, "--port", str(port)]
+        server = subprocess.Popen([*command, "--max-batch", str(self.args.clients), "--dtype", self.args.dtype])
+        root = f"http://127.0.0.1:{port}"
+        while server.poll() is None:
+            try:
+                with urlopen(f"{root}/health"):
+                    return root, server
+            except OSError:
+                time.sleep(0.5)
+        raise RuntimeError("The server ended before it answered; its output is above.")
 
     def generate(self, prompt: str, mtp: bool = True) -> str:
         """The text by `generate` in this process."""
-        tokenizer, model = self.server.tokenizer, self.server.model
+        tokenizer, model = self.tokenizer, self.model
         inputs = tokenizer.apply_chat_template(
             self.chats[prompt], add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
@@ -96,7 +116,7 @@ class Bench:
     def load(self, clients: int) -> dict:
         """Tokens per second of so many clients, and how many responses were not plain decoding's."""
         end = time.perf_counter() + self.args.seconds
-        start, before = time.perf_counter(), self._passes()
+        start, before = time.perf_counter(), self._counts()
 
         def work(number: int) -> list[tuple[str, str, int, float]]:
             done = []
@@ -113,7 +133,8 @@ class Bench:
 
         with concurrent.futures.ThreadPoolExecutor(clients) as pool:
             done = [response for part in pool.map(work, range(clients)) for response in part]
-        seconds, after = time.perf_counter() - start, self._passes()
+        seconds, after = time.perf_counter() - start, self._counts()
+        spent = {name: after[name] - before[name] for name in before}
         tokens = sum(tokens for *_, tokens, _ in done)
         return {
             "clients": clients,
@@ -123,8 +144,9 @@ class Bench:
             "other_than_plain": sum(text != self.plain[prompt] for prompt, text, *_ in done),
             "of_another_prompt": sum(self._belongs_elsewhere(prompt, text) for prompt, text, *_ in done),
             "tokens_per_second": tokens / seconds,
-            "tokens_per_pass": tokens / max(1, after["row"] - before["row"]),
-            "rows_per_pass": (after["row"] - before["row"]) / max(1, after["all"] - before["all"]),
+            "cpu_milliseconds_per_token": 1000 * spent["process_cpu_seconds_total"] / max(1, tokens),
+            "tokens_per_pass": tokens / max(1, spent["hf_mtp_row_passes_total"]),
+            "rows_per_pass": spent["hf_mtp_row_passes_total"] / max(1, spent["hf_mtp_forward_passes_total"]),
             "median_seconds": statistics.median(seconds for *_, seconds in done),
         }
 
@@ -132,14 +154,18 @@ class Bench:
         """Whether a response is that of another prompt: in half precision, a differing one need not be."""
         return text != self.plain[prompt] and text in self.plain.values()
 
-    def _passes(self) -> dict[str, float]:
-        value = self.server.metrics.registry.get_sample_value
-        return {"row": value("hf_mtp_row_passes_total"), "all": value("hf_mtp_forward_passes_total")}
+    def _counts(self) -> dict[str, float]:
+        """Some of the server's metrics."""
+        with urlopen(f"{self.root}/metrics") as response:
+            lines = response.read().decode().splitlines()
+        values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        names = ("hf_mtp_row_passes_total", "hf_mtp_forward_passes_total", "process_cpu_seconds_total")
+        return {name: float(values[name]) for name in names}
 
     def stop(self) -> None:
         """Stops the server."""
-        self.server.stop()
-        self.thread.join()
+        self.server.terminate()
+        self.server.wait()
 
 
 def _chat(prompt: str | list[dict]) -> tuple[str, list[dict]]:
@@ -157,7 +183,7 @@ def main() -> None:
             "adapter": Path(args.adapter).name,
             "new_tokens": args.new_tokens,
             "prompts": len(bench.prompts),
-            "dtype": str(bench.server.model.dtype),
+            "dtype": str(bench.model.dtype),
             "machine": describe_machine(),
             "threads": torch.get_num_threads(),
             "overhead": bench.overhead(),

@@ -53,9 +53,10 @@ class Engine:
         self.requests: dict[Sequence, Request] = {}
         self.waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._costs: PassCosts | None = None
-        self._stopping = threading.Event()
+        self._ready, self._stopping = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="hf_mtp engine", daemon=True)
         self._thread.start()
+        self._ready.wait()  # what others compute meanwhile would count as the cost of a pass
 
     def submit(self, request: Request) -> None:
         """Adds a request, which is decoded as soon as there is room.
@@ -84,6 +85,7 @@ class Engine:
     @torch.no_grad()
     def _run(self) -> None:
         self._measure_costs()
+        self._ready.set()
         while not self._stopping.is_set():
             self._admit()
             self._retire()

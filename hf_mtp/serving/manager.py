@@ -36,6 +36,13 @@ logger = logging.get_logger(__name__)
 class AdapterManager(ModelManager):
     """Loads one adapter with its base, under the name that the user gave. Arguments are those of [`ModelManager`]."""
 
+    def load_model_and_processor(self, model_id_and_revision: str, *args, **kwargs):
+        """The model and its tokenizer. The host would restart its clock for idle models, a thread, at each request."""
+        loaded = self.loaded_models.get(model_id_and_revision)
+        if loaded is not None:
+            return loaded.model, loaded.processor
+        return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
+
     def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None):
         name, hub = self._pinned(model_id_and_revision)
         if not is_adapter(name, **hub):

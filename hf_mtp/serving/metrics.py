@@ -2,7 +2,7 @@
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from ..decoding.statistics import MTPStatistics
 
@@ -19,6 +19,7 @@ class Metrics:
 
     def __init__(self):
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # processor time and memory, on Linux
         self.requests = self._make(Counter, "requests", "Requests that ended, by how they did.", ["outcome"])
         self.prompt_tokens = self._make(Counter, "prompt_tokens", "Tokens of prompts.")
         self.tokens = self._make(Counter, "generated_tokens", "New tokens.")
