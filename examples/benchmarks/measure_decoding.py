@@ -12,9 +12,7 @@ Prints tables; the last line is one JSON document.
 """
 
 import argparse
-import copy
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.evaluation.compare import describe_machine, same_weights, timed_generate
 
 DOMAINS = {"maths": {"do_sample": False}, **dict.fromkeys(("chat", "python"), {"do_sample": True, "temperature": 0.7})}
 WARM_UP = 3  # prompts that are decoded before any is timed
@@ -72,30 +70,6 @@ class Timing:
         }
 
 
-def same_weights(base: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the modules, but not of the weights."""
-    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-
-
-def timed(model, inputs: dict, **arguments) -> tuple[float, torch.Tensor, int]:
-    """Seconds, output and forward passes of one `generate`."""
-    passes = 0
-
-    def count(*_):
-        nonlocal passes
-        passes += 1
-
-    target = model.get_base_model() if isinstance(model, PeftModel) else model
-    hook = target.get_decoder().register_forward_pre_hook(count)
-    try:
-        start = time.perf_counter()
-        output = model.generate(**inputs, **arguments)
-        output[0, -1].item()  # waits for a GPU to finish
-        return time.perf_counter() - start, output, passes
-    finally:
-        hook.remove()
-
-
 def compare(ways: dict, batches: list[dict], **arguments) -> dict[str, dict]:
     """Decodes every batch every way, in turns, and sums up. `ways` are (model, arguments), the first one plain."""
     timings = {name: Timing() for name in ways}
@@ -106,14 +80,12 @@ def compare(ways: dict, batches: list[dict], **arguments) -> dict[str, dict]:
         for name in names[index % len(names) :] + names[: index % len(names)]:
             torch.manual_seed(index)
             model, own = ways[name]
-            done[name] = timed(model, inputs, **arguments, **own)
+            done[name] = timed_generate(model, **inputs, **{**arguments, **own})
         if index < len(warm_up):
             continue
-        for name, (seconds, output, passes) in done.items():
-            new = output[:, inputs["input_ids"].shape[1] :]
-            pad = arguments["pad_token_id"]
-            identical = torch.equal(output, done["plain"][1])
-            timings[name].add(seconds, int((new != pad).sum()), passes, identical)
+        for name, (new, passes, seconds) in done.items():
+            tokens = int((new != arguments["pad_token_id"]).sum())
+            timings[name].add(seconds, tokens, passes, torch.equal(new, done["plain"][0]))
     return {name: timing.summary(timings["plain"]) for name, timing in timings.items()}
 
 

@@ -20,6 +20,7 @@ from peft import PeftModel
 from report import finish
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from hf_mtp.adapter.prepared import PreparedLora
 from hf_mtp.base.caches import cache_name
 from hf_mtp.cache.rollback import RollbackCache
 from hf_mtp.evaluation.compare import describe_machine
@@ -54,7 +55,7 @@ class OrdinaryTokens:
     def __getattr__(self, name: str):
         return getattr(self.tuner, name)
 
-    def masks_in_columns(self, first: int, index_BM: torch.LongTensor):
+    def masks_in_columns(self, first: int, index_BM: torch.LongTensor, lora: PreparedLora):
         return nullcontext()
 
 

@@ -1,9 +1,8 @@
-"""What the quickstart shows in the terminal: progress bars, the table, a sample with its steps.
+"""What the quickstart shows in the terminal: progress bars, tables, and what to type next.
 
 Knows numbers and text. Knows nothing of models.
 """
 
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,7 +28,6 @@ inputs = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")("The sea is", return_t
 model.generate(**inputs, mtp=True, do_sample=False)  # same text, fewer forward passes
 model.push_to_hub("me/Qwen3-0.6B-mtp")  # adapter, sampler head and mask embeddings
 """
-STEP_STYLES = ("black on bright_cyan", "black on bright_yellow")
 
 
 def make_console() -> Console:
@@ -77,63 +75,48 @@ class Bar:
         self._bars.update(self._task, total=total, completed=total)
 
 
-def print_results(console: Console, summaries: dict[str, dict], k: int, max_new_tokens: int) -> None:
-    """A table with one row per domain of what [`summarize`] in `measure.py` returns."""
-    count = max(summary["prompts"] for summary in summaries.values())
-    prompts = f"{count} held-out prompt{'' if count == 1 else 's'} per domain"
+def print_results(console: Console, title: str, summaries: dict[str, dict]) -> None:
+    """A table with one row per kind of text, of what [`~hf_mtp.evaluation.compare.summarize`] returns."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="")
-    table.add_column("\ndomain")
-    table.add_column("tokens\nper step", justify="right", style="bold")
-    table.add_column("forward passes\nplain -> mtp", justify="right")
-    table.add_column("wall clock\nplain / mtp", justify="right")
+    table.add_column("\ntext")
+    table.add_column("tokens\nper pass", justify="right")
+    table.add_column("seconds\nplain -> mtp", justify="right")
+    table.add_column("speed\nplain / mtp", justify="right", style="bold")
     table.add_column("same\noutput", justify="right")
-    table.add_column("repeated\n4-grams", justify="right")
-    for domain, summary in summaries.items():
+    for name, row in summaries.items():
         table.add_row(
-            domain,
-            f"{summary['tokens_per_step']:.2f}",
-            f"{summary['forward_passes_plain']:,} -> {summary['forward_passes_mtp']:,}",
-            f"{summary['speedup']:.2f}x",
-            f"{summary['identical']}/{summary['prompts']}",
-            f"{summary['repeated_4grams']:.0%}",
+            name,
+            f"{row['tokens_per_step']:.2f}",
+            f"{row['seconds_plain']:.1f} -> {row['seconds_mtp']:.1f}",
+            f"{row['speedup_in_total']:.2f}x",
+            f"{row['identical']}/{row['prompts']}",
         )
     console.print()
-    console.print(Text(f"{prompts}, greedy, up to {max_new_tokens} new tokens, k={k}", "bold"))
+    console.print(Text(title, "bold"))
     console.print()
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
-def print_fastest(console: Console, speedups: dict[str, dict[int, float]]) -> None:
-    """Which k is the fastest here, by the wall-clock speed-ups of each domain by k."""
-    every_k = next(iter(speedups.values()))
-    best = max(every_k, key=lambda k: statistics.geometric_mean(curve[k] for curve in speedups.values()))
-    by_domain = ", ".join(f"{curve[best]:.2f}x for {domain}" for domain, curve in speedups.items())
-    is_faster = all(curve[best] > 1 for curve in speedups.values())
-    verdict = "is the fastest here" if is_faster else "comes closest to plain decoding here"
+def why_slower(passes_of_9: float, tokens_per_pass: float) -> str:
+    """The reason for a slowdown.
+
+    Args:
+        passes_of_9 (`float`): Time of a pass over 9 tokens, divided by the time of one over 1 token.
+        tokens_per_pass (`float`): What decoding took.
+    """
+    cost = f"A pass over 9 tokens takes {passes_of_9:.1f} times as long as one over a single token on this computer"
+    if passes_of_9 > tokens_per_pass:
+        return f"{cost}, and brought {tokens_per_pass:.2f} tokens. Drafts pay where that factor is smaller."
+    return (
+        f"{cost}, so the passes themselves would pay. The time is lost between them: either this model is so small "
+        "that drafting and Python weigh more than its layers, or something else was running on this computer."
+    )
+
+
+def print_why(console: Console, text: str) -> None:
+    """Why something is as it is."""
     console.print()
-    console.print("A pass computes up to (k + 1)^2 positions, which a CPU feels with a base as small as this one.")
-    console.print(f"By the wall clock, mtp_k={best} {verdict}: {by_domain}.")
-
-
-def steps_of_text(pieces: list[str], in_colour: bool) -> Text:
-    """Text that shows which of it came in one forward pass: in alternating colours, or between bars."""
-    if not in_colour:
-        return Text("|".join(pieces))
-    text = Text()
-    for index, piece in enumerate(pieces):
-        text.append(piece, style=STEP_STYLES[index % 2])
-    return text
-
-
-def print_sample(console: Console, prompt: str, pieces: list[str], tokens: int, domain: str) -> None:
-    """One prompt and its answer, one piece per forward pass."""
-    in_colour = console.color_system is not None
-    mark = "the colour changes" if in_colour else "a | stands"
-    console.print()
-    console.print(Text(f"A typical answer, the median of {domain}", "bold"))
-    console.print(f"{tokens} tokens in {len(pieces)} forward passes; {mark} where the next one begins.")
-    console.print(Padding(Text(prompt, "dim"), (1, 0, 0, 2), expand=False))
-    console.print(Padding(steps_of_text(pieces, in_colour), (1, 0, 1, 2), expand=False))
+    console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
 
 
 def print_for_the_hub(console: Console) -> None:

@@ -3,16 +3,15 @@
 Knows how to train an upgraded model on rows of text. Knows nothing of where these come from or what is measured later.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from hf_mtp import MTPConfig, MTPTrainer
+from hf_mtp.evaluation.compare import bfloat16_is_faster
 
 
 class Report(TrainerCallback):
@@ -81,18 +80,3 @@ def make_trainer(
     trainer = MTPTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def bfloat16_is_faster(size: int = 1024, repeats: int = 8) -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones, found by trying."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.randn(2, size, size).to(dtype)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)

@@ -1,8 +1,8 @@
-"""The quickstart's job, from the base model to the picture.
+"""The quickstart's job.
 
-    load the base -> upgrade -> train -> save -> load again -> answer with and without mtp -> show
+    fetch a real model -> answer side by side -> train an adapter for the small base -> save -> load -> try it
 
-Training, measuring, drawing and the terminal have modules of their own; this one knows them all.
+Training, answering and the terminal have modules of their own; this one knows them all.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import dataclasses
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,67 +21,55 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from display import print_fastest, print_for_the_hub, print_results, print_sample, progress
-from draw import draw_tokens_per_step
+from display import print_for_the_hub, print_results, print_why, progress, why_slower
 from peft import PeftModel, get_peft_model
 from rich.console import Console
+from side_by_side import answer_side_by_side, encoded
 from training import Report, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.evaluation.compare import (
     Record,
-    decode_all,
-    decode_both_ways,
+    bfloat16_is_faster,
+    compare,
+    decode,
     describe_machine,
+    same_weights,
     summarize,
-    tokens_per_step,
 )
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "base"
+SMOLLM2 = HERE.parent / "smollm2"
+KINDS = ("maths", "code", "chat")  # of the prompts in questions.jsonl
 SOURCES = {"maths": "maths (GSM8K, MIT)", "python": "python (CPython's standard library, PSF-2.0)"}
 RANK = 32  # much for a base of this size, little for its file
-CURVE_SECONDS = 60  # for all k below the trained one
-MOST_THREADS = 8  # a base of this size keeps no more busy
-# Shows what the adapter can do; the default, "auto", computes fewer masks where these cost more time than they save.
-QUADRATIC = {"mtp_strategy": "quadratic"}
+MOST_THREADS = 8  # bases of these sizes keep no more busy
+WARM_UP_TOKENS = 24  # `mtp=True` measures what passes cost when a model first decodes
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """All of it. Returns the exit status: 1 if some output with `mtp=True` was not the base model's own."""
+    """All of it. Returns the exit status: 1 if an output in float32 was not the base model's own."""
     set_up_libraries()
     args.output.mkdir(parents=True, exist_ok=True)
-    phases = Phases()
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    phases, results = Phases(), {}
+
+    with phases.timed("fetch"):
+        reason = fetch(args, console)
+    if reason is None:
+        with phases.timed("answer"):
+            results["smollm2"] = show_real_model(args, console)
+    else:
+        console.print(f"\nSmolLM2 is not at hand. {reason}\nThe small base that ships here stands in.", soft_wrap=True)
 
     with phases.timed("train"):
-        training = train_and_save(args, tokenizer, console)
-
-    # From here on, everything is as for somebody who downloaded the adapter.
-    model = PeftModel.from_pretrained(load_base(), args.output).eval()
-    rows = {domain: read_rows(domain, "test")[: args.prompts] for domain in SOURCES}
-    prompts = {domain: [encode(tokenizer, row) for row in rows[domain]] for domain in SOURCES}
-
-    with phases.timed("compare"):
-        records = compare(model, prompts, args, console)
-    summaries = {domain: summarize(records[domain]) for domain in SOURCES}
-    with phases.timed("fewer drafts"):
-        few = prompts_within(CURVE_SECONDS, args.k, records)
-        by_k = measure_by_k(model, first(few, prompts), first(few, records), args, console)
-
-    picture = args.output / "tokens_per_step.png"
-    draw_tokens_per_step(by_k["tokens_per_step"], few, picture)
-    write_results(args, training, summaries, {"prompts": few, **by_k}, records, phases.seconds)
-    complete_model_card(model, summaries, args.output)
-
-    print_results(console, summaries, args.k, args.new_tokens)
-    print_fastest(console, by_k["speedup_in_total"])
-    show_typical_sample("python", rows["python"], records["python"], tokenizer, console)
-    console.print(
-        f"The adapter, {picture.name} and all numbers, results.json, are in {args.output}.\n", soft_wrap=True
-    )
-    return closing_words(summaries, console)
+        results["training"] = train_and_save(args, console)
+    with phases.timed("try"):
+        results["small base"] = show_trained(args, console, is_stand_in=reason is not None)
+    write_results(args, results, phases.seconds)
+    console.print(f"\nThe adapter, its curves and all numbers, results.json, are in {args.output}.\n", soft_wrap=True)
+    return closing_words(results, console)
 
 
 def set_up_libraries() -> None:
@@ -105,12 +95,83 @@ class Phases:
         self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
-# ---------------------------------------------------------------- what is there
+# ---------------------------------------------------------------- the real model
 
 
-def load_base() -> PreTrainedModel:
-    """The small base model, loaded as one from the Hub would be."""
-    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+def fetch(args: argparse.Namespace, console: Console) -> str | None:
+    """Gets SmolLM2 unless it is there. Returns why that failed, or `None`."""
+    if (args.base / "config.json").is_file():
+        return None
+    with progress(console, "Fetching SmolLM2 (93 MB)"):
+        command = [sys.executable, str(SMOLLM2 / "base.py"), str(args.base), *(["--hub"] if args.hub else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["No reason was given."])[-1]
+
+
+def show_real_model(args: argparse.Namespace, console: Console) -> dict:
+    """Answers prompts side by side. Returns the numbers of each kind of prompt."""
+    with progress(console, "Loading SmolLM2"):
+        is_fast = bfloat16_is_faster()
+        base = load(args.base, torch.bfloat16 if is_fast else torch.float32)
+        model = PeftModel.from_pretrained(same_weights(base), SMOLLM2 / "adapter").eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        warm_up(base, model, tokenizer)
+    dtype = "bfloat16" if is_fast else "float32, because this CPU multiplies bfloat16 matrices no faster"
+    console.print(f"\nSmolLM2-135M-Instruct in {dtype}; {torch.get_num_threads()} threads, greedy.\n", soft_wrap=True)
+    records: dict[str, list[Record]] = {kind: [] for kind in KINDS}
+    rows = [json.loads(line) for line in (SMOLLM2 / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if row["domain"] in records and len(records[row["domain"]]) < args.prompts:
+            record = answer_side_by_side(base, model, tokenizer, row["prompt"], args.new_tokens, console)
+            records[row["domain"]].append(record)
+    title = f"SmolLM2-135M-Instruct, plain decoding against mtp=True, up to {args.new_tokens} new tokens"
+    summaries = show_summaries(base, records, title, console)
+    if is_fast and any(row["identical"] < row["prompts"] for row in summaries.values()):
+        print_why(
+            console,
+            "Where the output differs, the reason is bfloat16: how a sum is rounded depends on the number of tokens "
+            "that a pass reads, so two nearly equal logits may swap places. In float32 the output is the same.",
+        )
+    return {"dtype": str(base.dtype).removeprefix("torch."), "domains": summaries, "per_prompt": as_dicts(records)}
+
+
+def show_summaries(
+    base: PreTrainedModel, records: dict[str, list[Record]], title: str, console: Console
+) -> dict[str, dict]:
+    """Prints a table, and the reason if `mtp=True` was slower anywhere. Returns what the table shows."""
+    summaries = {kind: summarize(found) for kind, found in records.items()}
+    print_results(console, title, summaries)
+    slow = [row for row in summaries.values() if row["speedup_in_total"] < 1]
+    if slow:
+        tokens_per_pass = statistics.fmean(row["tokens_per_step"] for row in slow)
+        print_why(console, why_slower(time_of_pass(base, 9) / time_of_pass(base, 1), tokens_per_pass))
+    return summaries
+
+
+@torch.inference_mode()
+def time_of_pass(base: PreTrainedModel, tokens: int, repeats: int = 9) -> float:
+    """Seconds of a forward pass over so many tokens, the median of a few."""
+    ids_1T, times = torch.arange(tokens)[None], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        base(ids_1T)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A base model, loaded as one from the Hub would be."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def warm_up(base: PreTrainedModel, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Decodes a little both ways, so that nothing that happens once is timed."""
+    prompt_1T = encoded(tokenizer, "What is 2 + 3?")
+    decode(base, prompt_1T, 4)
+    decode(model, prompt_1T, WARM_UP_TOKENS, mtp=True)
+
+
+# ---------------------------------------------------------------- training
 
 
 def read_rows(domain: str, split: str) -> list[dict]:
@@ -119,34 +180,21 @@ def read_rows(domain: str, split: str) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-def first(count: int, by_domain: dict[str, list]) -> dict[str, list]:
-    """The first few of each domain."""
-    return {domain: items[:count] for domain, items in by_domain.items()}
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, row: dict) -> torch.LongTensor:
-    """A row's prompt as token ids, `(1, T)`."""
-    return tokenizer.apply_chat_template(
-        row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"]
-
-
-# ---------------------------------------------------------------- the job's parts
-
-
-def train_and_save(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console: Console) -> dict:
+def train_and_save(args: argparse.Namespace, console: Console) -> dict:
     """Upgrades the base, trains the adapter on both domains and saves it. Returns what to remember of the training."""
-    with progress(console, "Preparing the train rows"):
+    console.print()
+    with progress(console, "Preparing a training"):
         config = GatedLoraConfig(k=args.k, r=RANK, lora_alpha=2 * RANK, train_datasets=list(SOURCES.values()))
-        model = get_peft_model(load_base(), config)
+        model = get_peft_model(load(BASE, torch.float32), config)
         rows = [row for domain in SOURCES for row in read_rows(domain, "train")]
+        tokenizer = AutoTokenizer.from_pretrained(BASE)
         trainer = make_trainer(model, tokenizer, rows, args.output, args.minutes, args.steps)
 
-    with progress(console, "Training the adapter", total=1) as bar:
+    with progress(console, "Training an adapter", total=1) as bar:
         report = Report(
             trainer,
             lambda share, logs: bar.show(
-                share, f"loss {logs['loss']:.2f}, {logs['tokens_per_step']:.2f} tokens per step" if logs else ""
+                share, f"loss {logs['loss']:.2f}, {logs['tokens_per_step']:.2f} tokens per pass" if logs else ""
             ),
         )
         trainer.add_callback(report)
@@ -162,79 +210,45 @@ def train_and_save(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
         "trainable_parameters": trainable,
         "base_parameters": everything - trainable,
         "bf16": trainer.args.bf16,
-        "batch_size": trainer.args.per_device_train_batch_size,
-        "anchors_per_sequence": trainer.args.anchors_per_sequence,
-        "learning_rate": trainer.args.learning_rate,
         "history": [logs for logs in trainer.state.log_history if "loss" in logs],
     }
 
 
-def compare(
-    model: PeftModel, prompts: dict[str, list[torch.LongTensor]], args: argparse.Namespace, console: Console
-) -> dict[str, list[Record]]:
-    """Answers each domain's prompts with and without `mtp=True`."""
-    with progress(console, "Answering with and without mtp", total=sum(map(len, prompts.values()))) as bar:
-        return {
-            domain: decode_both_ways(model, prompts[domain], args.new_tokens, on_prompt=bar.advance, **QUADRATIC)
-            for domain in prompts
-        }
+def show_trained(args: argparse.Namespace, console: Console, is_stand_in: bool) -> dict:
+    """Answers held-out prompts with the adapter that was saved, as for somebody who downloaded it."""
+    base = load(BASE, torch.float32)
+    model = PeftModel.from_pretrained(same_weights(base), args.output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    warm_up(base, model, tokenizer)
+    records: dict[str, list[Record]] = {}
+    for domain in SOURCES:
+        prompts = [row["prompt"][-1]["content"] for row in read_rows(domain, "test")[: args.prompts]]
+        if is_stand_in:
+            answers = (answer_side_by_side(base, model, tokenizer, p, args.new_tokens, console) for p in prompts)
+        else:
+            answers = (answer(base, model, encoded(tokenizer, p), args.new_tokens) for p in prompts)
+        records[domain] = [*answers]
+    title = f"The small base with the new adapter, plain decoding against mtp=True, up to {args.new_tokens} new tokens"
+    summaries = show_summaries(base, records, title, console)
+    config = model.peft_config["default"]
+    config.tokens_per_step = {domain: round(row["tokens_per_step"], 2) for domain, row in summaries.items()}
+    model.save_pretrained(args.output)  # the model card has these numbers, too
+    return {"dtype": "float32", "domains": summaries, "per_prompt": as_dicts(records)}
 
 
-def prompts_within(seconds: float, k: int, records: dict[str, list[Record]]) -> int:
-    """How many prompts per domain can be answered with each smaller k in so many seconds, by what they took with k."""
-    seconds_per_prompt = sum(statistics.fmean(r.seconds_mtp for r in records[domain]) for domain in records)
-    fitting = int(seconds / (max(1, k - 1) * seconds_per_prompt))
-    return max(1, min(fitting, min(map(len, records.values()))))
+def answer(base: PreTrainedModel, model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int) -> Record:
+    """One prompt both ways."""
+    return compare(decode(base, prompt_1T, max_new_tokens), decode(model, prompt_1T, max_new_tokens, mtp=True))
 
 
-def measure_by_k(
-    model: PeftModel,
-    prompts: dict[str, list[torch.LongTensor]],
-    records: dict[str, list[Record]],
-    args: argparse.Namespace,
-    console: Console,
-) -> dict[str, dict[str, dict[int, float]]]:
-    """`tokens_per_step` and `speedup_in_total` of each domain by `mtp_k`, up to the trained k, measured before."""
-    by_k = {name: {domain: {} for domain in prompts} for name in ("tokens_per_step", "speedup_in_total")}
-    with progress(console, "Answering with fewer drafts", total=(args.k - 1) * sum(map(len, prompts.values()))) as bar:
-        for domain in prompts:
-            known = summarize(records[domain])
-            for k in range(1, args.k):
-                options = {"mtp": True, "mtp_k": k, **QUADRATIC}
-                answers = decode_all(model, prompts[domain], args.new_tokens, on_prompt=bar.advance, **options)
-                seconds = sum(answer.seconds for answer in answers)
-                by_k["tokens_per_step"][domain][k] = tokens_per_step(answers)
-                by_k["speedup_in_total"][domain][k] = known["seconds_plain"] / seconds
-            for name, curves in by_k.items():
-                curves[domain][args.k] = known[name]
-    return by_k
+# ---------------------------------------------------------------- the end
 
 
-def show_typical_sample(
-    domain: str, rows: list[dict], records: list[Record], tokenizer: PreTrainedTokenizerBase, console: Console
-) -> None:
-    """Prints the answer whose tokens per step are the median of its domain's."""
-    middle = statistics.median_low(record.tokens_per_step for record in records)
-    index = next(i for i, record in enumerate(records) if record.tokens_per_step == middle)
-    record = records[index]
-    pieces = text_of_steps(tokenizer, record.ids, record.steps)
-    print_sample(console, rows[index]["prompt"][-1]["content"], pieces, record.new_tokens, domain)
-
-
-def text_of_steps(tokenizer: PreTrainedTokenizerBase, ids: list[int], steps: list[int]) -> list[str]:
-    """The text that each forward pass added. What a tokenizer does at the start of a text, it does once."""
-    pieces, end, before = [], 0, ""
-    for tokens in steps:
-        end += tokens
-        text = tokenizer.decode(ids[:end])
-        pieces.append(text[len(before) :])
-        before = text
-    return pieces
-
-
-def closing_words(summaries: dict[str, dict], console: Console) -> int:
+def closing_words(results: dict, console: Console) -> int:
     """Says what to type for a model of the Hub, or that something is wrong. Returns the exit status."""
-    different = sum(summary["prompts"] - summary["identical"] for summary in summaries.values())
+    reports = [results[name] for name in ("smollm2", "small base") if name in results]
+    rows = [row for report in reports if report["dtype"] == "float32" for row in report["domains"].values()]
+    different = sum(row["prompts"] - row["identical"] for row in rows)
     if different:
         console.print(
             f"[bold red]{different} answers differ from plain decoding.[/] That must not happen in float32: please "
@@ -245,38 +259,17 @@ def closing_words(summaries: dict[str, dict], console: Console) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- what is written
+def as_dicts(records: dict[str, list[Record]]) -> dict[str, list[dict]]:
+    """The numbers of every prompt."""
+    return {kind: [dataclasses.asdict(record) for record in found] for kind, found in records.items()}
 
 
-def write_results(
-    args: argparse.Namespace,
-    training: dict,
-    summaries: dict[str, dict],
-    by_k: dict[str, int | dict[str, dict[int, float]]],
-    records: dict[str, list[Record]],
-    seconds: dict[str, float],
-) -> None:
+def write_results(args: argparse.Namespace, results: dict, seconds: dict[str, float]) -> None:
     """Writes every number to `results.json`, with the machine and the versions that gave them."""
-    results = {
-        "what": "greedy decoding of held-out prompts, float32, batch 1, quadratic, with and without mtp=True",
+    about = {
+        "what": "greedy decoding, batch 1, with and without mtp=True, default strategy",
         "machine": describe_machine(),
         "arguments": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
         "seconds": seconds,
-        "domains": {
-            domain: {
-                **summaries[domain],
-                "per_prompt": [dataclasses.asdict(record) for record in records[domain]],
-            }
-            for domain in summaries
-        },
-        "by_k": by_k,
-        "training": training,
     }
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-def complete_model_card(model: PeftModel, summaries: dict[str, dict], folder: Path) -> None:
-    """Writes the measured tokens per step into the adapter's configuration and model card."""
-    config = model.peft_config["default"]
-    config.tokens_per_step = {domain: round(summary["tokens_per_step"], 2) for domain, summary in summaries.items()}
-    model.save_pretrained(folder)
+    (args.output / "results.json").write_text(json.dumps(about | results, indent=1) + "\n", encoding="utf-8")

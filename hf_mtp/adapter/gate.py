@@ -13,11 +13,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 
 from .peft_type import ExtensionPeftType
+from .prepared import PreparedLora
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class MaskColumns:
         first (`int`): The first mask column. Columns before it hold regular tokens, this one and all after it masks.
         index (`torch.LongTensor` of shape `(B, M)`): Which mask, 0..k-1, stands in each of the M mask columns.
         adapter (`str`): The adapter whose mask embeddings and LoRA weights the masks use.
+        lora ([`PreparedLora`], *optional*): Weights prepared for decoding, where these are to be used.
     """
 
     first: int
     index: torch.LongTensor
     adapter: str
+    lora: PreparedLora | None = None
 
     @property
     def length(self) -> int:
@@ -165,9 +167,7 @@ class GatedVariant(LoraVariant):
 
 
 def add_to_masks(layer: LoraLayer, columns: MaskColumns, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-    """Adds a LoRA to the mask columns of what the base's layer computed, with a short way past PEFT's bookkeeping.
-
-    Decoding runs a few columns through dozens of layers at a time, where bookkeeping is a visible part of the cost.
+    """Adds a LoRA to the mask columns of what the base's layer computed, by prepared weights if the pass has these.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): A gated layer.
@@ -178,17 +178,9 @@ def add_to_masks(layer: LoraLayer, columns: MaskColumns, x: torch.Tensor, result
     variant = layer.lora_variant.get(columns.adapter)
     if variant is None:
         return result
-    if variant.inner is None and not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == columns.length:
-        lora_A, lora_B = layer.lora_A[columns.adapter], layer.lora_B[columns.adapter]
-        is_plain = type(lora_A.weight) is type(lora_B.weight) is torch.nn.Parameter and lora_B.bias is None
-        # ZeRO-3 leaves nothing until the layer is called, and offloading a shape.
-        is_plain = is_plain and lora_A.weight.dim() == 2 and not lora_A.weight.is_meta
-        if is_plain and not layer.training and not torch.is_autocast_enabled(x.device.type):
-            # Two matrices: of a 3-D slice, torch would multiply in batches.
-            masks_x, masks_y = x[:, columns.first :].flatten(0, 1), result[:, columns.first :]
-            low_rank = F.linear(masks_x.to(lora_A.weight.dtype), lora_A.weight)
-            change = F.linear(low_rank, lora_B.weight).view(masks_y.shape)
-            masks_y.add_(change, alpha=layer.scaling[columns.adapter])
+    lora = columns.lora
+    if lora is not None and variant.inner is None and x.dim() == 3 and x.shape[1] == columns.length:
+        if lora.add(layer, columns.adapter, columns.first, x, result):
             return result
     return variant.forward(layer, columns.adapter, x, result)
 

@@ -19,6 +19,7 @@ from ..base.head import PredictionHead
 from ..base.inspection import decoder_of, device_of, input_device, weight_shape
 from .config import GatedLoraConfig
 from .gate import Gate, HiddenStateCapture, MaskColumns
+from .prepared import PreparedLora
 from .sampler import SamplerHead
 
 
@@ -69,9 +70,15 @@ class MaskInput:
         return lambda hidden: reduce(lambda states, layer: layer(states), layers, hidden.to(dtype)).to(hidden.device)
 
     @contextmanager
-    def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
-        """Within, inputs hold mask tokens `index_BM` in the columns from `first` on, and LoRA acts there."""
-        with self.gate.open(MaskColumns(first, index_BM, self.active_adapters[0]) if index_BM.shape[1] else None):
+    def masks_in_columns(
+        self, first: int, index_BM: torch.LongTensor, lora: PreparedLora | None = None
+    ) -> Iterator[None]:
+        """Within, inputs hold mask tokens `index_BM` in the columns from `first` on, and LoRA acts there.
+
+        It is computed with the weights in `lora` where it can be.
+        """
+        columns = MaskColumns(first, index_BM, self.active_adapters[0], lora) if index_BM.shape[1] else None
+        with self.gate.open(columns):
             yield
 
     def capture_hidden_states(self) -> AbstractContextManager[HiddenStateCapture]:

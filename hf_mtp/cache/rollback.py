@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..layout.attention import CachedColumns, padded_right
+from .column_attention import KeysByColumn
 from .rows import Rows
 
 SPARE_COLUMNS = 64  # storage grows by half, and at least by this many
@@ -68,7 +69,10 @@ class RollbackLayer(CacheLayerMixin):
         else:
             self._write_after_each_row(key_states, value_states)
         end = self.rows.columns or end
-        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+        keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+        if self.rows.column_attention is not None:
+            keys = KeysByColumn.of(keys, self.rows.column_attention)
+        return keys, values
 
     def _write_after_each_row(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         new_N = torch.arange(key_states.shape[2], device=key_states.device)

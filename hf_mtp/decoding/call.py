@@ -13,9 +13,17 @@ from ..base.caches import cache_name, copied, replace_contents
 from ..base.distributed import agreed_seconds, any_process_unfinished, is_sharded
 from ..cache.protocol import DecodingCache
 from ..cache.rollback import RollbackCache
+from ..passes.bitwise_check import refuse_unless_bitwise
 from ..passes.speculation_mode import PASSES, SpeculationMode
 from .batch import Batch
-from .checks import refuse_cache, refuse_for_sequences, refuse_generation_mode, refuse_ids, refuse_rope_switches
+from .checks import (
+    refuse_bitwise,
+    refuse_cache,
+    refuse_for_sequences,
+    refuse_generation_mode,
+    refuse_ids,
+    refuse_rope_switches,
+)
 from .drafters.masks import MaskDrafter
 from .drafters.ngrams import NgramDrafter
 from .loop import DecodingLoop
@@ -46,6 +54,8 @@ class GenerateCall:
         generator (`torch.Generator`, *optional*), streamer
             ([`~transformers.generation.streamers.BaseStreamer`], *optional*), synced_gpus (`bool`, *optional*): As
             passed to `generate`, which does not pass them on to a custom decode loop.
+        bitwise (`bool`, *optional*, defaults to `False`): Whether regular tokens are computed bit for bit as in plain
+            decoding.
     """
 
     tuner: GatedLoraTuner
@@ -55,6 +65,7 @@ class GenerateCall:
     generator: torch.Generator | None
     streamer: BaseStreamer | None
     synced_gpus: bool | None
+    bitwise: bool = False
 
     def __call__(
         self,
@@ -110,6 +121,10 @@ class GenerateCall:
         if self.mode is not SpeculationMode.TREE:
             recomputes = self.mode is SpeculationMode.RECOMPUTE
             refuse_for_sequences(prompt, _is_static(config), self.synced_gpus, whole=recomputes)
+        if self.bitwise:
+            is_tree = self.mode is SpeculationMode.TREE
+            refuse_bitwise(self.tuner.model, prompt, columns, _is_static(config), is_tree)
+            refuse_unless_bitwise(self.tuner, len(prompt.rows))
 
     def _sequences(
         self,
@@ -145,7 +160,8 @@ class GenerateCall:
     ) -> None:
         """Decodes rows together until they, and those of other processes, are finished."""
         is_static = _is_static(config)
-        key = (self.tuner.active_adapters[0], self.k, len(batch.sequences), is_static, str(self.tuner.model.device))
+        rows, device = len(batch.sequences), str(self.tuner.model.device)
+        key = self.tuner.active_adapters[0], self.k, rows, is_static, device, self.bitwise
         schedule = self._schedule(key, is_static)
         drafters = [MaskDrafter(self.tuner, schedule.mask_acceptance, verifier.processors)]
         if isinstance(schedule, AdaptiveSchedule) and not is_static:  # fixed shapes have no room for these
@@ -154,7 +170,7 @@ class GenerateCall:
             self._forward(config), schedule, drafters, verifier, self.k, fixed_shape=is_static, statistics=statistics
         )
         others_unfinished = any_process_unfinished(self.tuner.model, self.synced_gpus)
-        keeps_rows = keeps_cache or is_static or verifier.keeps_rows_in_step
+        keeps_rows = keeps_cache or is_static or verifier.keeps_rows_in_step or self.bitwise
         loop.step(batch)
         stream.send()
         if isinstance(schedule, AdaptiveSchedule) and schedule.costs is None and not is_sharded(self.tuner.model):
@@ -180,6 +196,7 @@ class GenerateCall:
             output_hidden_states=bool(returns and config.output_hidden_states),
             output_attentions=bool(returns and config.output_attentions),
             compiled=self._compiled_forward(config) if _is_static(config) else None,
+            bitwise=self.bitwise,
         )
 
     def _cache(self, prompt: Prompt, columns: int, config: GenerationConfig) -> DecodingCache:

@@ -1,10 +1,11 @@
 """Rejects requests that `generate(mtp=True)` cannot decode exactly, before anything is computed."""
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedConfig, cache_utils
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..base.rope import rope_switches
+from ..layout.attention import attention_kinds
 from .prompt import Prompt
 
 # transformers 5.20 has only the narrower class.
@@ -133,4 +134,36 @@ def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | No
             raise NotImplementedError(
                 f"This model reads one plain sequence at a time, so `mtp=True` does not support {what}. {instead}, or "
                 "decode with mtp=False."
+            )
+
+
+def refuse_bitwise(model: PreTrainedModel, prompt: Prompt, columns: int, is_static: bool, is_tree: bool) -> None:
+    """Raises `NotImplementedError` for requests whose passes cannot repeat plain decoding bit for bit.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+        prompt ([`Prompt`]): The prompts.
+        columns (`int`): The most tokens that the text may have in the end.
+        is_static (`bool`): Whether a static cache is requested.
+        is_tree (`bool`): Whether the model allows trees.
+    """
+    kinds = attention_kinds(model.config.get_text_config(decoder=True))
+    limits = [kind.reaches_back() for kind in kinds if kind.reaches_back() is not None]
+    is_padded = bool(prompt.start_B.any()) or prompt.hidden_BP.shape[1] > 0
+    for asked, what, instead in (
+        (not is_tree, "a model that reads plain sequences only", "Leave it out"),
+        (is_static, "a static cache, whose length decides how sums are rounded", "Leave `cache_implementation` out"),
+        (is_padded, "padded prompts", "Pass prompts of the same length, or one prompt at a time"),
+        (prompt.extra.is_in_use, "other inputs than text", "Leave them out"),
+        (
+            min(limits, default=columns) < columns,
+            f"texts longer than the window of {min(limits, default=0)} tokens",
+            "Lower `max_new_tokens`",
+        ),
+        (torch.is_autocast_enabled(model.device.type), "autocast", "Load the model in the dtype that you want"),
+    ):
+        if asked:
+            raise NotImplementedError(
+                f"`mtp_bitwise=True` does not support {what}: passes over several tokens would round in another way "
+                f"than plain decoding. {instead}, or leave `mtp_bitwise` out."
             )

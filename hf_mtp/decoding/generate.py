@@ -37,14 +37,15 @@ class GenerationMixin:
         mtp: bool | None = None,
         mtp_strategy: str | None = None,
         mtp_k: int | None = None,
+        mtp_bitwise: bool | None = None,
         generator: torch.Generator | None = None,
         **kwargs,
     ):
         """[`~transformers.GenerationMixin.generate`] with several tokens per forward pass and the same output.
 
         Greedy decoding returns the same tokens. Sampling draws from the same distribution with any logits processors,
-        and the same seed returns the same text with any strategy. `mtp`, `mtp_strategy` and `mtp_k` may also be
-        attributes of the generation config, so that pipelines and chats use them without a change of code.
+        and the same seed returns the same text with any strategy. `mtp` and the arguments that begin with `mtp_` may
+        also be attributes of the generation config, so that pipelines and chats use them without a change of code.
 
         Args:
             mtp (`bool`, *optional*, defaults to `False`):
@@ -57,6 +58,10 @@ class GenerationMixin:
                 read plain sequences only, such as recurrent ones, `"auto"` is `"linear"`.
             mtp_k (`int`, *optional*, defaults to the adapter's `k`):
                 Masks per block, and so the most drafts that masks make per forward pass; at most the adapter's `k`.
+            mtp_bitwise (`bool`, *optional*, defaults to `False`):
+                Whether each regular token is computed bit for bit as in plain decoding, so that the text is the same
+                in bfloat16 and float16, too. Otherwise near-ties may flip there. It costs some time in each pass. A
+                short trial tests whether the model and the device allow it.
             generator (`torch.Generator`, *optional*):
                 The generator from which sampling draws its seed; torch's global one if `None`.
             args, kwargs:
@@ -71,10 +76,10 @@ class GenerationMixin:
                 is all padding, the cache is too short, or the generation mode cannot be exact (beam search,
                 contrastive search, assisted generation, a quantized cache).
             NotImplementedError: The model does not allow the strategy, or reads plain sequences only and is asked for
-                a static cache.
+                a static cache, or `mtp_bitwise` cannot be guaranteed.
         """
         kwargs = self._by_name(args, kwargs)
-        asked = {"mtp": mtp, "mtp_strategy": mtp_strategy, "mtp_k": mtp_k}
+        asked = {"mtp": mtp, "mtp_strategy": mtp_strategy, "mtp_k": mtp_k, "mtp_bitwise": mtp_bitwise}
         configs = [c for c in (kwargs.get("generation_config"), self.model.generation_config) if c is not None]
         asked = {name: _first_given(value, name, configs) for name, value in asked.items()}
         if not asked["mtp"]:
@@ -94,7 +99,8 @@ class GenerationMixin:
         refuse_arguments(kwargs)
         stop_strings_to_criteria(kwargs, configs)
         streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
-        call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus)
+        bitwise = bool(asked["mtp_bitwise"])
+        call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus, bitwise)
         kwargs["use_cache"] = True  # some models' default is False
         return self.model.generate(custom_generate=call, **kwargs)
 

@@ -82,7 +82,7 @@ class DecodingLoop:
         # A draft has the position after its mask.
         positions = self.forward.positions_left(cache.rows.positions + regular) - 1
         k = max(0, min(self.k, batch.remaining_tokens - 2, positions))
-        if before > LONG_PROMPT and any(cache.rows.starts):
+        if (before > LONG_PROMPT and any(cache.rows.starts)) or (before and self.forward.bitwise):
             k = 0
         plan = self.schedule.plan_masks(batch.drafts, self.k if self.fixed_shape else k)
         return plan, decoding_layout(cache.rows.next_places(regular), plan, first=before)
@@ -143,6 +143,7 @@ class DecodingLoop:
                 sorted({min(columns, most) for columns in PLAIN_COLUMNS}),
                 sorted({min(columns, most) for columns in MASKED_COLUMNS}),
                 agreed,
+                warm_up=self.forward.bitwise,
             )
 
     def _run(self, batch: Batch, columns: int, with_masks: bool) -> None:

@@ -37,11 +37,13 @@ class ExtraInputs:
             change.
         inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): Inputs of the model with each token.
         states (`dict[str, tuple]`): Hidden states and attentions of the tokens that the base read, if requested.
+        is_in_use (`bool`): Whether the base read the prompt, all but its last token.
     """
 
     layers: list[int] = field(default_factory=list)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     states: dict[str, tuple] = field(default_factory=dict)
+    is_in_use: bool = False
 
 
 @torch.no_grad()
@@ -69,7 +71,7 @@ def read_by_base(
     outputs = model(**inputs, return_dict=True)
     asked = [name for name in ("hidden_states", "attentions") if model_kwargs.get(f"output_{name}")]
     states = {name: outputs[name] for name in asked}
-    return replace(_inputs_of_next_token(model, input_ids, model_kwargs), states=states)
+    return replace(_inputs_of_next_token(model, input_ids, model_kwargs), states=states, is_in_use=True)
 
 
 @torch.no_grad()

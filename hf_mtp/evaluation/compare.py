@@ -4,6 +4,7 @@ The examples and benchmarks use it, and you can use it with your own model and p
 token ids, and nothing of datasets, tables or plots.
 """
 
+import copy
 import importlib.metadata
 import platform
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from ..base.inspection import decoder_of
 
@@ -64,7 +66,7 @@ class Record:
 
 
 @contextmanager
-def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
+def counted_forward_passes(model: PreTrainedModel | PeftModel) -> Iterator[Callable[[], int]]:
     """Yields a function that returns the number of forward passes of the base's decoder since the start."""
     passes = 0
 
@@ -72,35 +74,49 @@ def counted_forward_passes(model: PeftModel) -> Iterator[Callable[[], int]]:
         nonlocal passes
         passes += 1
 
-    hook = decoder_of(model.get_base_model()).register_forward_pre_hook(count)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    hook = decoder_of(base).register_forward_pre_hook(count)
     try:
         yield lambda: passes
     finally:
         hook.remove()
 
 
-def decode(model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
-    """Answers one prompt greedily.
+def decode(model: PreTrainedModel | PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int, **options) -> Decoded:
+    """Answers one prompt, greedily unless the options say otherwise.
 
     Args:
-        model ([`~peft.PeftModel`]): An upgraded model.
+        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]): An upgraded model, or any other.
         prompt_1T (`torch.LongTensor` of shape `(1, T)`): The prompt.
         max_new_tokens (`int`): Most new tokens.
         options: Further arguments of `generate`, such as `mtp=True`.
     """
+    inputs = {"input_ids": prompt_1T, "attention_mask": torch.ones_like(prompt_1T)}
+    new_1T, passes, seconds = timed_generate(model, max_new_tokens=max_new_tokens, **inputs, **options)
+    ids = new_1T[0].tolist()
+    steps = model.base_model.mtp_statistics.steps if options.get("mtp") else [1] * len(ids)
+    return Decoded(ids, passes, seconds, steps)
+
+
+def timed_generate(
+    model: PreTrainedModel | PeftModel, input_ids: torch.LongTensor, **options
+) -> tuple[torch.LongTensor, int, float]:
+    """Runs `generate`, greedily unless the options say otherwise.
+
+    Args:
+        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]): An upgraded model, or any other.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts.
+        options: Further arguments of `generate`.
+
+    Returns:
+        `tuple`: The new tokens, `(B, N)`; the forward passes of the base's decoder, that over the prompts included;
+        and the wall-clock time in seconds.
+    """
     with counted_forward_passes(model) as forward_passes:
         start = time.perf_counter()
-        output = model.generate(
-            input_ids=prompt_1T,
-            attention_mask=torch.ones_like(prompt_1T),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            **options,
-        )
-        ids = output[0, prompt_1T.shape[1] :].tolist()  # waits for a GPU to finish
-        seconds = time.perf_counter() - start
-    steps = model.base_model.mtp_statistics.steps if options.get("mtp") else [1] * len(ids)
-    return Decoded(ids, forward_passes(), seconds, steps)
+        output = model.generate(input_ids=input_ids, **{"do_sample": False, **options})
+        new_BN = output[:, input_ids.shape[1] :].cpu()  # waits for a GPU to finish
+        return new_BN, forward_passes(), time.perf_counter() - start
 
 
 def decode_both_ways(
@@ -209,6 +225,38 @@ def decode_all(
 def tokens_per_step(answers: list[Decoded]) -> float:
     """New tokens per forward pass over all answers."""
     return sum(len(answer.ids) for answer in answers) / sum(answer.forward_passes for answer in answers)
+
+
+def same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules that shares the weights.
+
+    One copy can have an adapter and another none. Two copies of the weights would differ by some percent in speed,
+    depending on where they lie in memory.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def bfloat16_is_faster(size: int = 256, repeats: int = 8) -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones, found in a fraction of a second.
+
+    A CPU that has no instructions for bfloat16 does not. A trial finds this out on any kind of CPU and torch release.
+
+    Args:
+        size (`int`, *optional*, defaults to 256):
+            Rows and columns of the matrices. Emulated bfloat16 takes a thousand times as long, so they are small.
+        repeats (`int`, *optional*, defaults to 8): Products per dtype, of which the fastest counts.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(2, size, size, dtype=dtype)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 def describe_machine() -> dict[str, str | int | dict]:

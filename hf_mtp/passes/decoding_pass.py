@@ -7,10 +7,12 @@ Shapes: B batch, T regular columns, M masks, N = T + M, R positions with logits,
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from ..adapter.prepared import PreparedLora
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
 from ..base.inspection import accepted_inputs, mask_form
@@ -19,6 +21,7 @@ from ..cache.rollback import RollbackCache
 from ..layout.attention import attention_kinds, attention_masks, padded_right
 from ..layout.blocks import NO_DOCUMENT, BlockLayout, decoding_layout
 from ..layout.mask_plan import no_masks
+from .bitwise import bitwise_columns
 
 CATCH_UP_COLUMNS = 4  # a storage of fixed size has room for this many after the longest row
 FEW_MASKS = 16  # up to this many, their logits are computed with those of the regular tokens
@@ -96,6 +99,8 @@ class DecodingPass:
         tuner ([`GatedLoraTuner`]): The upgraded model.
         output_hidden_states, output_attentions (`bool`): Whether to return them for all layers.
         compiled (`Callable`, *optional*): The model's compiled forward pass, used for all passes but the prompt's.
+        bitwise (`bool`, *optional*, defaults to `False`): Whether regular columns are computed bit for bit as in
+            plain decoding. The pass over the prompt then has no masks, so that it is that of plain decoding.
     """
 
     def __init__(
@@ -104,8 +109,10 @@ class DecodingPass:
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         compiled: Callable | None = None,
+        bitwise: bool = False,
     ):
-        self.compiled = compiled
+        self.compiled, self.bitwise = compiled, bitwise
+        self.lora = None if compiled else PreparedLora()
         self.tuner, self.model = tuner, tuner.model
         config = self.model.config.get_text_config(decoder=True)
         self.kinds, self.form = attention_kinds(config), mask_form(self.model)
@@ -131,7 +138,12 @@ class DecodingPass:
         regular, past = regular_BT.shape[1], cache.rows.lengths
         inputs = self._inputs(regular_BT, layout, cache, logits_rows)
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
-        with self.tuner.masks_in_columns(regular, layout.index_BM), self.tuner.capture_hidden_states() as captured:
+        lora = self.prepared_lora(regular_BT.device)
+        with (
+            self._bitwise_columns(cache, regular, layout.masks, logits_rows),
+            self.tuner.masks_in_columns(regular, layout.index_BM, lora),
+            self.tuner.capture_hidden_states() as captured,
+        ):
             outputs = forward(**inputs, **self.outputs)
         logits = outputs.logits
         if "logits_to_keep" not in self.known_arguments:
@@ -146,6 +158,18 @@ class DecodingPass:
             hidden_states=outputs.hidden_states if "output_hidden_states" in self.outputs else None,
             attentions=outputs.attentions if "output_attentions" in self.outputs else None,
         )
+
+    def prepared_lora(self, device: torch.device) -> PreparedLora | None:
+        """The LoRA weights that all passes use. Autocast and a compiled pass see to the weights themselves."""
+        return None if torch.is_autocast_enabled(device.type) else self.lora
+
+    def _bitwise_columns(
+        self, cache: RollbackCache, regular: int, masks: int, logits_rows: int
+    ) -> AbstractContextManager[None]:
+        is_prompt, columns = regular > logits_rows, regular + masks
+        if not self.bitwise or is_prompt or columns == 1:  # plain decoding's own pass
+            return nullcontext()
+        return bitwise_columns(self.model, cache.rows, len(cache.rows.lengths), regular, masks)
 
     def _inputs(
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int

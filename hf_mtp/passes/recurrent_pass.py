@@ -37,7 +37,7 @@ class RecurrentPass(DecodingPass):
         read = [(outputs, slice(drafts - regular_BT.shape[1], None), end)]
         if drafts or layout.masks:
             mask_ids = layout.index_BM + self.tuner.vocab_size
-            with self.tuner.masks_in_columns(drafts, layout.index_BM):
+            with self.tuner.masks_in_columns(drafts, layout.index_BM, self.prepared_lora(regular_BT.device)):
                 outputs, captured = self._read(
                     torch.cat([draft_BK, mask_ids], dim=1), end, copied(cache.held), cache.rows
                 )
@@ -98,7 +98,7 @@ class RecomputePass(RecurrentPass):
         confirmed, draft_BK = cache.split(regular_BT, logits_rows - 1)
         text = torch.cat([confirmed, draft_BK, layout.index_BM + self.tuner.vocab_size], dim=1)
         tokens = text.shape[1] - layout.masks
-        with self.tuner.masks_in_columns(tokens, layout.index_BM):
+        with self.tuner.masks_in_columns(tokens, layout.index_BM, self.prepared_lora(text.device)):
             wanted = logits_rows + layout.masks
             outputs, captured = self._read(text, 0, None, cache.rows, use_cache=False, logits_to_keep=wanted)
         logits_BRV = outputs.logits[:, -wanted:][:, :logits_rows]

@@ -74,7 +74,7 @@ class _Unadapted:
         self.vocab_size = min(3, weight_shape(model.get_input_embeddings())[0] - MASKS)
 
     @contextmanager
-    def masks_in_columns(self, first: int, index_BM: torch.LongTensor) -> Iterator[None]:
+    def masks_in_columns(self, first: int, index_BM: torch.LongTensor, lora: object = None) -> Iterator[None]:
         yield
 
     @contextmanager

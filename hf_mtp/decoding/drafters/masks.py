@@ -129,12 +129,12 @@ def _shortlisted(
     if not (is_whole and weight_VD.dim() == 2 and weight_VD.is_floating_point()):
         # Rows of a quantized, distributed or offloaded layer cannot be selected.
         return lambda step, feature_BD: unembedding(feature_BD).float().gather(1, candidate_BKC[:, step])
-    weight_KBCD = weight_VD[candidate_BKC].transpose(0, 1)
+    weight_KBCD = weight_VD[candidate_BKC].float().transpose(0, 1)  # a CPU multiplies few rows faster in float32
     bias_V = getattr(unembedding, "bias", None)
     bias_KBC = 0.0 if bias_V is None else bias_V[candidate_BKC].transpose(0, 1)
 
     def rescore(step: int, feature_BD: torch.Tensor) -> torch.Tensor:
-        score_BC = (weight_KBCD[step] @ feature_BD.to(weight_VD.dtype)[:, :, None])[:, :, 0]
-        return (score_BC if bias_V is None else score_BC + bias_KBC[step]).float()
+        score_BC = (weight_KBCD[step] @ feature_BD.float()[:, :, None])[:, :, 0]
+        return score_BC if bias_V is None else score_BC + bias_KBC[step].float()
 
     return rescore

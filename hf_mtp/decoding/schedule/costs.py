@@ -40,6 +40,7 @@ def measure_costs(
     plain: Sequence[int],
     masked: Sequence[int],
     agreed: Callable[[float], float] = lambda seconds: seconds,
+    warm_up: bool = False,
 ) -> PassCosts:
     """Times passes of several sizes after a warm-up. Fast passes are timed twice, and the shorter time counts.
 
@@ -47,10 +48,12 @@ def measure_costs(
         run (`Callable`): Runs a pass over so many columns, with masks among them or not, and waits for its end.
         plain, masked (`Sequence[int]`): Columns of the passes to time, without and with masks.
         agreed (`Callable`, *optional*): See [`~hf_mtp.base.distributed.agreed_seconds`].
+        warm_up (`bool`, *optional*, defaults to `False`): Whether the first pass of each size takes longer. Then every
+            size is run once before, and not the largest alone.
     """
     sizes = [(1, False), *((columns, False) for columns in plain), *((columns, True) for columns in masked)]
-    run(*sizes[-1])
-    run(1, False)
+    for size in sizes[::-1] if warm_up else (sizes[-1], sizes[0]):
+        run(*size)
     rounds = 2 if agreed(_timed(run, 1, False)) < SLOW_SECONDS else 1
     times = [[_timed(run, *size) for size in sizes] for _ in range(rounds)]
     seconds = {size: agreed(min(of_size)) for size, of_size in zip(sizes, zip(*times, strict=True), strict=True)}

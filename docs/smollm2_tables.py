@@ -1,0 +1,159 @@
+"""The tables of the real model, from what examples/smollm2/measure.py wrote."""
+
+import statistics
+
+from tables import load, machine, table
+
+NAMES = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
+OURS = ("plain", "auto", "auto, bitwise", "quadratic", "linear", "auto, untrained adapter", "plain, in a batch")
+STRATEGIES = ("linear", "quadratic", "auto")
+K = (1, 2, 4, 8)
+
+
+def smollm2() -> str:
+    """The first screen: `auto` against plain decoding and against the best other way."""
+    report = load("smollm2")
+    rows = []
+    for domain, ways in report["domains"].items():
+        auto, (other, best) = ways["auto"], best_peer(ways)
+        rows.append(
+            [
+                NAMES[domain],
+                f"{auto['tokens_per_pass']:.2f}",
+                f"**{auto['speedup']:.2f}x**",
+                f"{over(auto, best):.2f}x ({other})",
+                f"{same(auto)}, {same(best)}",
+            ]
+        )
+    head = ["text", "tokens per pass", "speed against plain", "against the best other way", "same text (ours, other)"]
+    return table(head, rows) + note(report)
+
+
+def best_peer(ways: dict[str, dict]) -> tuple[str, dict]:
+    """The fastest way that is not ours, and its numbers."""
+    peers = {name: row for name, row in ways.items() if name not in OURS}
+    name = max(peers, key=lambda name: peers[name]["speedup"])
+    return name, peers[name]
+
+
+def over(row: dict, other: dict) -> float:
+    """How many times as fast one way is as another: the median over the prompts that both decoded."""
+    pairs = zip(row["speedups"], other["speedups"], strict=False)
+    return statistics.median(own / theirs for own, theirs in pairs)
+
+
+def same(row: dict) -> str:
+    """How many texts are those of plain decoding."""
+    return f"{row['identical']}/{row.get('prompts', len(row['speedups']))}"
+
+
+def note(report: dict) -> str:
+    """What was measured on which machine."""
+    prompts = max(len(ways["plain"]["speedups"]) for ways in report["domains"].values())
+    return (
+        f"\n{prompts} prompts of each kind, {report['new_tokens']} new tokens, {report['dtype']}; {machine(report)}.\n"
+    )
+
+
+def smollm2_ways() -> str:
+    """Every way on every domain."""
+    report = load("smollm2")
+    rows = [
+        [
+            NAMES[domain],
+            name,
+            f"{row['speedup']:.2f}x",
+            "–" if name == "early exit" else f"{row['tokens_per_pass']:.2f}",
+            same(row),
+        ]
+        for domain, ways in report["domains"].items()
+        for name, row in ways.items()
+        if not name.startswith("plain")
+    ]
+    return table(["text", "way", "speed", "tokens per pass", "same text as plain"], rows) + note(report)
+
+
+def divergences() -> str:
+    """How near a tie the first tokens were that differ from plain decoding's in half precision."""
+    report = load("smollm2")
+    if "rows" not in report:  # measured before the rows had gaps
+        report = load("divergences")
+        found = {name: [row["divergence"] and row["divergence"]["units"] for row in way["divergences"]]
+                 for name, way in report["ways"].items()}  # fmt: skip
+        texts = {name: len(gaps) for name, gaps in found.items()}
+        found = {name: [gap for gap in gaps if gap is not None] for name, gaps in found.items()}
+    else:
+        found, texts = gaps_of(report["rows"])
+    rows = [
+        [name, f"{len(gaps)} of {texts[name]}", f"{max(gaps, default=0):.1f}"]
+        for name, gaps in found.items()
+        if name != "plain"
+    ]
+    head = ["way", "texts that differ", "largest gap at the first difference, units of rounding"]
+    return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
+
+
+def gaps_of(rows: list[dict]) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """By way: the gaps of all texts that differ, 0 where one text is the start of the other; and how many texts."""
+    gaps: dict[str, list[float]] = {}
+    texts: dict[str, int] = {}
+    for row in rows:
+        for name, answer in row["answers"].items():
+            gaps.setdefault(name, []).extend(gap or 0.0 for gap in answer["gaps"])
+            texts[name] = texts.get(name, 0) + answer["rows"]
+    return gaps, texts
+
+
+def peers() -> str:
+    """The settings of others that were tried, and the best ones."""
+    report = load("peers")
+    rows = []
+    for family, best in report["best"].items():
+        tried = sum(name.startswith(f"{family}: ") for name in report["ways"])
+        speeds = (ways[f"{family}: {best}"]["speedup"] for ways in report["domains"].values())
+        rows.append([family, best, str(tried), *(f"{speed:.2f}x" for speed in speeds)])
+    head = ["way", "best setting", "settings tried", *(NAMES[domain] for domain in report["domains"])]
+    return table(head, rows) + note(report)
+
+
+def by_k() -> str:
+    """The paper's table on the real model: tokens per pass, and speed by the wall clock."""
+    report = load("by_k")
+    rows = []
+    for kind, ways in report["domains"].items():
+        for strategy in STRATEGIES:
+            found = [ways[f"{strategy}, k={k}"] for k in K]
+            rows.append([kind, strategy, *(f"{row['tokens_per_pass']:.2f}, {row['speedup']:.2f}x" for row in found)])
+    return table(["text", "strategy", *(f"k = {k}" for k in K)], rows) + note(report)
+
+
+def batches() -> str:
+    """Batches, decoded by `auto` and plainly."""
+    report = load("batches")
+    rows = [
+        [name, f"{ways['auto']['speedup']:.2f}x", f"{ways['auto']['tokens_per_pass']:.2f}", same(ways["auto"])]
+        for name, ways in report["domains"].items()
+    ]
+    head = ["", "speed of `auto` against plain batches", "tokens per pass, all rows", "same text as plain"]
+    return table(head, rows) + note(report)
+
+
+def temperatures() -> str:
+    """What sampling keeps of greedy decoding's tokens per pass."""
+    report = load("temperatures")
+    rows = []
+    for domain, ways in report["domains"].items():
+        for strategy in ("quadratic", "auto"):
+            greedy = ways[f"{strategy}, greedy"]["tokens_per_pass"]
+            found = [ways[f"{strategy}, T = {t}"]["tokens_per_pass"] for t in (0.7, 1.0)]
+            cells = (f"{tokens:.2f} ({tokens / greedy:.2f})" for tokens in found)
+            rows.append([NAMES[domain], strategy, f"{greedy:.2f}", *cells])
+    head = ["text", "strategy", "greedy", "T = 0.7 (over greedy)", "T = 1.0 (over greedy)"]
+    return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
+
+
+def in_float32() -> str:
+    """How many texts are those of plain decoding in float32."""
+    report = load("float32")
+    rows = [[NAMES[domain], same(ways["auto"])] for domain, ways in report["domains"].items()]
+    return table(["text", "same text as plain"], rows) + f"\n{machine(report)}; {report['dtype']}.\n"

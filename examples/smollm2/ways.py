@@ -1,0 +1,128 @@
+"""Ways to decode SmolLM2: ours, and those of transformers.
+
+Knows models and arguments of `generate`. Knows nothing of prompts, files or tables.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_mtp import GatedLoraConfig
+from hf_mtp.evaluation.compare import same_weights, timed_generate
+
+# 10 million parameters; the smallest SmolLM2 is the base itself.
+SMALL_DRAFT = Path(__file__).resolve().parents[1] / "quickstart" / "base"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode.
+
+    Args:
+        model (`str`): `"base"`, `"adapter"` or `"untrained"`: which of [`Models`] decodes.
+        options (`dict`): Arguments of `generate`.
+        assistant_tokens (`int`, *optional*): Drafts per pass of assisted generation.
+        has_small_draft (`bool`): Whether the small model of the quickstart drafts.
+        is_rare (`bool`): Whether it decodes the first prompts only.
+        copies (`int`): Rows of a batch, each with the same prompt.
+    """
+
+    model: str = "base"
+    options: dict = field(default_factory=dict)
+    assistant_tokens: int | None = None
+    has_small_draft: bool = False
+    is_rare: bool = False
+    copies: int = 1
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.options.get("do_sample")
+
+
+def mtp(strategy: str = "auto", k: int | None = None, model: str = "adapter", is_rare: bool = False, **options) -> Way:
+    """A way with `mtp=True`."""
+    options |= {"mtp": True, "mtp_strategy": strategy} | ({} if k is None else {"mtp_k": k})
+    return Way(model, options, is_rare=is_rare)
+
+
+def sampled(strategy: str, temperature: float) -> Way:
+    """A way that samples from the whole vocabulary."""
+    return mtp(strategy, do_sample=True, temperature=temperature, top_k=0)
+
+
+PLAIN = Way()
+PLAIN_IN_A_BATCH = Way(copies=4, is_rare=True)  # does its text stay the same in half precision?
+PEERS = {
+    "prompt lookup": {
+        f"{tokens} tokens, n-grams up to {size}": Way(
+            options={"prompt_lookup_num_tokens": tokens, "max_matching_ngram_size": size}
+        )
+        for size in (2, 3)
+        for tokens in (3, 5, 8, 10)
+    },
+    "early exit": {
+        f"layer {layer}, {tokens} tokens": Way(
+            options={"assistant_early_exit": layer}, assistant_tokens=tokens, is_rare=True
+        )
+        for layer, tokens in ((10, 2), (26, 2))
+    },
+    "small draft": {
+        f"{tokens} tokens": Way(assistant_tokens=tokens, has_small_draft=True, is_rare=True) for tokens in (3, 6, 20)
+    },
+}
+
+
+class Models:
+    """The base, and what decodes with its weights.
+
+    Args:
+        base (`str`): Folder of the base.
+        adapter (`Path`): Folder of the adapter.
+        dtype (`str`): Name of the dtype to compute in, or `"auto"` for the one that the base is stored in.
+    """
+
+    def __init__(self, base: str, adapter: Path, dtype: str = "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+        self.base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
+        self.adapter = PeftModel.from_pretrained(same_weights(self.base), adapter).eval()
+
+    @cached_property
+    def untrained(self) -> PeftModel:
+        """The base with a new adapter of the same sizes."""
+        config = self.adapter.active_peft_config
+        fresh = GatedLoraConfig(k=config.k, r=config.r, lora_alpha=config.lora_alpha)
+        return get_peft_model(same_weights(self.base), fresh).eval()
+
+    @cached_property
+    def small_draft(self) -> PreTrainedModel:
+        """A small model with a tokenizer of its own, in float32, in which it is fastest."""
+        return AutoModelForCausalLM.from_pretrained(SMALL_DRAFT, dtype=torch.float32).to(self.base.device).eval()
+
+    @cached_property
+    def small_draft_options(self) -> dict:
+        """What `generate` needs to let it draft."""
+        own = AutoTokenizer.from_pretrained(SMALL_DRAFT, clean_up_tokenization_spaces=False)
+        return {"assistant_model": self.small_draft, "tokenizer": self.tokenizer, "assistant_tokenizer": own}
+
+    def decode(self, way: Way, inputs: dict, max_new_tokens: int) -> tuple[list[list[int]], int, float]:
+        """The new tokens of each row up to its end, the number of forward passes, and the seconds."""
+        model, options = getattr(self, way.model), way.options
+        inputs = {name: value.repeat(way.copies, 1) for name, value in inputs.items()}
+        if way.has_small_draft:
+            options = options | self.small_draft_options
+            self.small_draft.generation_config.num_assistant_tokens = way.assistant_tokens
+        elif way.assistant_tokens:
+            model.generation_config.num_assistant_tokens = way.assistant_tokens
+        new_BN, passes, seconds = timed_generate(
+            model, **inputs, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options
+        )
+        return [self._until_end(ids) for ids in new_BN.tolist()[: len(new_BN) // way.copies]], passes, seconds
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids[: ids.index(end) + 1] if end in ids else ids

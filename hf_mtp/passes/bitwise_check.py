@@ -1,0 +1,85 @@
+"""Tests by trial whether a pass over several columns gives, bit for bit, what passes over one column give."""
+
+import inspect
+import weakref
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..adapter.tuner import GatedLoraTuner
+from ..base.caches import cache_name
+from ..base.inspection import evaluation_mode, input_device, weight_shape
+from ..cache.rollback import RollbackCache
+from ..layout.blocks import decoding_layout
+from ..layout.mask_plan import no_masks, whole_blocks
+from .decoding_pass import DecodingPass
+
+PROMPT, DRAFTS = 13, 4  # the keys of these columns cross a multiple of 16, where kernels change
+
+# Whether a model passed, by what decides which kernels run.
+_known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]]" = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def refuse_unless_bitwise(tuner: GatedLoraTuner, rows: int) -> None:
+    """Raises if a model's regular columns are not those of plain decoding, bit for bit.
+
+    The first call for a model, number of rows and number of threads runs a few short passes.
+
+    Args:
+        tuner ([`GatedLoraTuner`]): The upgraded model.
+        rows (`int`): Rows of the batch.
+
+    Raises:
+        NotImplementedError: They are not.
+    """
+    model, device = tuner.model, input_device(tuner.model)
+    key = rows, model.dtype, str(device), torch.get_num_threads(), str(model.config._attn_implementation)
+    known = _known.setdefault(model, {})
+    if key not in known:
+        with evaluation_mode(model):
+            known[key] = _are_equal(tuner, rows)
+    if not known[key]:
+        raise NotImplementedError(
+            f"`mtp_bitwise=True` cannot be guaranteed for {type(model).__name__} with {rows} rows in {model.dtype} on "
+            f"{device.type} (attn_implementation={model.config._attn_implementation!r}): a trial with several tokens "
+            "per pass rounded in another way than one token at a time. It works where attention is 'sdpa' and linear "
+            "layers are ordinary ones, in most cases on a CPU. Leave `mtp_bitwise` out: in float32 the text is the "
+            "same in practice, and in half precision only near-ties may flip."
+        )
+
+
+@torch.no_grad()
+def _are_equal(tuner: GatedLoraTuner, rows: int) -> bool:
+    """Whether logits, keys and values of some columns are equal, bit by bit, to those of one column at a time."""
+    model, k = tuner.model, tuner.active_mtp_config.k
+    columns, device = 1 + DRAFTS, input_device(model)
+    total = rows * (PROMPT + columns)
+    vocab = weight_shape(model.get_input_embeddings())[0]
+    ids = torch.tensor([vocab * i // (total + 2) for i in range(1, total + 1)], device=device).view(rows, -1)
+    plain_BTV, plain = _one_by_one(model, ids)
+    forward, cache = DecodingPass(tuner, bitwise=True), RollbackCache(torch.zeros_like(ids[:, 0]))
+    for start, end in ((0, PROMPT), (PROMPT, PROMPT + columns)):
+        if start:
+            plan = whole_blocks(torch.full((rows,), DRAFTS, device=device), DRAFTS, k, linear=True)
+        else:
+            plan = no_masks(rows, 1, k, device)
+        places, before = cache.rows.next_places(end - start), 0 if start else PROMPT - 1
+        layout = decoding_layout(places, plan, first=before)
+        output = forward(ids[:, start:end], layout, cache, logits_rows=end - start - before)
+        cache.keep([end - start] * rows)
+    length = PROMPT + columns
+    return torch.equal(output.logits_BRV, plain_BTV) and all(
+        torch.equal(ours.keys[:, :, :length], theirs.keys) and torch.equal(ours.values[:, :, :length], theirs.values)
+        for ours, theirs in zip(cache.layers, plain.layers, strict=True)
+    )
+
+
+def _one_by_one(model: PreTrainedModel, ids: torch.LongTensor) -> tuple[torch.Tensor, DynamicCache]:
+    """`(B, T, V)`: logits of the columns after the prompt, read one at a time, and the cache."""
+    name = cache_name(inspect.signature(model.forward).parameters)
+    cache, logits = DynamicCache(), []
+    model(input_ids=ids[:, :PROMPT], **{name: cache}, use_cache=True)
+    for column in ids[:, PROMPT:].split(1, dim=1):
+        logits.append(model(input_ids=column, **{name: cache}, use_cache=True).logits)
+    return torch.cat(logits, dim=1), cache
