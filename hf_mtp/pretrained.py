@@ -1,7 +1,7 @@
 """Loads models, adapters with their base, and tokenizers by the name that a user gives."""
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
@@ -24,7 +24,7 @@ def load_model(
         ValueError: The adapter does not fit its base.
     """
     hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
-    kind = AutoModelForCausalLM if find_adapter_config_file(name, **hub) is None else AutoPeftModelForCausalLM
+    kind = AutoPeftModelForCausalLM if is_adapter(name, **hub) else AutoModelForCausalLM
     return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device or default_device())
 
 
@@ -57,15 +57,30 @@ def load_upgraded(
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str, model: PreTrainedModel | PeftModel, **kwargs) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, **kwargs) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model, or of the base of an adapter.
 
     Args:
-        name (`str`): Hub id or folder that `model` was loaded from.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
-        kwargs: Further arguments of `from_pretrained`.
+        name (`str`): Hub id or folder of the model or adapter.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): The model, if it was loaded from
+            there. Then the adapter's config is not read again.
+        kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
     """
-    return AutoTokenizer.from_pretrained(model.name_or_path if isinstance(model, PeftModel) else name, **kwargs)
+    if isinstance(model, PeftModel):
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    if model is None and is_adapter(name, **kwargs):
+        return AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(name, **kwargs).base_model_name_or_path)
+    return AutoTokenizer.from_pretrained(name, **kwargs)
+
+
+def is_adapter(name: str, **kwargs) -> bool:
+    """Whether a Hub id or folder holds an adapter.
+
+    Args:
+        name (`str`): Hub id or folder.
+        kwargs: `revision`, `token` and `cache_dir` of the Hub.
+    """
+    return find_adapter_config_file(name, **kwargs) is not None
 
 
 def default_device() -> torch.device:

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_models import tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from transformers import AutoModelForCausalLM, XLNetConfig
@@ -15,6 +17,8 @@ from typer.testing import CliRunner
 
 import hf_mtp
 from hf_mtp.cli.main import app
+from hf_mtp.cli.session import Session
+from hf_mtp.pretrained import load_model, load_tokenizer
 
 # What pip writes into bin/ for an entry point, and what was imported on the way.
 SCRIPT = """
@@ -210,3 +214,165 @@ def test_evaluate_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, 
 
 def test_numbers_must_be_numbers(saved):
     assert "--k takes whole numbers" in run("evaluate", saved[1], "--k", "one", code=2).stderr
+
+
+# ---------------------------------------------------------------- generate, chat, train, push
+
+SPOKEN = "w6 w9 w12"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> str:
+    """A random adapter on a random base, with a tokenizer of words."""
+    folder = tmp_path_factory.mktemp("cli")
+    base = tiny_base("llama", torch.float64, max_position_embeddings=512)
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    upgraded(AutoModelForCausalLM.from_pretrained(folder / "base")).save_pretrained(folder / "adapter")
+    return str(folder / "adapter")
+
+
+@pytest.fixture(scope="module")
+def session_of(adapter):
+    """Makes sessions with one model."""
+    model = load_model(adapter)
+    return lambda **settings: Session(model, load_tokenizer(adapter), max_new_tokens=12, do_sample=False, **settings)
+
+
+def continued(session: Session, ids: list[int], **settings) -> str:
+    output = session.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, **settings)
+    return session.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def test_generate_prints_the_text_of_plain_decoding(adapter, session_of, tmp_path):
+    session = session_of()
+    text = continued(session, session.tokenizer(SPOKEN).input_ids)
+    options = (adapter, "--max-new-tokens", "12")
+    result = run("generate", *options, SPOKEN)
+    assert result.stdout == text + "\n"
+    assert "12 tokens in" in result.stderr and "tokens/s" in result.stderr
+    (tmp_path / "prompt.txt").write_text(SPOKEN)
+    assert run("generate", *options, "--file", str(tmp_path / "prompt.txt")).stdout == text + "\n"
+    assert run("generate", *options, input=SPOKEN).stdout == text + "\n"
+    report = json.loads(run("generate", *options, "--json", "--plain", SPOKEN).stdout)
+    assert (report["text"], report["tokens"], report["forward_passes"]) == (text, 12, 12)
+
+
+def test_generate_samples_by_seed(adapter):
+    options = ("generate", adapter, SPOKEN, "--max-new-tokens", "12", "--temperature", "1.0")
+    texts = [run(*options, "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_takes_one_prompt(adapter, tmp_path):
+    (tmp_path / "prompt.txt").write_text(SPOKEN)
+    assert "pass one of them" in run("generate", adapter, "x", "--file", str(tmp_path / "prompt.txt"), code=2).stderr
+
+
+def test_a_conversation_reads_nothing_twice(session_of):
+    session, seen = session_of(suppress_tokens=[*range(6)]), []  # so that an answer reads as it was written
+    read = session.model.get_base_model().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        for turn, text in enumerate(("w6 w7", "w8", "w9 w10")):
+            seen.clear()
+            answer = session.say(text, lambda piece: None)
+            if turn:
+                assert seen[0] <= 8  # the end of the last answer and the new message
+    finally:
+        read.remove()
+    assert answer.text == session.messages[-1]["content"]
+    chat = session.tokenizer.apply_chat_template(session.messages[:-1], add_generation_prompt=True, return_dict=True)
+    assert answer.text == continued(session, chat["input_ids"], suppress_tokens=[*range(6)])
+    session.clear()
+    assert session.messages == []
+
+
+@pytest.mark.parametrize("change", ["w90 w6", "w6 w9 w12 w90"])
+def test_a_text_that_differs_from_the_last_one_is_read_from_there(session_of, change):
+    session = session_of()
+    session.complete(session.tokenizer(SPOKEN).input_ids, lambda piece: None)
+    ids = session.tokenizer(change).input_ids
+    assert session.complete(ids, lambda piece: None).text == continued(session, ids)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_pieces_are_the_tokens_of_one_pass(session_of, plain):
+    session, pieces = session_of(plain=plain, strategy="quadratic"), []
+    answer = session.complete(session.tokenizer(SPOKEN).input_ids, pieces.append)
+    assert "".join(pieces) == answer.text
+    lengths = [len(piece.split()) for piece in pieces]
+    assert len(pieces) <= answer.forward_passes and sum(lengths) <= answer.tokens == 12
+    assert max(lengths) == 1 if plain else sum(lengths) - len(lengths) <= answer.accepted
+
+
+def test_an_interrupted_answer_is_forgotten(session_of):
+    session = session_of()
+    session.say("w6", lambda piece: None)
+    before = list(session.messages)
+
+    def interrupt(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.say("w7", interrupt)
+    assert session.messages == before
+    chat = [*before, {"role": "user", "content": "w8"}]
+    ids = session.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert session.say("w8", lambda piece: None).text == continued(session, ids)
+
+
+def test_chat_answers_until_exit(adapter, session_of):
+    typed = "w6 w7\n/plain\nw8\n/clear\n/what\n/exit\n"
+    shown = run("chat", adapter, "--max-new-tokens", "12", input=typed).stdout
+    answer = session_of().say("w6 w7", lambda piece: None)
+    assert answer.text in shown and shown.count("x plain decoding") == 2
+    assert "Plain decoding runs at" in shown and "One token per pass." in shown
+
+
+def test_train_writes_an_adapter(adapter, tmp_path):
+    base = adapter.replace("adapter", "base")
+    rows = [{"text": words(20, start)} for start in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"model": base, "k": 2, "r": 4, "max_steps": 1, "report_to": "none", "bf16": False, "use_cpu": True}
+    (tmp_path / "train.yaml").write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()))
+    options = ("--config", str(tmp_path / "train.yaml"), "--dataset", str(tmp_path / "rows.jsonl"))
+    out = str(tmp_path / "out")
+    assert f"hf-mtp generate {out}" in run("train", *options, "--output_dir", out, "--k", "3").stdout
+    assert load_model(out).base_model.active_mtp_config.k == 3
+
+
+def test_train_refuses_unknown_fields_and_lists_known_ones(adapter):
+    assert "--nonsense" in run("train", "--model", adapter, "--dataset", "x", "--nonsense", "3", code=2).stderr
+    assert "--masks_per_part" in run("train", "--list-fields").stdout
+
+
+def test_push_uploads_the_adapter_and_prints_where(adapter, monkeypatch):
+    calls = []
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **settings):
+            calls.append((repo_id, settings["private"]))
+            return SimpleNamespace(repo_id=repo_id)
+
+        def file_exists(self, *_, **__):
+            return False
+
+        def create_commit(self, repo_id, operations, **settings):
+            calls.append(({operation.path_in_repo for operation in operations}, settings["commit_message"]))
+            return SimpleNamespace(pr_url=None, commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr("hf_mtp.adapter.hub.HfApi", Api)
+    result = run("push", adapter, "me/it", "--private", "--message", "First")
+    assert result.stdout == "https://hub/commit/1\n"
+    assert calls[0] == ("me/it", True) and calls[1][1] == "First"
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} == calls[1][0]
+
+
+def test_push_needs_an_adapter(script, adapter):
+    result = script("push", adapter.replace("adapter", "base"), "me/it")
+    assert result.returncode == 1 and "holds no adapter_config.json" in result.stderr

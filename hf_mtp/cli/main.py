@@ -5,9 +5,14 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .chat import chat
 from .check import check
 from .evaluate import evaluate
+from .generate import generate
+from .push import push
 from .regenerate import regenerate
+from .serve import serve
+from .train import train
 from .verify import verify
 
 app = typer.Typer(
@@ -35,8 +40,12 @@ def options(
     """Options of the command itself."""
 
 
-for _verb in (regenerate, check, verify, evaluate):
+# The fields of a trainer's config are parsed by TRL.
+ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+for _verb in (generate, chat, serve, verify, evaluate, regenerate, check, push):
     app.command()(_verb)
+app.command(context_settings=ANY_OPTION)(train)
 
 
 def main() -> None:

@@ -6,6 +6,14 @@ from transformers.generation.streamers import BaseStreamer
 from .sequence import Sequence
 
 
+class PassStreamer(BaseStreamer):
+    """A streamer that is also told where each forward pass ends, so that it knows which tokens came together."""
+
+    def end_pass(self) -> None:
+        """Called after the tokens of each pass."""
+        raise NotImplementedError
+
+
 class RowStream:
     """The stream of a call. Rows advance at different speeds, so it sends a position once all rows have reached it.
 
@@ -27,6 +35,8 @@ class RowStream:
         while self.sent < (min(waiting) if waiting else max(lengths)):
             self.streamer.put(torch.tensor([self._token(row) for row in self.sequences]))
             self.sent += 1
+        if isinstance(self.streamer, PassStreamer):
+            self.streamer.end_pass()
 
     def end(self) -> None:
         """Ends the stream."""

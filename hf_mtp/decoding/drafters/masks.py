@@ -66,7 +66,8 @@ class MaskDrafter:
         column_BK = outcome.plan.column_BRk[rows, anchor_B, : max(counts)]
         wanted_BK = torch.arange(column_BK.shape[1]) < torch.tensor(counts)[:, None]
         output = outcome.output
-        noise_of = None if outcome.sequences[0].noise is None else _noise_of(outcome.sequences)
+        samples = any(row.noise is not None for row in outcome.sequences)
+        noise_of = _noise_of(outcome.sequences) if samples else None
         drafts = self.tuner.draft(
             outcome.verified.pending_B,
             output.block(column_BK),
@@ -132,11 +133,14 @@ def draft(
 
 
 def _noise_of(sequences: list[Sequence]) -> Callable[[int, torch.LongTensor], torch.Tensor]:
-    """A function that looks up the noise of candidates for each row's next tokens."""
+    """A function that looks up the noise of candidates for each row's next tokens: 0 for rows that do not sample."""
 
     def noise_of(step: int, candidate_BC: torch.LongTensor) -> torch.Tensor:
-        noise_BV = torch.stack([row.noise.at(row.new_tokens + step) for row in sequences])
-        return noise_BV.gather(1, candidate_BC)
+        noise_BC = torch.zeros(candidate_BC.shape, device=candidate_BC.device)
+        for index, row in enumerate(sequences):
+            if row.noise is not None:
+                noise_BC[index] = row.noise.at(row.new_tokens + step)[candidate_BC[index]]
+        return noise_BC
 
     return noise_of
 

@@ -1,0 +1,63 @@
+"""`hf-mtp serve`: an OpenAI-compatible server for an adapter."""
+
+import os
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from .verb import verb
+
+KEY = "HF_MTP_API_KEY"
+
+
+@verb
+def serve(
+    adapter: Annotated[str, Argument(help="Hub id or folder of an adapter. Clients name it as the model.")],
+    host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port to listen on; 0 for any free one.")] = 8000,
+    strategy: Annotated[str, Option(help="auto, quadratic or linear, as mtp_strategy of generate.")] = "auto",
+    max_batch: Annotated[int, Option(min=1, help="Most requests decoded together. Others wait.")] = 16,
+    max_prompt_tokens: Annotated[int | None, Option(min=1, help="Longest prompt. By default the context.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest response.")] = 4096,
+    max_body_bytes: Annotated[int, Option(min=1, help="Largest body of a request.")] = 2**21,
+    shutdown_seconds: Annotated[int, Option(help="How long running requests may take after Ctrl-C.")] = 30,
+    dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
+    device: Annotated[str, Option(help="Device, such as cuda:0. By default an accelerator, if any.")] = "auto",
+    log_level: Annotated[str, Option(help="Of uvicorn; info logs each request.")] = "warning",
+) -> None:
+    """Serve an adapter to OpenAI clients. Requests are decoded in one batch, each with the base model's own text.
+
+    The environment variable HF_MTP_API_KEY holds the key that clients must send. /metrics is for Prometheus, /health
+    for a load balancer. Ctrl-C finishes running requests.
+
+    Example:
+
+        hf-mtp serve me/my-model-mtp --port 8000
+    """
+    try:
+        from ..serving.limits import Limits
+        from ..serving.server import Server, ServerSettings
+    except ImportError as error:
+        raise ImportError(f"{error}. The server needs more packages: pip install hf_mtp[serve]") from error
+    limits = Limits(max_body_bytes, max_prompt_tokens or 2**20, max_new_tokens)
+    settings = ServerSettings(
+        adapter,
+        host,
+        port,
+        os.environ.get(KEY),
+        strategy,
+        max_batch,
+        limits,
+        dtype,
+        device,
+        shutdown_seconds,
+        log_level,
+    )
+    if log_level == "warning":
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # the host warns of each request
+    server = Server(settings)
+    typer.echo(f"{server.url} serves {adapter}" + ("" if settings.api_key else f", to anybody: {KEY} is not set"))
+    server.run()

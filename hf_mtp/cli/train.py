@@ -1,0 +1,88 @@
+"""`hf-mtp train`: trains an adapter, by flags or a YAML file, as TRL's commands do."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from .verb import verb
+
+USAGE = "hf-mtp train --model MODEL --dataset DATASET [--config FILE] [--FIELD VALUE ...]"
+
+
+@dataclass
+class UpgradeArguments:
+    """What to train, besides the fields of [`MTPConfig`].
+
+    Args:
+        model (`str`): Hub id or folder of the base.
+        dataset (`str`): Hub id, folder, or JSON Lines file.
+        dataset_config (`str`, *optional*): Its configuration, if it has several.
+        split (`str`): Its split.
+        k (`int`), r (`int`), lora_alpha (`int`, *optional*): Those of [`GatedLoraConfig`].
+        dtype (`str`): Dtype of the base.
+    """
+
+    model: str = field(metadata={"help": "Hub id or folder of the base model."})
+    dataset: str = field(metadata={"help": "Hub id, folder, or JSON Lines file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    k: int = field(default=8, metadata={"help": "Mask tokens, and so the most drafts per forward pass."})
+    r: int = field(default=128, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA. By default GatedLoraConfig's."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the base, such as bfloat16."})
+
+
+@verb
+def train(
+    context: typer.Context,
+    list_fields: Annotated[bool, Option("--list-fields", help="List all fields with their defaults.")] = False,
+) -> None:
+    """Train an adapter. Every field of MTPConfig, which is an SFTConfig, is a flag, and --config names a YAML file.
+
+    --model and --dataset are needed. --k, --r and --lora_alpha are those of GatedLoraConfig. Several GPUs: `accelerate
+    launch -m hf_mtp.cli.train`. --resume_from_checkpoint goes on after an interruption.
+
+    Example:
+
+        hf-mtp train --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --output_dir out --max_steps 1000
+    """
+    from peft import get_peft_model
+    from trl import TrlParser
+
+    from ..adapter.config import GatedLoraConfig
+    from ..data.rows import load_rows
+    from ..pretrained import default_device, load_model, load_tokenizer
+    from ..training.config import MTPConfig
+    from ..training.trainer import MTPTrainer
+
+    parser = TrlParser([UpgradeArguments, MTPConfig], prog="hf-mtp train", usage=USAGE)
+    if default_device().type == "cpu":  # else the default dtype of a trainer is an error
+        parser.set_defaults(use_cpu=True)
+    if list_fields:
+        parser.print_help()
+        return
+    try:
+        asked, config = parser.parse_args_and_config(context.args)
+    except ValueError as error:  # a field that neither class has, or a value that one refuses
+        raise typer.BadParameter(str(error)) from error
+    base = load_model(asked.model, asked.dtype, device="cpu")
+    scale = {} if asked.lora_alpha is None else {"lora_alpha": asked.lora_alpha}
+    trainer = MTPTrainer(
+        model=get_peft_model(base, GatedLoraConfig(k=asked.k, r=asked.r, **scale)),
+        args=config,
+        train_dataset=load_rows(asked.dataset, asked.dataset_config, asked.split),
+        processing_class=load_tokenizer(asked.model, base),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    typer.echo(f"The adapter is in {config.output_dir}. Try it: hf-mtp generate {config.output_dir} 'Your prompt'")
+
+
+if __name__ == "__main__":
+    from .verb import run_alone
+
+    run_alone(train)

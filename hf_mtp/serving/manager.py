@@ -1,0 +1,258 @@
+"""The parts of `transformers serve` that load models and generate, for an adapter and its engine.
+
+The handlers of transformers ask a model manager for the model, and a generation manager for its text.
+"""
+
+import asyncio
+import functools
+from pathlib import Path
+
+import torch
+from fastapi import HTTPException
+from transformers import GenerationConfig
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    GenerateManager,
+    GenerationState,
+    _StreamError,
+    response_events_to_chunks,
+)
+from transformers.utils import logging
+
+from ..adapter.tuner import GatedLoraTuner
+from ..data.survey import context_length
+from ..passes.speculation_mode import SpeculationMode, speculation_mode
+from ..pretrained import is_adapter, load_model, load_tokenizer
+from .engine import Engine
+from .limits import Limits, bad_request
+from .metrics import Metrics
+from .request import Request, row_of
+from .text import TextStream, first_of
+
+logger = logging.get_logger(__name__)
+
+
+class AdapterManager(ModelManager):
+    """Loads one adapter with its base, under the name that the user gave. Arguments are those of [`ModelManager`]."""
+
+    def load_model_and_processor(self, model_id_and_revision: str, *args, **kwargs):
+        """The model and its tokenizer. The host would restart its clock for idle models, a thread, at each request."""
+        loaded = self.loaded_models.get(model_id_and_revision)
+        if loaded is not None:
+            return loaded.model, loaded.processor
+        return super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
+
+    def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None):
+        name, hub = self._pinned(model_id_and_revision)
+        if not is_adapter(name, **hub):
+            raise ValueError(
+                f"{name} is no adapter, so there is nothing to predict several tokens with. Pass an adapter that was "
+                "trained with hf_mtp, or serve the model with `transformers serve`."
+            )
+        return load_tokenizer(name, **hub)
+
+    def _load_model(self, model_id_and_revision: str, tqdm_class=None, progress_callback=None, gguf_file=None):
+        name, hub = self._pinned(model_id_and_revision)
+        device = None if self.device == "auto" else self.device
+        model = load_model(name, self.dtype or "auto", device, **hub).eval()
+        if not isinstance(model.base_model, GatedLoraTuner):
+            raise ValueError(f"{name} is a {type(model.base_model).__name__}, not an adapter of hf_mtp.")
+        return model
+
+    def _pinned(self, model_id_and_revision: str) -> tuple[str, dict]:
+        if model_id_and_revision != self.process_model_name(self.force_model):
+            raise ValueError(f"This server has one model, {self.force_model}, but got {model_id_and_revision}.")
+        if Path(self.force_model).exists():
+            return self.force_model, {}
+        name, _, revision = model_id_and_revision.partition("@")
+        return name, {"revision": revision}
+
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
+        """The one model, as `/v1/models` lists it."""
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "hf_mtp"}]
+
+    get_gen_models = list_models  # its name before transformers 5.24
+
+    def shutdown(self) -> None:
+        """Keeps the model, which requests may be using: a server has no other."""
+
+
+class Reply:
+    """Takes the text of one request in the event loop that waits for it. This is the streamer of the handlers.
+
+    Args:
+        parser ([`~transformers.utils.chat_parsing.ResponseParser`], *optional*): Finds tool calls and thoughts.
+    """
+
+    def __init__(self, parser=None):
+        self.loop, self.queue, self.parser = asyncio.get_running_loop(), asyncio.Queue(), parser
+        self.done: asyncio.Future = self.loop.create_future()
+        self.request: Request | None = None
+        if parser is not None:
+            self._put(parser.initial_events)
+
+    @property
+    def total_tokens(self) -> int:
+        """Number of new tokens so far."""
+        return self.request.text.tokens
+
+    def cancel(self) -> None:
+        """Takes the request out of the batch before the next pass."""
+        self.request.is_cancelled = True
+
+    def on_text(self, text: str) -> None:
+        """Passes on new text. Called in the engine's thread."""
+        self.loop.call_soon_threadsafe(self._on_text, text)
+
+    def on_end(self, error: Exception | None) -> None:
+        """Passes on the end. Called in the engine's thread."""
+        self.loop.call_soon_threadsafe(self._on_end, error)
+
+    def _on_text(self, text: str) -> None:
+        if self.parser is None:
+            self.queue.put_nowait(text)
+        else:
+            self._put(self.parser.feed(text))
+
+    def _on_end(self, error: Exception | None) -> None:
+        if error is not None:
+            self.queue.put_nowait(_StreamError(str(error).replace('"', "'")))
+        elif self.parser is not None:
+            try:
+                self._put(self.parser.finalize()[1])
+            except (ValueError, RuntimeError) as cut:  # the text ended within a tool call
+                logger.info("The response ends within a field: %s", cut)
+        self.queue.put_nowait(None)
+        if not self.done.done():
+            self.done.set_result(error)
+
+    def _put(self, events: list[dict]) -> None:
+        for item in response_events_to_chunks(events):
+            self.queue.put_nowait(item)
+
+
+class BatchedManager(BaseGenerateManager):
+    """Generates with an [`Engine`], which decodes all requests in one batch.
+
+    Args:
+        limits ([`Limits`]): Of each request.
+        metrics ([`Metrics`]): Counts to add to.
+        strategy (`str`), max_rows (`int`): Those of the engine.
+    """
+
+    def __init__(self, limits: Limits, metrics: Metrics, strategy: str, max_rows: int):
+        self.limits, self._make = (
+            limits,
+            functools.partial(Engine, strategy=strategy, max_rows=max_rows, metrics=metrics),
+        )
+        self._engine: Engine | None = None
+        self._alone = GenerateManager()
+
+    def start(self, model) -> None:
+        """Starts the engine, if the model allows one: rows of other models cannot join a batch between passes."""
+        tuner = model.base_model
+        if speculation_mode(tuner.model) is SpeculationMode.TREE:
+            self._engine = self._make(tuner)
+        else:
+            logger.warning("This model reads plain sequences only, so requests are decoded one after the other.")
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken."""
+        return self._engine is None or self._engine.is_alive
+
+    def stop(self) -> None:
+        """Stops the engine."""
+        if self._engine is not None:
+            self._engine.stop()
+
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        """Starts a request, and returns the queue of its text and its streamer."""
+        self._check(model, inputs, gen_config)
+        if not self._is_batched(inputs):
+            model = _Alone(model, gen_config)
+            return self._alone.generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        reply = Reply(response_parser)
+        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=response_parser is None)
+        return reply.queue, reply
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        """Runs a request to its end: its text, the length of its prompt, and its new ids."""
+        self._check(model, inputs, gen_config)
+        if not self._is_batched(inputs):
+            model = _Alone(model, gen_config)
+            return await self._alone.generate_non_streaming(model, processor, inputs, gen_config, request_id)
+        reply = Reply()
+        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=True)
+        try:
+            error = await reply.done
+        except asyncio.CancelledError:  # the client has gone
+            reply.cancel()
+            raise
+        if error is not None:
+            raise HTTPException(status_code=500, detail=str(error))
+        ids = reply.request.new_ids
+        text = processor.decode(ids, skip_special_tokens=True)
+        place = first_of(text, reply.request.text.stop.strings)
+        return text if place is None else text[:place], inputs["input_ids"].shape[-1], ids
+
+    def _is_batched(self, inputs) -> bool:
+        return self._engine is not None and set(inputs) <= {"input_ids", "attention_mask"}
+
+    def _check(self, model, inputs, gen_config: GenerationConfig) -> None:
+        """Refuses prompts that are too long, and cuts the length of the response to what the context holds."""
+        tokens, context = inputs["input_ids"].shape[-1], context_length(model)
+        most = min(self.limits.prompt_tokens, context - 1)
+        if tokens > most:
+            raise bad_request(f"The prompt has {tokens} tokens, but this server takes {most}. Send a shorter one.")
+        if tokens == 0:
+            raise bad_request("The prompt is empty. Send at least one token of text.")
+        gen_config.max_new_tokens = int(min(gen_config.max_new_tokens, context - tokens))
+
+    def _submit(self, reply: Reply, model, processor, inputs, config: GenerationConfig, skip_special_tokens: bool):
+        """Adds a request to the batch. The engine finds stop strings in the text, so `generate` need not."""
+        stop, config.stop_strings = config.stop_strings or [], None
+        tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
+        text = TextStream(tokenizer, [stop] if isinstance(stop, str) else stop, skip_special_tokens)
+        sequence, rules = row_of(
+            model.base_model, inputs, config, getattr(config, "mtp_seed", None), getattr(config, "mtp_number", 0)
+        )
+        reply.request = Request(sequence, rules, text, reply.on_text, reply.on_end)
+        try:
+            self._engine.submit(reply.request)
+        except RuntimeError as error:
+            raise HTTPException(status_code=503, detail=str(error)) from error
+
+
+class _Alone:
+    """A model whose `generate` predicts several tokens, for requests that cannot join a batch."""
+
+    def __init__(self, model, config: GenerationConfig):
+        seed = getattr(config, "mtp_seed", None)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.generate = functools.partial(model.generate, mtp=True, generator=generator)
+
+
+class BatchedState(GenerationState):
+    """The state of all handlers: one generation manager, since there is one model.
+
+    Args:
+        manager ([`BatchedManager`]): The generation manager.
+    """
+
+    def __init__(self, manager: BatchedManager):
+        super().__init__()
+        self.manager = manager
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> BatchedManager:
+        """The generation manager."""
+        return self.manager
+
+    def is_cb_alive(self) -> bool:
+        """Whether requests are taken. `/health` asks for it."""
+        return self.manager.is_alive
+
+    def shutdown(self) -> None:
+        """Stops the engine."""
+        self.manager.stop()

@@ -1,0 +1,152 @@
+"""An OpenAI-compatible server for an adapter, from the parts of `transformers serve`."""
+
+import os
+import socket
+from dataclasses import dataclass, field
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.transcription import TranscriptionHandler
+
+from .handlers import CheckedChatHandler, CheckedCompletionHandler, CheckedResponseHandler
+from .limits import Limits
+from .manager import AdapterManager, BatchedManager, BatchedState
+from .metrics import Metrics
+from .middleware import ApiKey, WholeBody, error_response
+
+TEXT_ENDPOINTS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/load_model", "/health"}
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of a server.
+
+    Args:
+        adapter (`str`): Hub id or folder of the adapter. It is also the id of the model for clients.
+        host (`str`), port (`int`): Where to listen; port 0 is any free one.
+        api_key (`str`, *optional*): Clients must send it. Without, anybody is answered.
+        strategy (`str`): As `mtp_strategy` of `generate`.
+        max_rows (`int`): Most requests that are decoded together.
+        limits ([`Limits`]): Of each request.
+        dtype, device (`str`): Of the model.
+        shutdown_seconds (`int`): How long running requests may take after Ctrl-C.
+        log_level (`str`): Of uvicorn.
+    """
+
+    adapter: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    strategy: str = "auto"
+    max_rows: int = 16
+    limits: Limits = field(default_factory=Limits)
+    dtype: str = "auto"
+    device: str = "auto"
+    shutdown_seconds: int = 30
+    log_level: str = "warning"
+
+
+class Server:
+    """A server that has its port and its model, and runs until it is stopped.
+
+    Args:
+        settings ([`ServerSettings`]): Its settings.
+
+    Raises:
+        OSError: The port is in use, or there is no such model.
+        ValueError: This is no adapter, or it does not fit its base.
+    """
+
+    def __init__(self, settings: ServerSettings):
+        self.settings, self.metrics = settings, Metrics()
+        self.socket = _listen(settings.host, settings.port)  # before the model is loaded, which takes long
+        try:
+            models = AdapterManager(device=settings.device, dtype=settings.dtype, force_model=settings.adapter)
+        except BaseException:
+            self.socket.close()
+            raise
+        manager = BatchedManager(settings.limits, self.metrics, settings.strategy, settings.max_rows)
+        self.model, self.tokenizer = models.load_model_and_processor(models.process_model_name(settings.adapter))
+        manager.start(self.model)
+        self.state = BatchedState(manager)
+        self.app = self._app(models)
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(self.app, log_level=settings.log_level, timeout_graceful_shutdown=settings.shutdown_seconds)
+        )
+
+    @property
+    def url(self) -> str:
+        """The address for clients."""
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+    def run(self) -> None:
+        """Answers requests until Ctrl-C, SIGTERM or [`stop`]. Running requests are finished first."""
+        try:
+            self._uvicorn.run(sockets=[self.socket])
+        finally:
+            self.state.shutdown()
+
+    def stop(self) -> None:
+        """Asks the server to stop. Any thread may call it."""
+        self._uvicorn.should_exit = True
+
+    def _app(self, models: AdapterManager) -> FastAPI:
+        shared, limits = (models, self.state), self.settings.limits
+        app = build_server(
+            models,
+            CheckedChatHandler(*shared, limits=limits),
+            completion_handler=CheckedCompletionHandler(*shared, limits=limits),
+            response_handler=CheckedResponseHandler(*shared, limits=limits),
+            transcription_handler=TranscriptionHandler(*shared),
+            systemone_handler=None,
+            generation_state=self.state,
+        )
+        _keep_text_endpoints(app)
+        _speak_openai(app)
+
+        @app.get("/metrics")
+        def metrics() -> Response:
+            return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+        app.add_middleware(WholeBody, most_bytes=limits.body_bytes)
+        if self.settings.api_key:
+            app.add_middleware(ApiKey, key=self.settings.api_key)
+        return app
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(
+            f"Nothing can listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another one with "
+            "--port, or stop the process that uses it."
+        ) from error
+    # asyncio does this for its own sockets only. Without, the end of a response waits 40 ms for an acknowledgement.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def _keep_text_endpoints(app: FastAPI) -> None:
+    """Drops the host's endpoints for speech, decisions and unloading, which an adapter has no use for."""
+    app.router.routes[:] = [route for route in app.router.routes if route.path in TEXT_ENDPOINTS]
+
+
+def _speak_openai(app: FastAPI) -> None:
+    """Gives errors the form that OpenAI's clients know."""
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException):
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return error_response(str(error.detail), error.status_code, kind)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError):
+        problem = error.errors()[0]
+        return error_response(f"The body must be a JSON object: {problem['msg']}.", 400)

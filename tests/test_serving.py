@@ -1,0 +1,516 @@
+"""The server: every response is that of plain decoding, whoever else is served, and bad requests get an answer."""
+
+import concurrent.futures
+import json
+import random
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import openai
+import pytest
+import torch
+from peft import get_peft_model
+from prometheus_client.parser import text_string_to_metric_families
+from tiny_models import randomised, tiny_base
+from tiny_text import words
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from hf_mtp import GatedLoraConfig
+from hf_mtp.cli.main import app as command
+from hf_mtp.serving.limits import Limits
+from hf_mtp.serving.server import Server, ServerSettings
+from hf_mtp.serving.text import StopStrings, TextStream
+
+try:  # as the installed openai does
+    import httpx2 as httpx
+except ImportError:
+    import httpx
+
+K, CONTEXT, NEW_TOKENS = 3, 256, 24
+LIMITS = Limits(body_bytes=20_000, new_tokens=64)
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that most characters beyond ASCII are several tokens; id 0 ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0} | {byte: index + 1 for index, byte in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> str:
+    """A random adapter on a random base, in float64 and with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("serving")
+    vocabulary = 257
+    base = tiny_base("llama", torch.float64, vocab_size=vocabulary, max_position_embeddings=CONTEXT)
+    base.save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).save_pretrained(folder / "adapter")
+    return str(folder / "adapter")
+
+
+@contextmanager
+def served(adapter: str, **settings):
+    """A running server."""
+    server = Server(ServerSettings(adapter, port=0, limits=LIMITS, shutdown_seconds=5, **settings))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: httpx.get(server.url.removesuffix("/v1") + "/health").status_code == 200)
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(adapter):
+    with served(adapter) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server, adapter):
+    return openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+
+
+def wait_until(holds, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def messages(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def expected(
+    server, text: str | list[int], stop: str | None = None, rows: int = 1, seed=None, **settings
+) -> list[str]:
+    """What plain `generate` makes of a prompt; of sampling, what the decode loop makes of it alone."""
+    tokenizer, model = server.tokenizer, server.model
+    inputs = tokenizer(text, return_tensors="pt")
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": seed is not None, **settings}
+    if seed is not None:
+        settings |= {"mtp": True, "mtp_strategy": "linear", "generator": torch.Generator().manual_seed(seed)}
+    output = model.generate(**inputs, num_return_sequences=rows, **settings)
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def as_prompt(text: str) -> str:
+    return f"user: {text}\n"
+
+
+def complete(client, adapter, text: str, **settings):
+    settings = {"temperature": 0, "max_tokens": NEW_TOKENS, **settings}
+    return client.chat.completions.create(model=adapter, messages=messages(text), **settings)
+
+
+def streamed(client, adapter, text: str, **settings) -> str:
+    stream = complete(client, adapter, text, stream=True, **settings)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def counts(server) -> dict[str, float]:
+    families = text_string_to_metric_families(server.metrics.text().decode())
+    return {
+        sample.name + "".join(sample.labels.values()): sample.value for family in families for sample in family.samples
+    }
+
+
+# ---------------------------------------------------------------- what clients get
+
+
+def test_the_model_has_the_name_that_was_given(client, adapter):
+    assert [model.id for model in client.models.list()] == [adapter]
+
+
+@pytest.mark.parametrize("text", ["hello", "what is a whale?", "ä"])
+def test_greedy_responses_are_those_of_plain_decoding(client, server, adapter, text):
+    plain = expected(server, as_prompt(text))[0]
+    response = complete(client, adapter, text)
+    assert response.choices[0].message.content == plain
+    assert response.choices[0].finish_reason == "length"
+    prompt_tokens = len(server.tokenizer(as_prompt(text))["input_ids"])
+    assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (prompt_tokens, NEW_TOKENS)
+
+
+def test_completions_and_responses_are_those_of_plain_decoding(client, server, adapter):
+    text = client.completions.create(model=adapter, prompt="one two", max_tokens=NEW_TOKENS, temperature=0)
+    assert text.choices[0].text == expected(server, "one two")[0]
+    response = client.responses.create(model=adapter, input="hello", max_output_tokens=NEW_TOKENS, temperature=0)
+    assert response.output_text == expected(server, as_prompt("hello"))[0]
+
+
+def test_streams_have_the_same_text_in_one_chunk_per_pass(client, server, adapter):
+    plain = expected(server, as_prompt("hello"))[0]
+    before = counts(server)
+    chunks = list(complete(client, adapter, "hello", stream=True))
+    passes = counts(server)["hf_mtp_row_passes_total"] - before["hf_mtp_row_passes_total"]
+    contents = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    # A random model writes broken characters, which a stream leaves out where they are cut off at the end.
+    assert plain.rstrip("�").startswith("".join(contents).rstrip("�"))
+    assert 0 < len(contents) <= passes
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == NEW_TOKENS
+
+
+def test_a_seed_gives_one_text_whoever_asks(client, server, adapter):
+    settings = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+    alone = expected(server, as_prompt("hello"), seed=5, temperature=0.8, top_p=0.9)[0]
+    assert complete(client, adapter, "hello", **settings).choices[0].message.content == alone
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(complete, client, adapter, words(4, i), temperature=1.3, seed=i) for i in range(3)]
+        assert complete(client, adapter, "hello", **settings).choices[0].message.content == alone
+        texts = [other.result().choices[0].message.content for other in others]
+    assert texts == [expected(server, as_prompt(words(4, i)), seed=i, temperature=1.3)[0] for i in range(3)]
+
+
+def test_a_request_leaves_the_global_generator_alone(client, adapter):
+    torch.manual_seed(0)
+    complete(client, adapter, "hello", temperature=1, seed=7)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_without_a_seed_texts_differ(client, adapter):
+    assert len({complete(client, adapter, "hello", temperature=1).choices[0].message.content for _ in range(4)}) == 4
+
+
+def test_several_choices_are_the_rows_of_generate(client, server, adapter):
+    response = complete(client, adapter, "hello", temperature=1, seed=3, n=3)
+    rows = expected(server, as_prompt("hello"), rows=3, seed=3, temperature=1.0)
+    assert [choice.message.content for choice in response.choices] == rows and len(set(rows)) == 3
+    assert [choice.index for choice in response.choices] == [0, 1, 2]
+    assert response.usage.completion_tokens == 3 * NEW_TOKENS
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_end_a_text_and_do_not_belong_to_it(client, server, adapter, stream):
+    plain = expected(server, as_prompt("hello"))[0]
+    place = next(i for i in range(6, len(plain)) if plain[i] != "�" and plain.find(plain[i : i + 2]) == i)
+    stop = plain[place : place + 2]
+    if stream:
+        assert streamed(client, adapter, "hello", stop=[stop, "never"]) == plain[:place]
+    else:
+        response = complete(client, adapter, "hello", stop=stop)
+        assert response.choices[0].message.content == plain[:place]
+        assert response.choices[0].finish_reason == "stop"
+        assert response.usage.completion_tokens < NEW_TOKENS
+
+
+def test_an_end_token_ends_a_text(server, client, adapter):
+    ids = server.model.generate(**server.tokenizer("hello", return_tensors="pt"), max_new_tokens=NEW_TOKENS)[0, 5:]
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, eos_token_id=int(ids[7]))
+    response = client.completions.create(
+        model=adapter, prompt="hello", extra_body={"generation_config": config.to_json_string(use_diff=False)}
+    )
+    assert response.choices[0].finish_reason == "stop"
+    assert response.usage.completion_tokens == ids.tolist().index(int(ids[7])) + 1
+
+
+def test_penalties_and_biases_are_those_of_plain_decoding(client, server, adapter):
+    response = complete(client, adapter, "hello", frequency_penalty=0.5, logit_bias={"66": 5.0})
+    plain = expected(server, as_prompt("hello"), repetition_penalty=1.5, sequence_bias={(66,): 5.0})
+    assert response.choices[0].message.content == plain[0]
+
+
+def test_tools_pass_through_to_the_template(client, server, adapter):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    response = complete(client, adapter, "hello", tools=[tool])
+    chat = server.tokenizer.apply_chat_template(messages("hello"), tools=[tool], tokenize=False)
+    assert response.choices[0].message.content == expected(server, chat)[0]
+
+
+def test_the_terminal_client_of_transformers(server, adapter, monkeypatch):
+    from transformers.cli.chat import Chat
+
+    typed = iter(["hello", "n", "!exit"])  # it asks whether to go on after the last token
+    monkeypatch.setattr("builtins.input", lambda *_: next(typed))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    before = counts(server)
+    Chat(adapter, server.url.removesuffix("/v1"), [f"max_new_tokens={NEW_TOKENS}", "do_sample=False"], user="me")
+    after = {name: value - before.get(name, 0) for name, value in counts(server).items()}
+    assert after["hf_mtp_requests_totalfinished"] == 1
+    assert after["hf_mtp_generated_tokens_total"] == NEW_TOKENS
+
+
+# ---------------------------------------------------------------- many at a time
+
+SETTINGS = [
+    {"temperature": 0},
+    {"temperature": 0.7},
+    {"temperature": 1.2, "top_p": 0.8},
+    {"temperature": 0, "frequency_penalty": 0.4},
+]
+
+
+JOBS = [(words(1 + i % 7, i), SETTINGS[i % len(SETTINGS)], i, 8 + 5 * (i % 4)) for i in range(32)]
+
+
+@pytest.fixture(scope="module")
+def plain_texts(server) -> list[str]:
+    """What plain decoding makes of each job alone."""
+    texts = []
+    for text, settings, seed, tokens in JOBS:
+        options = {"max_new_tokens": tokens, "repetition_penalty": 1 + settings.get("frequency_penalty", 0)}
+        if settings["temperature"]:
+            options |= {"seed": seed, "temperature": settings["temperature"], "top_p": settings.get("top_p", 1.0)}
+        texts += expected(server, as_prompt(text), **options)
+    return texts
+
+
+@pytest.mark.parametrize("strategy", ["auto", "quadratic", "linear"])
+def test_eight_clients_get_their_own_responses(adapter, strategy, plain_texts):
+    with served(adapter, strategy=strategy, max_rows=5) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+
+        def ask(job):
+            text, settings, seed, tokens = job
+            return complete(client, adapter, text, seed=seed, max_tokens=tokens, **settings)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = [response.choices[0].message.content for response in pool.map(ask, JOBS)]
+        assert found == plain_texts
+        ended = counts(server)
+        assert ended["hf_mtp_requests_totalfinished"] == len(JOBS)
+        assert ended["hf_mtp_forward_passes_total"] < ended["hf_mtp_row_passes_total"]  # they shared passes
+
+
+def test_a_client_that_goes_away_leaves_the_batch(client, server, adapter):
+    before = counts(server)
+    stream = complete(client, adapter, "long", stream=True, max_tokens=64)
+    other = threading.Thread(target=complete, args=(client, adapter, "other"))
+    next(iter(stream))
+    other.start()
+    stream.close()
+    other.join()
+    name = "hf_mtp_requests_totalcancelled"
+    wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 0)
+    ended = {key: counts(server).get(key, 0) - before.get(key, 0) for key in (name, "hf_mtp_requests_totalfinished")}
+    assert ended["hf_mtp_requests_totalfinished"] >= 1 and sum(ended.values()) == 2
+
+
+class SlowEngine:
+    """Makes passes slow enough that a request is still running when its client leaves."""
+
+    def __init__(self, server, seconds: float = 0.05):
+        self.loop, self.seconds = server.state.manager._engine.loop, seconds
+
+    def __enter__(self):
+        step = self.loop.step
+        self.loop.step = lambda batch: (time.sleep(self.seconds), step(batch))[1]
+
+    def __exit__(self, *_):
+        del self.loop.step
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nobody_generates_for_a_client_that_has_gone(server, adapter, stream):
+    before = counts(server)
+    body = {"model": adapter, "messages": messages("x"), "max_tokens": 64, "temperature": 0, "stream": stream}
+    with SlowEngine(server):
+        host, port = server.socket.getsockname()
+        with socket.create_connection((host, port)) as connection:
+            data = json.dumps(body).encode()
+            head = ["POST /v1/chat/completions HTTP/1.1", "Host: x", f"Content-Length: {len(data)}"]
+            head += ["Content-Type: application/json", "", ""]
+            connection.sendall("\r\n".join(head).encode() + data)
+            wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 1)
+        wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 0)
+    name = "hf_mtp_requests_totalcancelled"
+    assert counts(server).get(name, 0) == before.get(name, 0) + 1
+    assert counts(server)["hf_mtp_generated_tokens_total"] - before["hf_mtp_generated_tokens_total"] < 64
+
+
+def test_a_slow_reader_does_not_hold_up_others(client, server, adapter):
+    slow = iter(complete(client, adapter, "slow", stream=True, max_tokens=64))
+    next(slow)
+    assert complete(client, adapter, "quick").choices[0].message.content == expected(server, as_prompt("quick"))[0]
+    assert sum(1 for _ in slow) > 1
+
+
+def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapter):
+    loop = server.state.manager._engine.loop
+    loop.step = lambda batch: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    try:
+        with pytest.raises(openai.InternalServerError, match="out of memory"):
+            complete(client, adapter, "hello")
+    finally:
+        del loop.step
+    assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
+
+
+# ---------------------------------------------------------------- bad requests
+
+BAD = {
+    "no tokens": ({"max_tokens": 0}, "`max_tokens` must be a whole number from 1 to 64"),
+    "too many tokens": ({"max_tokens": 65}, "`max_tokens` must be a whole number from 1 to 64"),
+    "a temperature below 0": ({"temperature": -1}, "temperature"),
+    "log probabilities": ({"logprobs": True}, "`logprobs` is True, which this server cannot do"),
+    "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format`"),
+    "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be a whole number"),
+    "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
+    "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
+    "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "part of type None"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "takes text only"),
+    "another model": ({"model": "other"}, "pinned"),
+    "a prompt longer than the context": ({"messages": messages("x" * CONTEXT)}, "The prompt has 263 tokens"),
+    "beam search": ({"extra_body": {"generation_config": '{"num_beams": 3, "max_new_tokens": 4}'}}, "num_beams=3"),
+    "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
+    "streamed choices": ({"n": 2, "stream": True}, "`n` is 2 with `stream`"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_requests_say_what_is_wrong(client, server, adapter, kind):
+    changes, message = BAD[kind]
+    request = {"model": adapter, "messages": messages("x"), "temperature": 0, "max_tokens": 4, **changes}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**request)
+    assert message in refused.value.body["message"]
+    assert counts(server)["hf_mtp_running_requests"] == 0
+
+
+def test_unknown_fields_are_refused(client, adapter):
+    with pytest.raises(openai.UnprocessableEntityError, match="wishes"):
+        complete(client, adapter, "x", extra_body={"wishes": 3})
+
+
+def test_bodies_that_are_no_requests(server):
+    url = server.url + "/chat/completions"
+    for content in (b"", b"{", b"[1]", b"\xff\xfe", b'"text"'):
+        response = httpx.post(url, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
+    large = httpx.post(url, content=b" " * 30_000)
+    assert large.status_code == 413 and "larger than 20000 bytes" in large.json()["error"]["message"]
+    chunked = httpx.post(url, content=(b" " * 1000 for _ in range(30)))
+    assert chunked.status_code == 413
+    assert httpx.get(url).status_code == 405 and httpx.get(server.url + "/nothing").status_code == 404
+
+
+def test_lengths_end_where_the_context_does(client, server, adapter):
+    text = "x" * (CONTEXT - 12)
+    response = complete(client, adapter, text)
+    assert response.usage.total_tokens == CONTEXT and response.choices[0].finish_reason == "length"
+
+
+# ---------------------------------------------------------------- around the model
+
+
+def test_requests_need_the_key(adapter):
+    with served(adapter, api_key="s3cret") as server:
+        root = server.url.removesuffix("/v1")
+        for path, status in (("/v1/models", 401), ("/load_model", 401), ("/health", 200), ("/metrics", 200)):
+            assert httpx.get(root + path).status_code == status
+        with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+            openai.OpenAI(base_url=server.url, api_key="other", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=server.url, api_key="s3cret").models.list().data[0].id == adapter
+
+
+def test_metrics_count_what_happened(client, server, adapter):
+    before = counts(server)
+    complete(client, adapter, "hello")
+    after = {name: value - before.get(name, 0) for name, value in counts(server).items()}
+    assert after["hf_mtp_generated_tokens_total"] == NEW_TOKENS
+    assert after["hf_mtp_prompt_tokens_total"] == len(server.tokenizer(as_prompt("hello"))["input_ids"])
+    assert after["hf_mtp_requests_totalfinished"] == after["hf_mtp_queue_seconds_count"] == 1
+    assert after["hf_mtp_first_token_seconds_count"] == after["hf_mtp_request_seconds_count"] == 1
+    assert 0 < after["hf_mtp_row_passes_total"] <= NEW_TOKENS
+    assert after["hf_mtp_tokens_per_pass_sum"] == pytest.approx(NEW_TOKENS / after["hf_mtp_row_passes_total"])
+    assert after["hf_mtp_drafts_total"] >= after["hf_mtp_accepted_drafts_total"]
+    assert "# HELP hf_mtp_requests_total" in httpx.get(server.url.removesuffix("/v1") + "/metrics").text
+
+
+def test_running_requests_finish_before_the_server_stops(adapter):
+    with served(adapter) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+        plain = expected(server, as_prompt("last"))[0]
+        with SlowEngine(server), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            last = pool.submit(complete, client, adapter, "last")
+            wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 1)
+            server.stop()
+            assert last.result().choices[0].message.content == plain
+    assert not server.state.is_cb_alive()
+
+
+def test_a_port_in_use(server, adapter):
+    port = server.socket.getsockname()[1]
+    with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1: Address already in use. Choose another"):
+        Server(ServerSettings(adapter, port=port))
+
+
+def test_a_base_is_no_adapter(adapter):
+    with pytest.raises(ValueError, match="is no adapter"):
+        Server(ServerSettings(adapter.replace("adapter", "base"), port=0))
+
+
+def test_a_model_that_allows_no_batch_is_served_one_after_the_other(tmp_path):
+    tiny_base("bloom", torch.float64, vocab_size=257).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).save_pretrained(tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    with served(adapter) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+        assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
+        sampled = complete(client, adapter, "hello", temperature=1, seed=4).choices[0].message.content
+        assert sampled == expected(server, as_prompt("hello"), seed=4, temperature=1.0)[0]
+
+
+def test_the_command_names_its_options():
+    from typer.testing import CliRunner
+
+    text = CliRunner().invoke(command, ["serve", "--help"], terminal_width=200).output
+    assert all(option in text for option in ("--port", "--max-batch", "HF_MTP_API_KEY"))
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_stop_strings_are_found_across_pieces():
+    stops = ["abc", "bd", "zz"]
+    generator = random.Random(0)
+    for _ in range(300):
+        text = "".join(generator.choices("abcdz", k=generator.randint(0, 12)))
+        places = [text.find(stop) for stop in stops if stop in text]
+        stream, found, rest = StopStrings(stops), "", text
+        while rest and not stream.found:
+            cut = generator.randint(1, 3)
+            found += stream.feed(rest[:cut])
+            rest = rest[cut:]
+        found += "" if stream.found else stream.flush()
+        if not places:
+            assert found == text and not stream.found
+        else:  # of stop strings that come in one piece, the first one counts
+            assert stream.found and min(places) == len(found) or found == text[: len(found)]
+            assert not any(stop in found for stop in stops)
+
+
+def test_characters_of_several_tokens_come_whole():
+    tokenizer = byte_tokenizer()
+    text = "naïve – 日本 🐳!"
+    stream = TextStream(tokenizer.backend_tokenizer, [])
+    pieces = [stream.feed([token]) for token in tokenizer(text)["input_ids"]]
+    assert "".join(pieces) == text and len(pieces) == len(text.encode())
+    assert not any("�" in piece for piece in pieces)
+
+
+def test_tokens_after_a_stop_string_do_not_count():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer.backend_tokenizer, ["–"])
+    assert stream.feed(tokenizer("abc–def")["input_ids"]) == "abc"
+    assert stream.is_stopped and stream.tokens == 3 + len("–".encode()) and stream.end() == ""
