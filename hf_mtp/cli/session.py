@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
-from ..decoding.drafters.base import count_matching
+from ..decoding.drafters.acceptance import count_matching
 from ..decoding.streaming import PassStreamer
 
 PLAIN_TOKENS = 16  # on which plain decoding's speed is measured

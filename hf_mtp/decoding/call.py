@@ -24,6 +24,7 @@ from .checks import (
     refuse_ids,
     refuse_rope_switches,
 )
+from .drafters.acceptance import SIBLINGS
 from .drafters.masks import MaskDrafter
 from .drafters.ngrams import NgramDrafter
 from .loop import DecodingLoop
@@ -40,7 +41,6 @@ from .streaming import RowStream
 from .verifier import Verifier
 
 COLUMNS_STEP = 256
-SIBLINGS = 2  # further candidates of each draft from masks that the adaptive schedule may choose
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..adapter.tuner import GatedLoraTuner
 from ..cache.rollback import RollbackCache
 from ..decoding.batch import Batch
+from ..decoding.drafters.acceptance import SIBLINGS
 from ..decoding.drafters.masks import MaskDrafter
 from ..decoding.drafters.ngrams import NgramDrafter
 from ..decoding.loop import DecodingLoop
@@ -212,10 +213,11 @@ class Engine:
 def _loop(tuner: GatedLoraTuner, strategy: str) -> DecodingLoop:
     """The decode loop, whose verifier and drafter know the settings of each row."""
     k, verifier = tuner.active_mtp_config.k, RowVerifier()
-    schedule = AdaptiveSchedule(k) if strategy == "auto" else FixedSchedule(k, linear=strategy == "linear")
-    masks = MaskDrafter(tuner, schedule.mask_acceptance, verifier.processors)
+    is_auto = strategy == "auto"
+    schedule = AdaptiveSchedule(k) if is_auto else FixedSchedule(k, linear=strategy == "linear")
+    masks = MaskDrafter(tuner, schedule.mask_acceptance, verifier.processors, SIBLINGS if is_auto else 0)
     masks.warpers = verifier.warp
-    drafters = [masks, NgramDrafter(schedule.ngram_rates)] if strategy == "auto" else [masks]
+    drafters = [masks, NgramDrafter(schedule.ngram_rates)] if is_auto else [masks]
     return DecodingLoop(DecodingPass(tuner), schedule, drafters, verifier, k)
 
 

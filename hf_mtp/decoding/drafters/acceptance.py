@@ -54,7 +54,9 @@ def count_matching(drafts: Iterable[int], tokens: Iterable[int]) -> int:
     return next((place for place, (draft, token) in enumerate(pairs) if draft != token), len(pairs))
 
 
-SIBLING_PRIORS = (0.12, 0.06)  # of the second and third candidate, where the first is right in half of the places
+# Of the second and third candidate, where the first is right in half of the places.
+SIBLING_PRIORS = (0.12, 0.06)
+SIBLINGS = len(SIBLING_PRIORS)  # that the adaptive schedule may choose
 
 
 class MaskAcceptance:
