@@ -44,7 +44,7 @@ def over(row: dict, other: dict) -> float:
 
 def same(row: dict) -> str:
     """How many texts are those of plain decoding."""
-    return f"{row['identical']}/{row.get('prompts', len(row['speedups']))}"
+    return f"{row['identical']}/{row['prompts']}"
 
 
 def note(report: dict) -> str:
@@ -76,14 +76,7 @@ def smollm2_ways() -> str:
 def divergences() -> str:
     """How near a tie the first tokens were that differ from plain decoding's in half precision."""
     report = load("smollm2")
-    if "rows" not in report:  # measured before the rows had gaps
-        report = load("divergences")
-        found = {name: [row["divergence"] and row["divergence"]["units"] for row in way["divergences"]]
-                 for name, way in report["ways"].items()}  # fmt: skip
-        texts = {name: len(gaps) for name, gaps in found.items()}
-        found = {name: [gap for gap in gaps if gap is not None] for name, gaps in found.items()}
-    else:
-        found, texts = gaps_of(report["rows"])
+    found, texts = gaps_of(report["rows"])
     rows = [
         [name, f"{len(gaps)} of {texts[name]}", f"{max(gaps, default=0):.1f}"]
         for name, gaps in found.items()
