@@ -257,7 +257,15 @@ def by_k_report() -> dict:
     return report_of({"plain": 1.0, **ways}, ("knowledge", "maths", "code", "chat", "safety"))
 
 
-SPEEDS = {"plain": 1.0, "auto": 2.0, "quadratic": 3.0, "prompt lookup": 1.6, "early exit": 0.5, "small draft": 1.25}
+SPEEDS = {
+    "plain": 1.0,
+    "auto": 2.0,
+    "auto, bitwise": 1.75,
+    "quadratic": 3.0,
+    "prompt lookup": 1.6,
+    "early exit": 0.5,
+    "small draft": 1.25,
+}
 PEER_SPEEDS = {"plain": 1.0, "prompt lookup: 5 tokens": 1.5, "prompt lookup: 8 tokens": 1.75}
 AUTO = {"plain": 1.0, "auto": 2.0}
 WARM = {f"{s}, {t}": 2.0 if t == "greedy" else 1.5
@@ -267,7 +275,12 @@ WARM = {f"{s}, {t}": 2.0 if t == "greedy" else 1.5
 @pytest.mark.parametrize(
     "table, file, report, row",
     [
-        ("smollm2", "smollm2", report_of(SPEEDS), "| chat | 2.00 | **2.00x** | 1.25x (prompt lookup) | 1/2, 1/2 |"),
+        (
+            "smollm2",
+            "smollm2",
+            report_of(SPEEDS),
+            "| chat | 2.00 | **2.00x** | 1.25x (prompt lookup) | 1/2, 1/2 | 1.75x, 1/2 |",
+        ),
         ("smollm2_ways", "smollm2", report_of(SPEEDS), "| chat | early exit | 0.50x | – | 1/2 |"),
         ("divergences", "smollm2", report_of(SPEEDS), "| auto | 3 of 6 | 1.0 |"),
         (

@@ -55,6 +55,8 @@ class RecordedModel:
         text ([`Text`]): What it knows.
     """
 
+    bitwise = False
+
     def __init__(self, text: Text):
         self.text, self.tuner = text, self
         self.number = text.vocab
