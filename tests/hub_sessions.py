@@ -5,8 +5,48 @@ Each ends by printing one JSON document: what they saw.
 
 import hashlib
 import json
+import os
 import socket
+import subprocess
 import sys
+from pathlib import Path
+
+from hub_stand_in import TOKEN
+
+TESTS = Path(__file__).parent
+
+
+def run_session(script: str, *arguments: str, hub, home: Path, **environment: str) -> dict:
+    """Runs a script of this folder in a process whose Hub is the stand-in."""
+    result = subprocess.run(
+        [sys.executable, TESTS / script, *arguments],
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(home),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",
+            "NO_PROXY": "*",
+            "PYTHONPATH": str(TESTS.parent),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def saved_base(folder: Path, **overrides) -> Path:
+    """A tiny Llama and its tokenizer in a folder."""
+    from tiny_models import tiny_base
+    from tiny_text import tiny_tokenizer
+
+    tiny_base(**overrides).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def only_loopback() -> None:
@@ -32,6 +72,25 @@ def author() -> dict:
     model.push_to_hub("me/by-hand")
     model.push_to_hub("me/on-a-branch", revision="trial", commit_message="A trial")
     return seen(model)
+
+
+def author_for_strangers() -> dict:
+    """Shares adapters with `custom_generate`, and then other weights without it."""
+    from peft import get_peft_model
+    from tiny_models import randomised
+    from transformers import AutoModelForCausalLM
+
+    from hf_mtp import GatedLoraConfig
+
+    model = randomised(upgrade(AutoModelForCausalLM.from_pretrained("me/base"))).eval()
+    first = model.push_to_hub("me/adapter", custom_generate=True)
+    model.push_to_hub("me/on-a-branch", custom_generate=True, revision="trial")
+    model.push_to_hub("me/private", custom_generate=True, private=True)
+    constant = get_peft_model(AutoModelForCausalLM.from_pretrained("me/constant"), GatedLoraConfig(k=3, sampler=False))
+    constant.push_to_hub("me/constant-mtp", custom_generate=True)
+    randomised(model, seed=5).push_to_hub("me/adapter")
+    proposed = model.push_to_hub("me/proposed", custom_generate=True, create_pr=True)
+    return {"first": first.oid, "pull request": proposed.pr_url}
 
 
 def upgrade(base):
@@ -84,4 +143,4 @@ def seen(model) -> dict:
 
 if __name__ == "__main__":
     only_loopback()
-    print(json.dumps({"author": author, "reader": reader}[sys.argv[1]]()))
+    print(json.dumps(globals()[sys.argv[1]]()))

@@ -40,8 +40,9 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits, oldest first, and branches, each the index of its last commit."""
+    """Commits, oldest first, and branches, each the index of its last commit. A private one needs a token."""
 
+    private: bool = False
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, int] = field(default_factory=dict)
 
@@ -146,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, name: str) -> Repository:
         if name not in self.hub.repositories:
             raise _Refusal(404, "RepoNotFound")
+        if self.hub.repositories[name].private:
+            self._need_token("RepoNotFound")  # as the Hub says it, which keeps even the name to itself
         return self.hub.repositories[name]
 
     def _commit_at(self, repo: str, revision: str) -> Commit:
@@ -154,9 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "RevisionNotFound")
         return commit
 
-    def _need_token(self) -> None:
+    def _need_token(self, code: str = "Unauthorized") -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise _Refusal(401, "Unauthorized")
+            raise _Refusal(401, code)
 
     # ---------------------------------------------------------------- writing
 
@@ -167,6 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         exists = name in self.hub.repositories
         if not exists:
             self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+            private = wanted.get("private") or wanted.get("visibility") == "private"
+            self.hub.repositories[name].private = bool(private)
         self._send_json({"url": f"{self.hub.endpoint}/{name}", "id": name}, status=409 if exists else 200)
 
     def create_branch(self, repo: str, branch: str) -> None:
@@ -220,8 +225,14 @@ class _Handler(BaseHTTPRequestHandler):
                 changed[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 changed[value["path"]] = self._stored(value["oid"])
-        commit = self._repository(repo).commit(revision, header["summary"], changed)
-        self._send_json({"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{commit.oid}", "commitOid": commit.oid})
+        repository, answer = self._repository(repo), {}
+        if "create_pr=1" in urlsplit(self.path).query:
+            answer["pullRequestUrl"] = f"{self.hub.endpoint}/{repo}/discussions/1"
+            repository.branches["refs/pr/1"] = repository.branches[revision]
+            revision = "refs/pr/1"
+        commit = repository.commit(revision, header["summary"], changed)
+        url = f"{self.hub.endpoint}/{repo}/commit/{commit.oid}"
+        self._send_json({"commitUrl": url, "commitOid": commit.oid, **answer})
 
     def _stored(self, oid: str) -> bytes:
         if oid not in self.hub.storage:
@@ -233,7 +244,9 @@ class _Handler(BaseHTTPRequestHandler):
     def model_info(self, repo: str, revision: str = "main") -> None:
         commit = self._commit_at(repo, revision)
         siblings = [{"rfilename": path} for path in commit.files]
-        self._send_json({"id": repo, "modelId": repo, "sha": commit.oid, "siblings": siblings, "tags": []})
+        card = commit.files.get("README.md", b"").decode().split("---")
+        about = {"cardData": yaml.safe_load(card[1])} if len(card) > 2 else {}
+        self._send_json({"id": repo, "modelId": repo, "sha": commit.oid, "siblings": siblings, "tags": [], **about})
 
     def tree(self, repo: str, revision: str, folder: str = "") -> None:
         commit = self._commit_at(repo, revision)

@@ -373,6 +373,20 @@ def test_push_uploads_the_adapter_and_prints_where(adapter, monkeypatch):
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} == calls[1][0]
 
 
+def test_push_passes_its_options_on(adapter, monkeypatch):
+    calls = []
+
+    def push_to_hub(self, repo_id, **settings):
+        calls.append(settings)
+        return SimpleNamespace(pr_url="https://hub/discussions/1", commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr("hf_mtp.adapter.hub.PeftModelForCausalLM.push_to_hub", push_to_hub)
+    result = run("push", adapter, "me/it", "--custom-generate", "--create-pr", "--revision", "trial")
+    assert result.stdout == "https://hub/discussions/1\n"
+    wanted = {"custom_generate": True, "create_pr": True, "revision": "trial", "card_from": adapter}
+    assert wanted.items() <= calls[0].items()
+
+
 def test_push_needs_an_adapter(script, adapter):
     result = script("push", adapter.replace("adapter", "base"), "me/it")
     assert result.returncode == 1 and "holds no adapter_config.json" in result.stderr

@@ -1,16 +1,13 @@
 """Adapters go to the Hub and to folders, and come back the same: weights, card, refusals."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from hub_stand_in import TOKEN, HubStandIn
+from hub_sessions import run_session, saved_base
+from hub_stand_in import HubStandIn
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,41 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.base_identity import tokenizer_fingerprint
-from hf_mtp.adapter.card import MARK, write_model_card
+from hf_mtp.adapter.card import EVALUATION_BEGIN, EVALUATION_END, MARK, write_model_card
 
-TESTS = Path(__file__).parent
+SECTION = f"{EVALUATION_BEGIN}\n## Evaluation\n\n| maths | 2.00 |\n{EVALUATION_END}\n"
 BY_HAND = "---\nlibrary_name: peft\n---\n\n# My own words\n"
+CARD_OF_THE_BASE = "---\nlicense: other\nlicense_name: tiny-license\nlicense_link: LICENSE\n---\n# A base\n"
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-
-
-def saved_base(folder: Path, **overrides) -> Path:
-    """A tiny Llama and its tokenizer in a folder."""
-    tiny_base(**overrides).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def session(name: str, hub: HubStandIn, home: Path) -> dict:
-    """Runs a session of hub_sessions.py in a process whose Hub is the stand-in."""
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    result = subprocess.run(
-        [sys.executable, TESTS / "hub_sessions.py", name],
-        env={
-            **keep,
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(home),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "OMP_NUM_THREADS": "1",
-            "NO_PROXY": "*",
-            "PYTHONPATH": str(TESTS.parent),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 # ---------------------------------------------------------------- the Hub
@@ -66,6 +34,7 @@ def shared(tmp_path_factory):
     home = tmp_path_factory.mktemp("hub")
     pickled = home / "pickled"
     upgraded(saved_base_model(home)).save_pretrained(pickled)
+    (home / "base" / "README.md").write_text(CARD_OF_THE_BASE)
     with HubStandIn() as hub:
         hub.add_folder("me/base", home / "base")
         hub.add_folder("me/other-base", saved_base(home / "other", hidden_size=48, num_attention_heads=6))
@@ -74,8 +43,8 @@ def shared(tmp_path_factory):
             "me/pickled",
             {"adapter_config.json": (pickled / "adapter_config.json").read_bytes(), "adapter_model.bin": b"pickle"},
         )
-        author = session("author", hub, home / "author")
-        yield hub, author, session("reader", hub, home / "reader")
+        author = run_session("hub_sessions.py", "author", hub=hub, home=home / "author")
+        yield hub, author, run_session("hub_sessions.py", "reader", hub=hub, home=home / "reader")
 
 
 def saved_base_model(home: Path):
@@ -108,6 +77,7 @@ def test_the_shared_card_says_what_the_adapter_is(shared):
     assert metadata["library_name"] == "peft"
     assert metadata["pipeline_tag"] == "text-generation"
     assert {"hf_mtp", "multi-token-prediction", "tiny"} <= set(metadata["tags"])
+    assert [metadata[key] for key in ("license", "license_name")] == ["other", "tiny-license"]
     assert metadata["datasets"] == ["openai/gsm8k"], "names without an owner are no data set of the Hub"
     for line in (
         "# my-model-mtp",
@@ -300,6 +270,23 @@ def test_a_card_has_a_table_of_what_was_measured(folder):
     assert 'from_pretrained("me/named")' in card
 
 
+def add_section(folder: Path) -> None:
+    (folder / "adapter" / "README.md").write_text(f"{card_of(folder)}\n{SECTION}")
+
+
+def test_results_of_evaluate_stay_while_the_weights_are_the_same(folder):
+    add_section(folder)
+    before = card_of(folder)
+    load(folder, "base given").save_pretrained(folder / "adapter")
+    assert card_of(folder) == before
+    assert "## Evaluation" not in save_again(folder)
+
+
+def test_a_license_stays_in_a_card_of_ours(folder):
+    readme = card_of(folder).replace("library_name: peft", "library_name: peft\nlicense: apache-2.0")
+    assert yaml.safe_load(save_again(folder, readme).split("---")[1])["license"] == "apache-2.0"
+
+
 # ---------------------------------------------------------------- adapters with a name
 
 
@@ -355,3 +342,20 @@ def test_pushed_adapters_each_load_as_their_card_says(hub_folder, tmp_path):
     for k, card in ((2, hub_folder / "README.md"), (4, hub_folder / "wide" / "README.md")):
         assert f"| mask tokens (k) | {k} |" in card.read_text(encoding="utf-8")
         assert loaded_as_the_card_says(hub_folder, card).active_peft_config.k == k
+
+
+def test_a_pushed_card_has_the_results_of_the_folder_while_the_weights_are_the_same(folder, hub_folder):
+    add_section(folder)
+    model = load(folder, "base given")
+    model.push_to_hub("me/named", card_from=folder / "adapter")
+    card = (hub_folder / "README.md").read_text()
+    assert SECTION in card and 'from_pretrained("me/named")' in card
+    randomised(model, seed=5).push_to_hub("me/named", card_from=folder / "adapter")
+    assert "## Evaluation" not in (hub_folder / "README.md").read_text()
+
+
+def test_a_card_written_by_hand_is_pushed(folder, hub_folder):
+    (folder / "adapter" / "README.md").write_text(BY_HAND)
+    load(folder, "base given").push_to_hub("me/named", card_from=folder / "adapter")
+    card = (hub_folder / "README.md").read_text()
+    assert "# My own words" in card and MARK not in card

@@ -23,7 +23,8 @@ ORDER = """
 layout: tree mask_plan blocks attention
 base: files autocast caches inspection head rope randomness sizes tiny distributed lora_layers
 cache: column_attention rows rollback sequence protocol
-adapter: peft_type loading config base_identity card hub prepared gate parameters stacked sampler mask_input tuner
+adapter: peft_type loading config base_identity custom_generate card hub
+adapter: prepared gate parameters stacked sampler mask_input tuner
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
 data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
@@ -31,7 +32,7 @@ decoding: noise sequence states outcome
 decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
-: model registration pretrained
+: model registration pretrained attached
 serving: text rules request metrics engine limits manager handlers middleware server
 evaluation: measures decoded support compare plotting
 evaluation.metrics.tokens_per_pass: tokens_per_pass app

@@ -6,11 +6,14 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from .config import GatedLoraConfig
+from .custom_generate import CUSTOM_GENERATE
 
 README = "README.md"
 MARK = "<!-- Written by hf_mtp. Delete this line to keep your own changes when the adapter is saved again. -->"
 TAGS = ("hf_mtp", "multi-token-prediction", "speculative-decoding", "lora", "transformers")
 _TAG_OF_BASE = "base_model:adapter:"  # by which the Hub finds the adapters of a base
+EVALUATION_BEGIN, EVALUATION_END = "<!-- hf_mtp evaluation -->", "<!-- end of hf_mtp evaluation -->"
+_LICENSE = ("license", "license_name", "license_link")
 PAPER = "https://huggingface.co/papers/2507.11851"
 
 _TEXT = """---
@@ -34,7 +37,7 @@ inputs = tokenizer("Your prompt", return_tensors="pt")
 output = model.generate(**inputs, mtp=True, do_sample=False, max_new_tokens=128)
 print(tokenizer.decode(output[0]), model.mtp_statistics.tokens_per_step)
 ```
-
+{without_import}
 | | |
 |---|---|
 | base model | {base_link} |
@@ -65,6 +68,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(model, "{repo}", subfolder="{subfolder}")"""
 
+_WITHOUT_IMPORT = """
+A script that has loaded the base need not import hf_mtp, if it is installed:
+
+```python
+base.generate(**inputs, custom_generate="{repo}", trust_remote_code=True, do_sample=False, max_new_tokens=128)
+```
+"""
+
 
 def write_model_card(
     config: GatedLoraConfig,
@@ -72,6 +83,8 @@ def write_model_card(
     repo: str | None = None,
     tags: Iterable[str] | None = None,
     subfolder: str | None = None,
+    license: dict[str, str] | None = None,
+    keep_evaluation: bool = False,
 ) -> None:
     """Writes `README.md` into `folder`, unless one is there that somebody wrote by hand.
 
@@ -81,15 +94,29 @@ def write_model_card(
         repo (`str`, *optional*): Name that the card's example loads; the folder's by default.
         tags (`Iterable[str]`, *optional*): Tags of the card beside our own and those of the card that it replaces.
         subfolder (`str`, *optional*): Where in the repository the adapter is.
+        license (`dict[str, str]`, *optional*): As [`license_of`] gives it; that of the card it replaces by default.
+        keep_evaluation (`bool`, *optional*, defaults to `False`): Whether the results of `evaluate` in the card that
+            it replaces are true of this adapter.
     """
     readme = Path(folder, README)
-    if is_replaceable(readme):
-        tags = [*tags_of(readme), *(tags or ())]
-        render_model_card(config, repo or Path(folder).resolve().name, tags, subfolder).save(readme)
+    if not is_replaceable(readme):
+        return
+    before = ModelCard.load(readme) if readme.is_file() else None
+    tags, license = [*tags_of(readme), *(tags or ())], license or (license_of(before.data) if before else None)
+    if Path(folder, CUSTOM_GENERATE).is_dir():
+        tags.append(CUSTOM_GENERATE)
+    card = render_model_card(config, repo or Path(folder).resolve().name, tags, subfolder, license)
+    if keep_evaluation and before:
+        card.text = card.text.rstrip() + _evaluation_in(before.text)
+    card.save(readme)
 
 
 def render_model_card(
-    config: GatedLoraConfig, repo: str, tags: Iterable[str] = (), subfolder: str | None = None
+    config: GatedLoraConfig,
+    repo: str,
+    tags: Iterable[str] = (),
+    subfolder: str | None = None,
+    license: dict[str, str] | None = None,
 ) -> ModelCard:
     """The card of an adapter.
 
@@ -98,19 +125,22 @@ def render_model_card(
         repo (`str`): The name that the example loads.
         tags (`Iterable[str]`, *optional*): Tags beside our own.
         subfolder (`str`, *optional*): Where in the repository the adapter is.
+        license (`dict[str, str]`, *optional*): As [`license_of`] gives it.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
     """
     base = config.base_model_name_or_path or "the base model"
-    on_hub = base.count("/") <= 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    on_hub, tags = is_on_hub(base), list(tags)
     metadata = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*TAGS, *([f"{_TAG_OF_BASE}{base}"] if on_hub else []), *tags])),
         datasets=[name for name in config.train_datasets if "/" in name] or None,
+        **(license or {}),
     )
+    needs_no_import = CUSTOM_GENERATE in tags and not subfolder
     loading = _LOADING_A_SUBFOLDER if subfolder else _LOADING
     return ModelCard(
         _TEXT.format(
@@ -121,6 +151,7 @@ def render_model_card(
             base_link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
             paper=PAPER,
             loading=loading.format(repo=repo, base=base, subfolder=subfolder),
+            without_import=_WITHOUT_IMPORT.format(repo=repo) if needs_no_import else "",
             most=config.k + 1,
             k=config.k,
             r=config.r,
@@ -139,13 +170,31 @@ def _measured(tokens_per_step: dict[str, float]) -> str:
     return f"| domain | tokens per step |\n|---|---|\n{rows}"
 
 
+def is_on_hub(base: str) -> bool:
+    """Whether the name of a base is that of a repository rather than of a folder."""
+    return base.count("/") <= 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+
+
+def license_of(data: ModelCardData | None) -> dict[str, str]:
+    """The license in the metadata of a card, if it has any: its id, and name and link where the id is `other`."""
+    found = {name: getattr(data, name, None) for name in _LICENSE}
+    return {name: value for name, value in found.items() if value}
+
+
+def _evaluation_in(text: str) -> str:
+    """The results of `evaluate` in a card, with their marks, as they are appended to another."""
+    section, end, _ = text.partition(EVALUATION_BEGIN)[2].partition(EVALUATION_END)
+    return f"\n\n{EVALUATION_BEGIN}{section}{end}\n" if end else "\n"
+
+
 def tags_of(readme: Path) -> list[str]:
     """Tags of a card, if there is one. PEFT and TRL have just written theirs, with the base model's own, into it.
 
-    PEFT's tag of the base is left out: ours is the same, except for a base in a local folder, which we do not name.
+    PEFT's tag of the base is left out: ours is the same, except for a base in a local folder, which we do not name. So
+    is `custom_generate`, which depends on the files beside the new card.
     """
     tags = ModelCard.load(readme).data.tags if readme.is_file() else None
-    return [tag for tag in tags or [] if not tag.startswith(_TAG_OF_BASE)]
+    return [tag for tag in tags or [] if not tag.startswith(_TAG_OF_BASE) and tag != CUSTOM_GENERATE]
 
 
 def is_replaceable(readme: Path) -> bool:

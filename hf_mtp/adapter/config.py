@@ -75,6 +75,9 @@ class GatedLoraConfig(LoraConfig):
     ```
     """
 
+    # Whether the adapter's layers are beside those of the base instead of around them. No field, so it is not saved.
+    beside = False
+
     r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=256, metadata={"help": "Numerator of the LoRA scale, lora_alpha / r."})
     target_modules: str | list[str] | None = field(

@@ -1,13 +1,20 @@
 """Saving and pushing an upgraded model: adapters that load again, with a card that says how."""
 
+import hashlib
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import peft
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .base_identity import record_base
-from .card import README, is_replaceable, write_model_card
+from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
+from .config import GatedLoraConfig
+from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
 
 
 class PeftModelForCausalLM(peft.PeftModelForCausalLM):
@@ -25,11 +32,19 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        custom_generate: bool = False,
         **kwargs,
     ) -> None:
         """Saves adapters with their cards, and nothing of the base, also where its vocabulary has grown.
 
-        Args are those of [`~peft.PeftModel.save_pretrained`].
+        Where a folder has the same weights already, the new card keeps the results of `evaluate` in the old one.
+
+        Args:
+            custom_generate (`bool`, *optional*, defaults to `False`): Whether to add `custom_generate/generate.py`, so
+                that `base.generate(..., custom_generate=save_directory, trust_remote_code=True)` uses the adapter in a
+                script that does not import hf_mtp. The file names the folder as it is now.
+            save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, kwargs:
+                Those of [`~peft.PeftModel.save_pretrained`].
 
         Raises:
             ValueError: The file would be refused when it is loaded: pickled weights or the base's embeddings are asked
@@ -43,6 +58,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             )
         configs = self.peft_config
         names = [name for name in configs if selected_adapters is None or name in selected_adapters]
+        folders = {name: Path(save_directory, _subfolder(name) or "") for name in names}
+        before = {name: _weights_in(folder) for name, folder in folders.items() if is_main_process}
         for name in names:
             configs[name].check()
             # The base may have been resized since the upgrade.
@@ -55,8 +72,12 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             **kwargs,
         )
         if is_main_process:
-            for name in names:
-                write_model_card(configs[name], Path(save_directory, _subfolder(name) or ""))
+            for name, folder in folders.items():
+                # Otherwise the figures in the card are those of another adapter.
+                same = before[name] is not None and before[name] == _weights_in(folder)
+                if custom_generate:
+                    write_custom_generate(folder)
+                write_model_card(configs[name], folder, keep_evaluation=same)
 
     def push_to_hub(
         self,
@@ -70,6 +91,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         create_pr: bool = False,
         max_shard_size: int | str | None = None,
         tags: list[str] | None = None,
+        custom_generate: bool = False,
+        card_from: str | Path | None = None,
     ) -> CommitInfo:
         """Uploads the adapter in one commit, so that no reader meets half of it.
 
@@ -78,23 +101,33 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
 
         Args:
             repo_id (`str`): Name of the repository, which is made if it is missing.
+            custom_generate (`bool`, *optional*, defaults to `False`): Whether to add `custom_generate/generate.py`, so
+                that `base.generate(..., custom_generate=repo_id, trust_remote_code=True)` uses the adapter in a script
+                that does not import hf_mtp. It is a second commit, because the file names the first one, from which
+                the adapter is loaded.
+            card_from (`str` or `Path`, *optional*): Folder that the adapter was loaded from. Its card is uploaded if
+                it was written by hand. Otherwise the new card keeps the results of `evaluate` in it, unless the
+                weights have changed.
             max_shard_size: Taken for the sake of the interface; adapters are never split.
             commit_message, commit_description, private, token, revision, create_pr, tags:
                 Those of [`~transformers.utils.PushToHubMixin.push_to_hub`].
 
         Returns:
-            [`~huggingface_hub.CommitInfo`]
+            [`~huggingface_hub.CommitInfo`]: The last commit.
         """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with TemporaryDirectory() as folder:
-            self._save_for_hub(Path(folder), repo_id, tags)
+            if card_from is not None:
+                _copy_card(Path(card_from), Path(folder))
+            tags = [*(tags or ()), *([CUSTOM_GENERATE] if custom_generate else ())]
+            self._save_for_hub(Path(folder), repo_id, tags, api)
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
             if _has_card_by_hand(api, repo_id, revision):
                 files.remove(Path(folder, README))
-            return api.create_commit(
+            commit = api.create_commit(
                 repo_id,
                 [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
                 commit_message=commit_message or "Upload multi-token prediction adapter",
@@ -102,8 +135,9 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 revision=revision,
                 create_pr=create_pr,
             )
+        return _add_custom_generate(api, repo_id, commit, revision) if custom_generate else commit
 
-    def _save_for_hub(self, folder: Path, repo_id: str, tags: list[str] | None) -> None:
+    def _save_for_hub(self, folder: Path, repo_id: str, tags: list[str], api: HfApi) -> None:
         """Writes what a repository holds into a folder, each adapter with a card that loads it from there."""
         self.save_pretrained(folder)
         main = "default" if "default" in self.peft_config else self.active_adapters[0]
@@ -113,12 +147,48 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             (folder / main).rmdir()
         for name, config in self.peft_config.items():
             subfolder = None if name == main else name
-            write_model_card(config, folder / (subfolder or ""), repo_id, tags, subfolder)
+            about = repo_id, tags, subfolder, _license_of_base(config, api)
+            write_model_card(config, folder / (subfolder or ""), *about, keep_evaluation=True)
 
 
 def _subfolder(adapter_name: str) -> str | None:
     """Where PEFT saves an adapter."""
     return None if adapter_name == "default" else adapter_name
+
+
+def _weights_in(folder: Path) -> bytes | None:
+    """A digest of an adapter's file, if there is one."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else None
+
+
+def _copy_card(source: Path, folder: Path) -> None:
+    """Puts a card, and the weights that it is about, where an adapter is about to be saved."""
+    for name in (README, SAFETENSORS_WEIGHTS_NAME):
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+
+
+def _license_of_base(config: GatedLoraConfig, api: HfApi) -> dict[str, str]:
+    """The license of the base by its card on the Hub: the adapter comes from the base, and works with it alone."""
+    base = config.base_model_name_or_path
+    if not base or not is_on_hub(base):
+        return {}
+    try:
+        return license_of(api.model_info(base).card_data)
+    except (HfHubHTTPError, HFValidationError):  # no name of a repository, or of none that we may read
+        return {}
+
+
+def _add_custom_generate(api: HfApi, repo_id: str, adapter: CommitInfo, revision: str | None) -> CommitInfo:
+    """Adds what generates with the adapter of a commit, where that commit went."""
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path, content) for path, content in custom_generate_files(repo_id, adapter.oid).items()],
+        commit_message="Add custom_generate",
+        revision=adapter.pr_revision or revision,
+    )
+    return replace(commit, pr_url=adapter.pr_url)
 
 
 def _has_card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> bool:

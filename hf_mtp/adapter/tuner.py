@@ -65,7 +65,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         is_first = "gate" not in self.__dict__
         head = prediction_head(model) if is_first else self.head
         refuse_other_base(config, model, head.hidden_size)
-        is_stacked = has_adapters(model) if is_first else self.is_stacked
+        is_stacked = config.beside or has_adapters(model) if is_first else self.is_stacked
         if is_stacked:
             refuse_parameters(config)
         self._resolve_targets(config, model, is_stacked)

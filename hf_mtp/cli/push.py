@@ -1,5 +1,6 @@
 """`hf-mtp push`: uploads an adapter to the Hub."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,9 @@ def push(
     private: Annotated[bool, Option("--private", help="Make the repository private, if it is new.")] = False,
     revision: Annotated[str | None, Option(help="Branch to upload to.")] = None,
     create_pr: Annotated[bool, Option("--create-pr", help="Open a pull request instead.")] = False,
+    custom_generate: Annotated[
+        bool, Option("--custom-generate", help="Let scripts use it by `base.generate(custom_generate=REPO)` alone.")
+    ] = False,
     message: Annotated[str | None, Option(help="Commit message.")] = None,
 ) -> None:
     """Upload an adapter to the Hub in one commit, with its card.
@@ -30,6 +34,12 @@ def push(
     if not is_adapter(adapter):
         raise ValueError(f"{adapter} holds no adapter_config.json, so it is no adapter that could be pushed.")
     commit = load_model(adapter, device="cpu").push_to_hub(
-        repo, private=private or None, revision=revision, create_pr=create_pr, commit_message=message
+        repo,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=message,
+        custom_generate=custom_generate,
+        card_from=adapter if Path(adapter).is_dir() else None,
     )
     typer.echo(commit.pr_url or commit.commit_url)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from ..adapter.card import README, is_replaceable, write_model_card
+from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END, README, is_replaceable, write_model_card
 from ..adapter.config import GatedLoraConfig
 from ..base.files import write_whole
 from .curves import can_draw, draw_curves
-from .report import BEGIN, END, card_section, table_page
+from .report import card_section, table_page
 from .results import ALL, Results
 
 TABLE = "table.md"
@@ -58,8 +58,8 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
         config.save_pretrained(folder)
         write_model_card(config, folder)
     text = card.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2].lstrip("\n") if rest else ""
+    before, _, rest = text.partition(EVALUATION_BEGIN)
+    after = rest.partition(EVALUATION_END)[2].lstrip("\n") if rest else ""
     write_whole(card, [f"{before.rstrip()}\n\n{card_section(results)}{after and chr(10) + after}".encode()])
     return card
 

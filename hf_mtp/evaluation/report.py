@@ -1,9 +1,9 @@
 """The results of an evaluation as tables in Markdown: [`table_page`], and the section of a model card."""
 
+from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END
 from .results import ALL, Results, Summary
 from .ways import PLAIN, Way
 
-BEGIN, END = "<!-- hf_mtp evaluation -->", "<!-- end of hf_mtp evaluation -->"
 BUSY = 0.75  # processes that wait for a processor besides this one, on average
 
 
@@ -34,7 +34,7 @@ def card_section(results: Results) -> str:
         results ([`Results`]): The results.
     """
     tables = f"Tokens per pass:\n\n{tokens_table(results)}\n\nSpeed by the wall clock:\n\n{speed_table(results)}"
-    return f"{BEGIN}\n## Evaluation\n\n{tables}\n\n{notes(results)}\n{END}\n"
+    return f"{EVALUATION_BEGIN}\n## Evaluation\n\n{tables}\n\n{notes(results)}\n{EVALUATION_END}\n"
 
 
 def tokens_table(results: Results) -> str:
