@@ -68,7 +68,7 @@ def evaluate(
     prompts, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
     ways = ways_of(strategies, k, config.k)
     settings = Settings(
-        model=_name_of(model),
+        model=name_of(model),
         adapter={"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
         dtype=str(model.get_base_model().dtype).removeprefix("torch."),
         device=str(input_device(model).type),
@@ -92,8 +92,12 @@ def evaluate(
     return results
 
 
-def _name_of(model: PeftModel) -> str:
-    """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory."""
+def name_of(model: PeftModel) -> str:
+    """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory.
+
+    Args:
+        model ([`~peft.PeftModel`]): An upgraded model.
+    """
     base = model.get_base_model()
     name = base.name_or_path or type(base).__name__
     return Path(name).resolve().name if Path(name).is_dir() else name
