@@ -20,13 +20,12 @@ from ..base.randomness import own_randomness
 from ..layout.blocks import IGNORE, BlockLayout, training_layout
 from ..objective.compute import drafted_features
 from ..passes.training_pass import TrainingPass, training_pass
-from .compare import describe_machine
 from .decoded import checked_config, decode_rows
 from .folder import refuse_other_run
 from .placeholders import Placeholder, placeholders_of
 from .prompts import EncodedPrompt, encode_prompts
 from .ranks import FILE, ProbedText, ProbeResults, ProbeSettings, load_probe, summaries_of, token_ranks
-from .runner import adapter_fingerprint, name_of
+from .runner import describe_run
 from .suites import Suite, load_suite
 
 AHEAD = 8  # placeholders of a base without an adapter
@@ -100,16 +99,10 @@ def _probe(
 ) -> ProbeResults:
     config = checked_config(model, 1, max_new_tokens)
     suite = (load_suite(suite) if isinstance(suite, str) else suite).limited(limit)
-    settings = ProbeSettings(
-        model=name_of(model),
-        adapter={"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r} if has_adapter else None,
-        dtype=str(model.get_base_model().dtype).removeprefix("torch."),
-        device=str(input_device(model).type),
-        suite={"name": suite.name, "fingerprint": suite.fingerprint, "prompts": len(suite.prompts)},
-        k=config.k,
-        max_new_tokens=max_new_tokens,
-        machine=describe_machine(),
-    )
+    described = describe_run(model, suite)
+    if not has_adapter:
+        described["adapter"] = None
+    settings = ProbeSettings(**described, k=config.k, max_new_tokens=max_new_tokens)
     folder = None if output is None else Path(output)
     if folder is not None and (folder / FILE).is_file():
         refuse_other_run(folder, settings, load_probe(folder).settings)

@@ -35,14 +35,15 @@ def token_ranks(
         token_R (`torch.LongTensor` of shape `(R,)`): The true tokens.
 
     Returns:
-        `torch.LongTensor` of shape `(R,)`, from 1 to V.
+        `torch.LongTensor` of shape `(R,)`, from 1 to V; V + 1 if the token's logit is NaN.
     """
     ranks = [token_R[:0]]
     for hidden, token in zip(hidden_RD.split(ROWS_PER_CHUNK), token_R.split(ROWS_PER_CHUNK), strict=True):
         logits_RV, token_R1 = unembedding(hidden), token[:, None]
         score_R1 = logits_RV.gather(1, token_R1)
         has_lower_id_RV = torch.arange(logits_RV.shape[1], device=token.device) < token_R1
-        is_before_RV = (logits_RV > score_R1) | ((logits_RV == score_R1) & has_lower_id_RV)
+        is_higher_RV = ~(logits_RV <= score_R1)  # so that NaN is never a hit
+        is_before_RV = is_higher_RV | ((logits_RV == score_R1) & has_lower_id_RV)
         ranks.append(1 + is_before_RV.sum(dim=1))
     return torch.cat(ranks)
 
