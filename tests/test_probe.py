@@ -153,9 +153,9 @@ def test_chunks_of_blocks_change_nothing(results, monkeypatch):
 
 
 def test_equal_logits_are_ordered_by_id_as_argmax_does():
-    logits_RV = torch.tensor([[1.0, 5, 5, 0], [1, 5, 5, 0], [2, 2, 2, 2], [-torch.inf, 0, 0, 0]])
-    ranks = token_ranks(lambda hidden: hidden, logits_RV, torch.tensor([1, 2, 3, 0]))
-    assert ranks.tolist() == [1, 2, 4, 4] and logits_RV[0].argmax() == 1
+    logits_RV = torch.tensor([[1.0, 5, 5, 0], [1, 5, 5, 0], [2, 2, 2, 2], [-torch.inf, 0, 0, 0], [torch.nan] * 4])
+    ranks = token_ranks(lambda hidden: hidden, logits_RV, torch.tensor([1, 2, 3, 0, 1]))
+    assert ranks.tolist() == [1, 2, 4, 4, 5] and logits_RV[0].argmax() == 1
 
 
 @pytest.mark.parametrize("rows", [0, 1, 700])
