@@ -342,3 +342,8 @@ def test_the_heatmap_has_the_medians_and_the_histogram_the_shares(results):
 def test_without_matplotlib_there_is_the_table(results, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mtp.evaluation.rank_report.can_draw", lambda: False)
     assert [path.name for path in write_probe(results, tmp_path)] == ["probe.md"]
+
+
+def test_the_committed_results_follow_the_schema():
+    results = load_probe(ROOT / "docs" / "results" / "probe.json")
+    assert results.summaries == summaries_of(results.texts)
