@@ -1,7 +1,9 @@
-"""Tables of docs/evaluation.md, from what `hf-mtp verify` and `hf-mtp evaluate` wrote."""
+"""Tables of docs/evaluation.md, from what `hf-mtp verify`, `hf-mtp evaluate` and `hf-mtp probe` wrote."""
 
 from tables import RESULTS, load, machine, table
 
+from hf_mtp.evaluation.rank_report import papers_claim, rank_table
+from hf_mtp.evaluation.ranks import load_probe
 from hf_mtp.evaluation.report import simulated_table, tokens_table
 from hf_mtp.evaluation.results import load_results
 
@@ -32,3 +34,12 @@ def evaluated_tokens() -> str:
 def simulated_and_decoded() -> str:
     """Tokens per pass that an evaluation in training computes from the answers, and those of decoding them."""
     return simulated_table(load_results(RESULTS / "evaluation.json")) + "\n"
+
+
+def probed_ranks() -> str:
+    """Ranks of SmolLM2's own future tokens, by source."""
+    results = load_probe(RESULTS / "probe.json")
+    settings = results.settings
+    about = f"{len(results.texts)} prompts of `{settings.suite['name']}`, up to {settings.max_new_tokens} tokens"
+    note = f"{about}, k={settings.k}, {settings.dtype}; {machine({'machine': settings.machine})}."
+    return f"{rank_table(results)}\n\n{note}\n\n{papers_claim(results)}\n"

@@ -42,6 +42,26 @@ def load_upgraded(
         OSError: There is no such model or adapter.
         ValueError: The adapter does not fit its base, or there is none.
     """
+    model, tokenizer = load_with_tokenizer(name, adapter, dtype)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{name} is a base model. Pass the Hub id or the folder of its adapter, too (--adapter).")
+    return model, tokenizer
+
+
+def load_with_tokenizer(
+    name: str, adapter: str | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Loads a base model, with or without an adapter, in evaluation mode, and its tokenizer.
+
+    Args:
+        name (`str`): Hub id or folder of a base or of an adapter.
+        adapter (`str`, *optional*): Hub id or folder of the adapter, if `name` is a base.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of the base's weights.
+
+    Raises:
+        OSError: There is no such model or adapter.
+        ValueError: The adapter does not fit its base, or is none.
+    """
     model = load_model(name, dtype)
     tokenizer = load_tokenizer(name, model)
     if adapter is not None:
@@ -52,8 +72,6 @@ def load_upgraded(
                 f"{adapter} is not the Hub id or the folder of an adapter: it has no adapter_config.json."
             )
         model = PeftModel.from_pretrained(model, adapter)
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"{name} is a base model. Pass the Hub id or the folder of its adapter, too (--adapter).")
     return model.eval(), tokenizer
 
 

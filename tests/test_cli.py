@@ -212,6 +212,28 @@ def test_evaluate_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "table.md"}
 
 
+def test_probe_writes_everything(saved, prompts, tmp_path):
+    base, adapter = saved
+    output = run("probe", base, "--adapter", adapter, "--suite", prompts, "--output", str(tmp_path / "out"), *SHORT)
+    assert "| masks | " in output.stdout and "the best placeholder" in output.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "probe.json",
+        "probe.md",
+        *(f"{name}.{kind}" for name in ("heatmap", "histogram") for kind in ("png", "svg")),
+    }
+    again = ("probe", base, "--suite", prompts, "--output", str(tmp_path / "out"), *SHORT)
+    assert "has the results of another run: adapter was" in " ".join(run(*again, code=1).stderr.split())
+
+
+def test_probe_takes_a_base_alone_and_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_mtp.evaluation.curves.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.rank_report.can_draw", lambda: False)
+    output = run("probe", saved[0], "--suite", prompts, "--output", str(tmp_path / "out"), *SHORT).stdout
+    assert "| newline | " not in output and "| masks | " not in output and "| mean embedding | " in output
+    assert "no figures: matplotlib is not installed" in output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"probe.json", "probe.md"}
+
+
 def test_numbers_must_be_numbers(saved):
     assert "--k takes whole numbers" in run("evaluate", saved[1], "--k", "one", code=2).stderr
 

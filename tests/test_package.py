@@ -21,7 +21,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 layout: tree mask_plan blocks attention
-base: files autocast caches inspection head rope randomness sizes tiny distributed lora_layers
+base: files autocast caches inspection embedding head rope randomness sizes tiny distributed lora_layers
 cache: column_attention rows rollback sequence protocol
 adapter: peft_type loading config base_identity custom_generate card hub
 adapter: prepared gate parameters stacked sampler mask_input tuner
@@ -40,11 +40,12 @@ evaluation.metrics.acceptance_per_position: acceptance_per_position app
 evaluation.metrics.agreement: agreement app
 evaluation: ways benchmarks rows suites prompts divergence two_sample exactness
 evaluation: results folder simulated runner report curves files
+evaluation: placeholders ranks probing rank_figures rank_report
 training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
-cli: verb lists session generate chat serve train regenerate check push verify evaluate main
+cli: verb lists session generate chat serve train regenerate check push verify evaluate probe main
 : regenerate
 """
 MODULES = [

@@ -9,6 +9,7 @@ from .chat import chat
 from .check import check
 from .evaluate import evaluate
 from .generate import generate
+from .probe import probe
 from .push import push
 from .regenerate import regenerate
 from .serve import serve
@@ -43,7 +44,7 @@ def options(
 # The fields of a trainer's config are parsed by TRL.
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-for _verb in (generate, chat, serve, verify, evaluate, regenerate, check, push):
+for _verb in (generate, chat, serve, verify, evaluate, probe, regenerate, check, push):
     app.command()(_verb)
 app.command(context_settings=ANY_OPTION)(train)
 

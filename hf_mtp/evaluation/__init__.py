@@ -1,32 +1,43 @@
-"""Evaluation of an adapter: `verify` proves that the output is unchanged, `evaluate` measures what is gained."""
+"""Evaluation: `verify` proves that the output is unchanged, and `evaluate` measures what is gained.
+
+`probe` measures what a model knows of the tokens after the next one.
+"""
 
 import importlib
 
 _LAZY = {
+    "ProbeResults": ".ranks",
     "Results": ".results",
     "Suite": ".suites",
     "SuitePrompt": ".suites",
     "VerifyReport": ".exactness",
     "evaluate": ".runner",
     "load_metric": ".metrics",
+    "load_probe": ".ranks",
     "load_results": ".results",
     "load_suite": ".suites",
+    "probe": ".probing",
     "verify": ".exactness",
     "write_card_section": ".files",
+    "write_probe": ".rank_report",
     "write_report": ".files",
 }
 
 __all__ = [
+    "ProbeResults",
     "Results",
     "Suite",
     "SuitePrompt",
     "VerifyReport",
     "evaluate",
     "load_metric",
+    "load_probe",
     "load_results",
     "load_suite",
+    "probe",
     "verify",
     "write_card_section",
+    "write_probe",
     "write_report",
 ]
 

@@ -41,6 +41,8 @@ def draw_curves(results: Results, folder: Path) -> list[Path]:
         return []
     from matplotlib.figure import Figure
 
+    from .plotting import save_figure
+
     figure = Figure(figsize=(4.5 * len(strategies) + 1, 8), dpi=125, layout="constrained")
     grid = figure.subplots(len(PANELS), len(strategies), sharex=True, sharey="row", squeeze=False)
     for row, (measure, (title, subtitle)) in zip(grid, PANELS.items(), strict=True):
@@ -48,10 +50,7 @@ def draw_curves(results: Results, folder: Path) -> list[Path]:
             _draw_panel(axes, results, measure, by_k, (f"{title}, {strategy}", subtitle))
     for axes in grid[-1]:
         axes.set_xlabel("k, masks per block")
-    paths = [folder / f"{NAME}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path)
-    return paths
+    return save_figure(figure, folder, NAME)
 
 
 def _draw_panel(axes: "Axes", results: Results, measure: str, by_k: dict[int, str], titles: tuple[str, str]) -> None:

@@ -40,7 +40,7 @@ class RunFolder:
             self._read_turns()
         elif (folder / FILE).is_file():
             results = load_results(folder)
-            self._refuse_other(results.settings)
+            refuse_other_run(folder, settings, results.settings)
             self.finished = results
         else:
             self._append(dataclasses.asdict(settings))
@@ -73,19 +73,30 @@ class RunFolder:
         if not whole:
             path.write_text(json.dumps(dataclasses.asdict(self.settings)) + "\n", encoding="utf-8")
             return
-        self._refuse_other(Settings(**json.loads(whole[0])))
+        refuse_other_run(self.folder, self.settings, Settings(**json.loads(whole[0])))
         for turn in map(json.loads, whole[1:]):
             self.turns.append([call_of(row) for row in turn["calls"]])
             self.seconds += turn["seconds"]
         if lines[-1]:
             path.write_text("\n".join(whole) + "\n", encoding="utf-8")
 
-    def _refuse_other(self, found: Settings) -> None:
-        mine, other = dataclasses.asdict(self.settings), dataclasses.asdict(found)
-        different = [name for name in mine if mine[name] != other[name]]
-        if different:
-            listed = "; ".join(f"{name} was {other[name]}, now it is {mine[name]}" for name in different)
-            raise ValueError(
-                f"The folder {self.folder} has the results of another run: {listed}. Choose another output folder, or "
-                "delete this one."
-            )
+
+def refuse_other_run(folder: Path, mine, found) -> None:
+    """Raises if a folder has the results of a run with other settings.
+
+    Args:
+        folder (`Path`): The folder.
+        mine ([`Settings`] or [`ProbeSettings`]): What is to be measured.
+        found (of the same class): What the folder's results measured.
+
+    Raises:
+        ValueError: The two differ.
+    """
+    mine, other = dataclasses.asdict(mine), dataclasses.asdict(found)
+    different = [name for name in mine if mine[name] != other[name]]
+    if different:
+        listed = "; ".join(f"{name} was {other[name]}, now it is {mine[name]}" for name in different)
+        raise ValueError(
+            f"The folder {folder} has the results of another run: {listed}. Choose another output folder, or delete "
+            "this one."
+        )

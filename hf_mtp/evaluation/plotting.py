@@ -70,3 +70,20 @@ def save_png(figure: Figure, path: Path) -> None:
     picture = BytesIO()
     figure.savefig(picture, format="png")
     write_whole(path, [picture.getvalue()])
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Writes a figure as PNG and SVG.
+
+    Args:
+        figure (`matplotlib.figure.Figure`): The figure.
+        folder (`Path`): An existing folder.
+        name (`str`): Name of the files, without a suffix.
+
+    Returns:
+        `list[Path]`: The files.
+    """
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path)
+    return paths

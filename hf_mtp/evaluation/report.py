@@ -92,9 +92,7 @@ def full_table(results: Results) -> str:
 
 def notes(results: Results) -> str:
     """How the figures were measured, and what to know about them."""
-    settings, machine = results.settings, results.settings.machine
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    adapter = settings.adapter
+    settings, adapter = results.settings, results.settings.adapter
     lines = [
         "Greedy decoding, ended by the end token. Tokens per pass are new tokens divided by forward passes of the "
         "base, pooled over answers: the token that the base adds to each pass (the bonus token), the end token and "
@@ -102,13 +100,22 @@ def notes(results: Results) -> str:
         "by the way's own: the median over prompts, and the quartiles. Every prompt was decoded in all ways in turn, "
         "after a warm-up.",
         f"{_count(results)} of {settings.suite['prompts']} prompts, at most {settings.max_new_tokens} new tokens, "
-        f"batch {settings.batch_size}, {settings.dtype} on {machine.get('accelerator', settings.device)}; "
-        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}. Adapter "
-        f"{adapter['fingerprint']}, k={adapter['k']}, r={adapter['r']}.",
+        f"batch {settings.batch_size}, {settings.dtype} on {settings.machine.get('accelerator', settings.device)}; "
+        f"{machine_line(settings.machine)}. Adapter {adapter['fingerprint']}, k={adapter['k']}, r={adapter['r']}.",
         *_warnings(results),
         *(f"Left out: {name}. {reason}" for name, reason in results.left_out.items()),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def machine_line(machine: dict) -> str:
+    """Processor, threads and versions.
+
+    Args:
+        machine (`dict`): As from [`~hf_mtp.evaluation.compare.describe_machine`].
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}"
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

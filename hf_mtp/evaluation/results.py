@@ -164,10 +164,7 @@ class Results:
         Args:
             folder (`Path`): An existing folder.
         """
-        content = dataclasses.asdict(self)
-        calls = ",\n  ".join(json.dumps(call) for call in content.pop("calls"))
-        head = json.dumps({"schema": content.pop("schema"), **content}, indent=1).removesuffix("\n}")
-        write_whole(folder / FILE, [f'{head},\n "calls": [\n  {calls}\n ]\n}}\n'.encode()])
+        write_document(folder / FILE, self, "calls")
 
 
 def load_results(path: Path) -> Results:
@@ -181,13 +178,7 @@ def load_results(path: Path) -> Results:
         OSError: There is no such file.
     """
     path = path / FILE if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{path} has the schema {found!r}, but this version of hf_mtp reads {SCHEMA!r}.")
+    content = read_document(path, SCHEMA)
     try:
         domains = {
             domain: {way: fields_of(Summary, row) for way, row in ways.items()}
@@ -198,6 +189,41 @@ def load_results(path: Path) -> Results:
         return fields_of(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not follow the schema {SCHEMA!r}: {error}.") from error
+
+
+def write_document(path: Path, results, rows: str) -> None:
+    """Writes a dataclass with a schema as JSON. One of its fields is a long list, which gets one row on each line.
+
+    Args:
+        path (`Path`): The file.
+        results ([`Results`] or [`ProbeResults`]): What to write.
+        rows (`str`): Name of the field.
+    """
+    content = dataclasses.asdict(results)
+    lines = ",\n  ".join(json.dumps(row) for row in content.pop(rows))
+    head = json.dumps({"schema": content.pop("schema"), **content}, indent=1).removesuffix("\n}")
+    write_whole(path, [f'{head},\n "{rows}": [\n  {lines}\n ]\n}}\n'.encode()])
+
+
+def read_document(path: Path, schema: str) -> dict:
+    """Reads a JSON document, and checks that it names the schema.
+
+    Args:
+        path (`Path`): The file.
+        schema (`str`): Name and version.
+
+    Raises:
+        ValueError: It is no JSON, or has another schema.
+        OSError: There is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != schema:
+        raise ValueError(f"{path} has the schema {found!r}, but this version of hf_mtp reads {schema!r}.")
+    return content
 
 
 def fields_of(kind: type, content: dict):

@@ -68,15 +68,10 @@ def evaluate(
     prompts, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
     ways = ways_of(strategies, k, config.k)
     settings = Settings(
-        model=_name_of(model),
-        adapter={"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
-        dtype=str(model.get_base_model().dtype).removeprefix("torch."),
-        device=str(input_device(model).type),
-        suite={"name": suite.name, "fingerprint": suite.fingerprint, "prompts": len(suite.prompts)},
+        **describe_run(model, suite),
         ways=[{"name": way.name, "strategy": way.strategy, "k": way.k} for way in ways],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        machine=describe_machine(),
     )
     folder = RunFolder(None if output is None else Path(output), settings)
     if folder.finished is not None:
@@ -90,6 +85,24 @@ def evaluate(
         if results.complete:
             folder.finish()
     return results
+
+
+def describe_run(model: PeftModel, suite: Suite) -> dict[str, str | dict]:
+    """What every measurement says of its model, its prompts and the machine: some of the fields of [`Settings`].
+
+    Args:
+        model ([`~peft.PeftModel`]): An upgraded model.
+        suite ([`Suite`]): The prompts.
+    """
+    config = model.base_model.active_mtp_config
+    return {
+        "model": _name_of(model),
+        "adapter": {"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
+        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+        "device": str(input_device(model).type),
+        "suite": {"name": suite.name, "fingerprint": suite.fingerprint, "prompts": len(suite.prompts)},
+        "machine": describe_machine(),
+    }
 
 
 def _name_of(model: PeftModel) -> str:

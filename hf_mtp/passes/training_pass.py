@@ -17,6 +17,7 @@ from ..adapter.tuner import GatedLoraTuner
 from ..base.autocast import concatenate
 from ..base.caches import cache_name, copied
 from ..base.distributed import is_sharded
+from ..base.embedding import last_columns_embedded_as
 from ..base.inspection import (
     decoder_of,
     evaluation_mode,
@@ -77,6 +78,19 @@ class TrainingPass:
         """States of one chunk's masks, `(B, M, D)` each, for the same layers as `regular`."""
         with self.tuner.masks_in_columns(0, part.index_BM):
             return self.states(part.index_BM + self.tuner.vocab_size, part, copied(self.cache))
+
+    def placeholders(
+        self, part: BlockLayout, ids_BM: torch.LongTensor, embedding_E: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """States of the base alone if it reads tokens in place of one chunk's masks, `(B, M, D)` each.
+
+        Args:
+            part ([`BlockLayout`]): The chunk.
+            ids_BM (`torch.LongTensor` of shape `(B, M)`): The tokens.
+            embedding_E (`torch.Tensor` of shape `(E,)`, *optional*): What to embed all of them as.
+        """
+        with last_columns_embedded_as(self.tuner.model, part.masks, embedding_E):
+            return self.states(ids_BM, part, copied(self.cache))
 
     def states(
         self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, is_causal: bool = False
@@ -214,11 +228,20 @@ class SequencePass(TrainingPass):
             self.regular = self.call(input_ids_BT, use_cache=False)
 
     def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+        return self._blocks(part, part.index_BM + self.tuner.vocab_size, masks=self.tuner.active_mtp_config.k)
+
+    def placeholders(
+        self, part: BlockLayout, ids_BM: torch.LongTensor, embedding_E: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        with last_columns_embedded_as(self.tuner.model, self.tuner.active_mtp_config.k, embedding_E):
+            return self._blocks(part, ids_BM, masks=0)
+
+    def _blocks(self, part: BlockLayout, ids_BM: torch.LongTensor, masks: int) -> list[torch.Tensor]:
+        """Reads each block of k columns after the text up to its anchor. The first `masks` of them are masks."""
         k, blocks = self.tuner.active_mtp_config.k, []
-        for anchor in part.anchor_BM[0, ::k].tolist():
-            index_Bk = part.index_BM[:, :k]
-            sequence = torch.cat([self.input_ids_BT[:, : anchor + 1], index_Bk + self.tuner.vocab_size], dim=1)
-            with self.tuner.masks_in_columns(anchor + 1, index_Bk):
+        for anchor, ids_Bk in zip(part.anchor_BM[0, ::k].tolist(), ids_BM.split(k, dim=1), strict=True):
+            sequence = torch.cat([self.input_ids_BT[:, : anchor + 1], ids_Bk], dim=1)
+            with self.tuner.masks_in_columns(anchor + 1, part.index_BM[:, :masks]):
                 blocks.append([layer[:, anchor + 1 :] for layer in self.call(sequence, use_cache=False)])
         return [concatenate(layer, dim=1) for layer in zip(*blocks, strict=True)]
 

@@ -1,0 +1,42 @@
+"""`hf-mtp probe`: the command line of [`~hf_mtp.evaluation.probe`]."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from .verb import verb
+
+
+@verb
+def probe(
+    model: Annotated[str, Argument(help="Hub id or folder of a base model, or of an adapter.")],
+    adapter: Annotated[str | None, Option(help="Hub id or folder of the adapter, if the model is a base.")] = None,
+    suite: Annotated[str, Option(help="A file of prompts, or the name of a suite.")] = "quick",
+    limit: Annotated[int, Option(help="Most prompts of each domain.")] = 2,
+    max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 64,
+    dtype: Annotated[str, Option(help="Dtype of the base, such as bfloat16; auto is that of the file.")] = "auto",
+    output: Annotated[Path, Option(help="Folder for probe.json, probe.md and the figures.")] = Path("probe"),
+) -> None:
+    """Show what a model knows of the tokens after the next one, before and after training.
+
+    The base answers prompts greedily. The rank of each true future token is measured where the untouched base reads
+    placeholders, where it reads the adapter's masks, and after the sampler head. A base alone has placeholders only.
+
+    Example:
+
+        hf-mtp probe Qwen/Qwen3-0.6B --adapter me/qwen3-mtp
+    """
+    from ..evaluation.curves import can_draw
+    from ..evaluation.probing import probe as run
+    from ..evaluation.rank_report import papers_claim, rank_table, write_probe
+    from ..evaluation.suites import load_suite
+    from ..pretrained import load_with_tokenizer
+
+    prompts = load_suite(suite)
+    loaded, tokenizer = load_with_tokenizer(model, adapter, dtype)
+    results = run(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, limit=limit, output=output)
+    write_probe(results, output)
+    typer.echo(f"{rank_table(results)}\n\n{papers_claim(results)}\n")
+    typer.echo(f"All ranks are in {output}{'' if can_draw() else ', but no figures: matplotlib is not installed'}.")
