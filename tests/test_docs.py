@@ -35,7 +35,7 @@ def test_written_pages_are_up_to_date():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("figure", ["mask", "ablation", "probe"])
+@pytest.mark.parametrize("figure", ["mask", "ablation", "by_k", "probe"])
 def test_figures_can_be_drawn_again(figure, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     runpy.run_path(str(ROOT / "docs" / "figures" / f"draw_{figure}.py"))["main"](tmp_path)
