@@ -8,6 +8,7 @@ os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 import pytest
 import torch
+from transformers.utils import logging
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,3 +19,12 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_verbosity():
+    """The command quiets the host libraries, in a process that is its own. Here later tests need their warnings."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if has_bars else logging.disable_progress_bar)()
