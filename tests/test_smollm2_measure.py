@@ -302,7 +302,7 @@ WARM = {f"{s}, {t}": 2.0 if t == "greedy" else 1.5
             report_of(WARM),
             "| chat | auto | 2.00 | 1.50 (0.75) | 1.50 (0.75) |",
         ),
-        ("in_float32", "float32", report_of(AUTO), "| chat | 1/2 |"),
+        ("in_float32", "float32", report_of(AUTO), "| chat | 1/2 | 2.00x |"),
     ],
 )
 def test_tables_show_what_was_measured(table, file, report, row, tmp_path, monkeypatch):
