@@ -182,10 +182,15 @@ def test_a_gap_is_in_units_of_rounding():
     logits = torch.tensor([[[10.0, 9.875, 3.0]]], dtype=torch.bfloat16)  # between 8 and 16 bfloat16 rounds to 1/16
     read = []
 
-    def base(ids, logits_to_keep):
-        read.append(ids.tolist())
-        return SimpleNamespace(logits=logits)
+    class Base(torch.nn.Module):
+        def get_input_embeddings(self):
+            return torch.nn.Embedding(9, 1)
 
+        def forward(self, ids, logits_to_keep):
+            read.append(ids.tolist())
+            return SimpleNamespace(logits=logits)
+
+    base = Base()
     assert paired.gap(base, torch.tensor([7, 8]), [5, 0, 2], [5, 1, 2]) == 2.0
     assert read == [[[7, 8, 5]]]
     assert paired.gap(base, torch.tensor([7]), [5, 0], [5]) is None

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ways import Models, Way
 
 from hf_mtp.evaluation.compare import repeated_share
+from hf_mtp.evaluation.divergence import divergence_at
 
 WARM_UP_TOKENS = 24  # `auto` measures what passes cost when it first decodes
 
@@ -147,21 +148,15 @@ def compared(models: Models, inputs: dict, plain: list[list[int]], other: list[l
     return {"identical": len(plain) - len(gaps), "gaps": gaps}
 
 
-@torch.inference_mode()
 def gap(base, prompt_T: torch.LongTensor, plain: list[int], other: list[int]) -> float | None:
     """The gap between the base's logits of the first two tokens that differ, in units of their dtype's rounding.
 
-    Two tokens within a few units are a near-tie: which of them is larger depends on the order in which a product is
-    summed up. `None` if one answer is the start of the other.
+    `None` if one answer is the start of the other.
     """
     place = next((i for i, pair in enumerate(zip(plain, other, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
         return None
-    text_1T = torch.cat([prompt_T, prompt_T.new_tensor(plain[:place])])[None]
-    logit_V = base(text_1T, logits_to_keep=1).logits[0, -1]
-    largest = logit_V.abs().max()
-    unit = (torch.nextafter(largest, torch.full_like(largest, torch.inf)) - largest).item()
-    return round(abs(logit_V[plain[place]].item() - logit_V[other[place]].item()) / unit, 2)
+    return divergence_at(base, "", prompt_T.tolist(), plain, other, place).units
 
 
 def summarize(rows: list[dict]) -> dict[str, dict[str, dict]]:
