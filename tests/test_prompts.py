@@ -15,6 +15,8 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from hf_mtp.decoding import loop
+from hf_mtp.decoding.schedule.costs import PassCosts
 from hf_mtp.evaluation.support import Rehearsal
 
 SMALL, PROMPT = 40, 11
@@ -110,6 +112,29 @@ def test_rotary_embeddings_that_change_with_the_length(rope, strategy):
 def test_rotary_embeddings_past_the_last_position(rope, strategy):
     model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=20)
     assert_exact(model, strategy, input_ids=text())
+
+
+@pytest.mark.parametrize("steepness", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_tree_of_drafts_does_not_cross_a_change_of_embeddings(rope, steepness, monkeypatch):
+    # Columns so cheap that trees have more of them than there are positions left.
+    costs = PassCosts([(1, 1.0), (17, 1.0 + steepness)], [(3, 1.0 + steepness / 4), (41, 1.0 + steepness)])
+    monkeypatch.setattr(loop, "measure_costs", lambda *args, **options: costs)
+    model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=64 if rope == "longrope" else 20)
+    assert_exact(model, "auto", input_ids=text())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_the_longest_row_decides_which_embeddings_a_batch_gets(rope, strategy, padding):
+    model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=64 if rope == "longrope" else 20)
+    ids = text(rows=3)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    plain = generate(model, input_ids=ids, attention_mask=mask)
+    output = generate(model, input_ids=ids, attention_mask=mask, mtp=True, mtp_strategy=strategy)
+    assert torch.equal(output, plain)
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])

@@ -8,8 +8,13 @@ def rope_switches(config: PreTrainedConfig) -> list[int]:
 
     Embeddings of type "longrope" change once; those of type "dynamic" change with every token from that length on.
     They depend on the last position of a pass. So a pass that crosses such a length differs from decoding one token at
-    a time, and so does any pass over several tokens beyond a "dynamic" length.
+    a time, and so does any pass over several tokens beyond a "dynamic" length. In a batch, the longest row decides for
+    all rows.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): The model's config, or its text model's.
     """
+    config = config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or {}
     sets = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
     once = [p["original_max_position_embeddings"] for p in sets if p.get("rope_type") == "longrope"]

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name, copied, replace_contents
 from ..base.distributed import agreed_seconds, any_process_unfinished, is_sharded
+from ..base.rope import rope_switches
 from ..cache.protocol import DecodingCache
 from ..cache.rollback import RollbackCache
 from ..passes.bitwise_check import refuse_unless_bitwise
@@ -92,7 +93,8 @@ class GenerateCall:
         sequences = self._sequences(input_ids, prompt, new_tokens, generation_config, logits_processor)
         pad_token = getattr(generation_config, "_pad_token_tensor", None)
         pad_token = 0 if pad_token is None else int(pad_token)
-        verifier = Verifier(logits_processor, stopping_criteria, len(sequences), pad_token)
+        in_step = len(sequences) > 1 and self._changes_rope(columns)
+        verifier = Verifier(logits_processor, stopping_criteria, len(sequences), pad_token, in_step)
         stream, statistics = RowStream(self.streamer, sequences, pad_token), MTPStatistics()
         keeps_cache = is_users or bool(generation_config.return_dict_in_generate)
         for part in prompt.parts(together=self.mode is SpeculationMode.TREE):
@@ -121,11 +123,15 @@ class GenerateCall:
             refuse_rope_switches(self.tuner.model.config, columns)
         if self.mode is not SpeculationMode.TREE:
             recomputes = self.mode is SpeculationMode.RECOMPUTE
-            refuse_for_sequences(prompt, _is_static(config), self.synced_gpus, whole=recomputes)
+            changes_rope = self._changes_rope(columns)
+            refuse_for_sequences(prompt, _is_static(config), self.synced_gpus, recomputes, changes_rope)
         if self.bitwise:
             is_tree = self.mode is SpeculationMode.TREE
             refuse_bitwise(self.tuner.model, prompt, columns, _is_static(config), is_tree)
             refuse_unless_bitwise(self.tuner, len(prompt.rows))
+
+    def _changes_rope(self, columns: int) -> bool:
+        return any(columns >= length for length in rope_switches(self.tuner.model.config))
 
     def _sequences(
         self,

@@ -101,7 +101,7 @@ def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
         config ([`~transformers.PreTrainedConfig`]): The model's config.
         columns (`int`): The most tokens that the text may have in the end.
     """
-    for length in rope_switches(config.get_text_config(decoder=True)):
+    for length in rope_switches(config):
         if columns >= length:
             raise NotImplementedError(
                 f"This model's rotary embeddings change at {length} tokens, and the text may have {columns}: passes "
@@ -109,7 +109,9 @@ def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
             )
 
 
-def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool) -> None:
+def refuse_for_sequences(
+    prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool, changes_rope: bool
+) -> None:
     """Raises `NotImplementedError` for requests that need a model that allows trees.
 
     Args:
@@ -117,6 +119,7 @@ def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | No
         is_static (`bool`): Whether a static cache is requested.
         synced_gpus (`bool`, *optional*): As passed to `generate`.
         whole (`bool`): Whether the model must read each text from its start.
+        changes_rope (`bool`): Whether the text may reach a length at which the rotary embeddings change.
     """
     batch = len(prompt.rows) > 1 or bool(prompt.start_B.any())
     for asked, what, instead in (
@@ -129,6 +132,7 @@ def refuse_for_sequences(prompt: Prompt, is_static: bool, synced_gpus: bool | No
         (whole and prompt.offset_B.any(), "`position_ids`", "Leave them out"),
         (batch and prompt.read, "a batch that continues from a cache", "Pass one sequence at a time"),
         (batch and synced_gpus, "a batch with `synced_gpus`", "Pass one sequence at a time"),
+        (batch and changes_rope, "a batch of texts as long as these", "Pass one sequence at a time"),
     ):
         if asked:
             raise NotImplementedError(

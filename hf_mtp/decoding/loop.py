@@ -81,8 +81,8 @@ class DecodingLoop:
         """The mask plan of the next pass, and the layout of its columns."""
         cache, regular = batch.cache, batch.unread_BT.shape[1]
         before = regular - 1 - batch.drafts.count  # columns of the prompt before its last
-        # A draft has the position after its mask.
-        positions = self.forward.positions_left(cache.rows.positions + regular) - 1
+        # A draft has the position after its mask. A tree of drafts is at most as deep as it has columns.
+        positions = self.forward.positions_left(cache.rows.positions + before + 1) - batch.drafts.count - 1
         k = max(0, min(self.k, batch.remaining_tokens - 2, positions))
         if (before > LONG_PROMPT and any(cache.rows.starts)) or (before and self.forward.bitwise):
             k = 0

@@ -23,11 +23,19 @@ class Verifier:
             `generate` prepared them.
         rows (`int`): Number of rows of the call.
         pad_token (`int`): The token used to pad rows that ended.
+        in_step (`bool`, *optional*, defaults to `False`): Whether the rows must advance equally in any case.
     """
 
-    def __init__(self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int, pad_token: int = 0):
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        rows: int,
+        pad_token: int = 0,
+        in_step: bool = False,
+    ):
         self.processors, self.criteria = processors, criteria
-        self.order = order_of(processors, criteria, rows)
+        self.order = Order.IN_STEP if in_step else order_of(processors, criteria, rows)
         self.ends = end_tokens(criteria)
         self.pad_token = pad_token if has_end_token(criteria) else None
         self.clocks = [criterion for criterion in criteria if type(criterion) is MaxTimeCriteria]

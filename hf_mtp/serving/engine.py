@@ -48,8 +48,10 @@ class Engine:
     def __init__(
         self, tuner: GatedLoraTuner, strategy: str = "auto", max_rows: int = 16, metrics: Metrics | None = None
     ):
-        self.metrics, self.max_rows = metrics or Metrics(), max_rows
+        self.metrics = metrics or Metrics()
         self.loop = _loop(tuner, strategy)
+        # Where the longest row decides which rotary embeddings all rows get, a request is exact only by itself.
+        self.max_rows = 1 if self.loop.forward.switches else max_rows
         self.batch: Batch | None = None
         self.requests: dict[Sequence, Request] = {}
         self.waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
