@@ -17,6 +17,7 @@ from .columns import MOST_DRAFTS, Columns, fixed_columns, masked_columns, plain_
 from .costs import FIRST_GUESS
 
 NGRAM_CLASSES = 8
+OF_MASKS = 0  # number of the drafter that drafts from masks
 
 
 class AdaptiveSchedule:
@@ -100,8 +101,13 @@ class AdaptiveSchedule:
         for number, (rates, drafts) in enumerate(zip(expected, proposals, strict=True)):
             if drafts is None or not rates[row]:
                 continue
+            if number != OF_MASKS:
+                tree.add_chain(number, drafts.tokens[row], rates[row])
+                continue
+            of_place, acceptance = drafts.confidences[row][: len(rates[row])], self.mask_acceptance
+            known = acceptance.rates_of(of_place)
             siblings = drafts.siblings[row] if drafts.sibling_BKC is not None else None
-            tree.add_chain(number, drafts.tokens[row], rates[row], siblings, self.mask_acceptance.sibling_rates)
+            tree.add_chain(number, drafts.tokens[row], known, siblings, acceptance.sibling_rates_of(known))
         return tree
 
     def _columns(self, rows: list[RankedCandidates]) -> Columns:
