@@ -205,7 +205,7 @@ def test_drafts_of_two_drafters_are_alternatives():
 
 def test_siblings_are_verified_while_they_are_worth_their_column():
     schedule = resting(0.1)
-    schedule.mask_acceptance.sibling_counts = [Rates(1, 0.6), Rates(1, 0.1)]
+    schedule.mask_acceptance.sibling_counts = [Rates([0.6]), Rates([0.1])]
     confidence_1K, sibling_1KC = torch.full((1, 2), 0.5), torch.tensor([[[3, 4], [5, 6]]])
     proposal = Drafts(torch.tensor([[1, 2]]), confidence_1K, sibling_BKC=sibling_1KC)
     drafts, origins = schedule.choose([[[0.5, 0.5]]], [proposal], CPU)
@@ -213,7 +213,7 @@ def test_siblings_are_verified_while_they_are_worth_their_column():
     assert drafts.parent_BK.tolist() == [[0, 0, 1, 1]]
     assert [origin.place for origin in origins[0]] == [1, 1, 2, 2]
     dear = resting(0.2)
-    dear.mask_acceptance.sibling_counts = [Rates(1, 0.38), Rates(1, 0.1)]
+    dear.mask_acceptance.sibling_counts = [Rates([0.38]), Rates([0.1])]
     assert dear.choose([[[0.5, 0.5]]], [proposal], CPU)[0].parent_BK is None  # a chain costs nothing more
 
 
@@ -256,12 +256,12 @@ def test_acceptance_forgets():
 
 
 def test_a_draft_counts_if_those_before_it_were_accepted():
-    rates = Rates(3)
+    rates = Rates([0.6] * 3)
     for _ in range(2000):
         rates.count(offered=3, accepted=1)
     assert rates.rate(0) > 0.95
     assert rates.rate(1) < 0.05
-    assert rates.rate(2) == rates.rate(9) == Rates.PRIOR_RATE
+    assert rates.rate(2) == rates.rate(9) == 0.6
 
 
 def test_drafts_are_chosen_by_their_own_confidence():

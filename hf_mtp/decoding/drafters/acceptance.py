@@ -1,7 +1,7 @@
 """Acceptance rates of drafts, as running averages that slowly forget old drafts."""
 
 from bisect import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -10,17 +10,16 @@ class Rates:
     """Acceptance rates of drafts by class.
 
     Args:
-        classes (`int`): Number of classes. The drafts of a run belong to consecutive classes, and then to the last.
-        prior_rate (`float`, *optional*): The rate of all classes until drafts are counted.
+        priors (`Sequence[float]`): The rate of each class until drafts are counted. The drafts of a run belong to
+            consecutive classes, and then to the last.
     """
 
     MEMORY = 0.99
-    # The prior counts as verified drafts. Its rate is high enough that late masks of a block get a trial.
-    PRIOR_RATE, PRIOR_COUNT = 0.6, 2.0
+    PRIOR_COUNT = 2.0  # verified drafts
 
-    def __init__(self, classes: int, prior_rate: float = PRIOR_RATE):
-        self.offered = [self.PRIOR_COUNT] * classes
-        self.accepted = [prior_rate * self.PRIOR_COUNT] * classes
+    def __init__(self, priors: Sequence[float]):
+        self.offered = [self.PRIOR_COUNT] * len(priors)
+        self.accepted = [prior * self.PRIOR_COUNT for prior in priors]
 
     def count(self, offered: int, accepted: int, first: int = 0) -> None:
         """Counts a run of `offered` drafts, of which the first `accepted` were right and the next, if any, wrong.
@@ -81,6 +80,7 @@ class Calibration:
         return min(1.0, confidence * self.accepted[index] / self.expected[index])
 
 
+MASK_PRIOR = 0.6  # high enough that late masks of a block get a trial
 # The probability of the second and third candidate where the first is wrong.
 SIBLING_PRIORS = (0.3, 0.12)
 SIBLINGS = len(SIBLING_PRIORS)  # that the adaptive schedule may choose
@@ -101,8 +101,8 @@ class MaskAcceptance:
     """
 
     def __init__(self, k: int):
-        self.k, self.counts, self.calibration = k, Rates(k), Calibration()
-        self.sibling_counts = [Rates(1, prior) for prior in SIBLING_PRIORS]
+        self.k, self.counts, self.calibration = k, Rates([MASK_PRIOR] * k), Calibration()
+        self.sibling_counts = [Rates([prior]) for prior in SIBLING_PRIORS]
         self._update()
 
     def count(self, rows: list[tuple[int, int]]) -> None:

@@ -16,7 +16,7 @@ from .candidates import CandidateTree, RankedCandidates
 from .columns import MOST_DRAFTS, Columns, fixed_columns, masked_columns, plain_columns
 from .costs import FIRST_GUESS
 
-NGRAM_CLASSES = 8
+NGRAM_PRIORS = (0.25, 0.5, 0.6, 0.65, 0.7, 0.7, 0.7, 0.7)  # by the length of the match, typical of answers
 OF_MASKS = 0  # number of the drafter that drafts from masks
 
 
@@ -47,7 +47,7 @@ class AdaptiveSchedule:
 
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget, self.costs = k, fixed_budget, None
-        self.mask_acceptance, self.ngram_rates = MaskAcceptance(k), Rates(NGRAM_CLASSES)
+        self.mask_acceptance, self.ngram_rates = MaskAcceptance(k), Rates(NGRAM_PRIORS)
         self.masks = fixed_budget or k
         self.trial, self.resting = self.TRIAL, 0  # remaining passes with masks on trial, and without masks
         self.credit = 0.0  # cost that trials may lose
