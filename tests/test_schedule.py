@@ -195,6 +195,20 @@ def test_rows_share_the_cost_of_a_column():
     assert choice(resting(0.1), [[0.15], [0.15]]).count == 1
 
 
+def test_passes_of_slow_sizes_are_padded():
+    schedule = resting(0.25)
+    schedule.costs = PassCosts([(1, 1.0), (2, 1.25), (9, 1.9)], schedule.costs.masked, [(2, 9)])
+    drafts = choice(schedule, [[0.9, 0.9, 0.9], [0.9]])
+    assert drafts.token_BK.tolist() == [[107] * 3 + [-1] * 5, [107] + [-1] * 7]
+    assert drafts.parents_BK.tolist() == [[0, 1, 2] + [0] * 5, [0] * 8]
+    assert choice(schedule, [[0.9], []]).count == 1
+    assert choice(schedule, [[0.9, 0.9, 0.1]]).token_BK.tolist() == [[107, 107] + [-1] * 6]
+    with_masks = AdaptiveSchedule(4)
+    with_masks.costs = PassCosts([(1, 1.0), (2, 1.1)], [(3, 1.1), (17, 1.3)], [], [(3, 17)])
+    assert 1 + choice(with_masks, [[0.9, 0.9]]).count + with_masks.masks == 17
+    assert choice(with_masks, [[]]).count == 12 and with_masks.masks == 4  # no more masks than places
+
+
 def test_drafts_of_two_drafters_are_alternatives():
     drafts = choice(resting(0.1), [[0.5, 0.5], []], [[0.4, 0.9, 0.9], [0.9, 0.9]])
     # The row's 0.5 and its 0.5 * 0.5; the other's 0.4, 0.36 and 0.324. The second row has one source.

@@ -87,8 +87,13 @@ class AdaptiveSchedule:
         """
         rows = [self._candidates(row, expected, proposals).best(MOST_DRAFTS) for row in range(len(expected[0]))]
         columns = self._columns(rows)
-        self.masks = columns.masks
-        return drafts_of(rows, columns.drafts, device), [row.origins[: columns.drafts] for row in rows]
+        count = 1 + columns.drafts + columns.masks
+        padding = (self.costs or FIRST_GUESS).padded(count, columns.masks > 0) - count
+        # Columns that cost nothing: masks rather than nothing.
+        more = min(padding, (1 + columns.drafts) * self.k - columns.masks) if columns.masks else 0
+        self.masks = columns.masks + more
+        drafts = drafts_of(rows, columns.drafts, columns.drafts + padding - more, device)
+        return drafts, [row.origins[: columns.drafts] for row in rows]
 
     def fixed_drafts(self, k: int) -> int:
         """Drafts per row, used or not, where passes have one of two shapes: plain, or with all drafts and masks."""
@@ -149,19 +154,31 @@ class AdaptiveSchedule:
         self.tokens, self.cost = self.tokens * self.MEMORY + tokens, self.cost * self.MEMORY + cost
 
 
-def drafts_of(rows: list[RankedCandidates], count: int, device: torch.device) -> Drafts:
-    """The first `count` candidates of each row as drafts."""
-    count = min(count, max(len(row.tokens) for row in rows))
+def drafts_of(rows: list[RankedCandidates], count: int, width: int, device: torch.device) -> Drafts:
+    """The first candidates of each row as drafts.
+
+    Args:
+        rows (`list[RankedCandidates]`): The candidates of each row.
+        count (`int`): Most drafts of a row.
+        width (`int`): K, with places that stay empty. A row without a draft for a place has an empty one, too.
+        device (`torch.device`): Where they are needed.
+    """
+    longest = max(len(row.tokens) for row in rows)
+    count, width = min(count, longest), width - max(0, count - longest)
 
     def padded(values: list, value) -> list:
-        return values[:count] + [value] * (count - len(values))
+        found = values[:count]
+        return found + [value] * (width - len(found))
 
     tokens = [padded(row.tokens, NO_TOKEN) for row in rows]
     confidences = [padded(row.rates(count), 0.0) for row in rows]
     parents = [padded(row.parents, 0) for row in rows]
-    is_chain = all(parent == place for row in rows for place, parent in enumerate(row.parents[:count]))
+    # Empty places at the end follow the pending token, so that they take no later position.
+    is_chain = width == count and all(
+        parent == place for row in rows for place, parent in enumerate(row.parents[:count])
+    )
     return Drafts(
-        torch.tensor(tokens, dtype=torch.long, device=device).view(len(rows), count),
-        torch.tensor(confidences, device=device).view(len(rows), count),
+        torch.tensor(tokens, dtype=torch.long, device=device).view(len(rows), width),
+        torch.tensor(confidences, device=device).view(len(rows), width),
         None if is_chain else torch.tensor(parents, device=device),
     )
