@@ -33,6 +33,7 @@ decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained attached
+export: files fit plain_lora vllm uno
 serving: text rules request metrics engine limits manager handlers middleware server
 evaluation: measures decoded support compare plotting
 evaluation.metrics.tokens_per_pass: tokens_per_pass app
@@ -45,7 +46,7 @@ training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
-cli: verb lists session generate chat serve train regenerate check push verify evaluate probe main
+cli: verb lists session generate chat serve train regenerate check push export verify evaluate probe main
 : regenerate
 """
 MODULES = [

@@ -134,7 +134,7 @@ class GatedLoraConfig(LoraConfig):
         _require_positive_int("r", self.r, "the rank of the LoRA matrices")
         if self.masks not in MASKS:
             raise ValueError(
-                f"`masks` must be 'learned', for embeddings of their own, or 'noise', for tokens of the vocabulary, but "
+                f"`masks` must be 'learned', for embeddings of their own, or 'noise', for tokens of the vocabulary; "
                 f"got {self.masks!r}."
             )
         if self.save_dtype not in (None, *SAVE_DTYPES):

@@ -1,7 +1,7 @@
 """Tokens of the vocabulary in the place of masks, as in Uno (Sahoo et al., arXiv 2609.04010).
 
-Such an adapter has no mask embeddings: the base embeds its masks as it embeds any token. What tells the model that they
-are masks is the gated LoRA alone.
+Such an adapter has no mask embeddings: the base embeds its masks as it embeds any token. Only the gated LoRA tells the
+model that they are masks.
 
 Shapes: B batch, M masks.
 """
