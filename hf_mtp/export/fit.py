@@ -3,14 +3,15 @@
 import copy
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..adapter.hub import PeftModelForCausalLM
 from ..adapter.loading import refuse_weights_unlike
 from .files import AdapterFiles
 
 
-def fitted(files: AdapterFiles, base: str | None = None) -> PeftModel:
+def fitted(files: AdapterFiles, base: str | None = None) -> PeftModelForCausalLM:
     """The upgraded model that the files belong to, without any weights.
 
     Args:
@@ -27,12 +28,13 @@ def fitted(files: AdapterFiles, base: str | None = None) -> PeftModel:
     """
     name, revision = (base, None) if base else (files.config.base_model_name_or_path, files.config.revision)
     if not name:
-        raise ValueError(f"{files.name} does not say which base it is for. Name it with `--base`.")
-    model = get_peft_model(without_weights(name, revision), copy.deepcopy(files.config), low_cpu_mem_usage=True)
+        raise ValueError(f"{files.name} does not say which base it is for. Pass `base` (`--base`).")
+    model = PeftModelForCausalLM(without_weights(name, revision), copy.deepcopy(files.config), low_cpu_mem_usage=True)
     try:
         refuse_weights_unlike(files.weights, get_peft_model_state_dict(model, save_embedding_layers=False))
     except ValueError as error:
         raise ValueError(f"{files.name} does not fit {name}. {error}") from error
+    model.active_peft_config.base_model_name_or_path = name
     return model
 
 
@@ -50,8 +52,8 @@ def without_weights(name: str, revision: str | None = None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         raise OSError(
-            f"The config of the base {name} cannot be read, so nobody can tell whether the adapter fits it. Name a "
-            "Hub id or a folder with `--base`; no weights are needed."
+            f"The config of the base {name} cannot be read, so nobody can tell whether the adapter fits it. Pass a "
+            "Hub id or a folder as `base` (`--base`); no weights are needed."
         ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
