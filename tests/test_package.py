@@ -41,6 +41,7 @@ evaluation.metrics.agreement: agreement app
 evaluation: ways benchmarks rows suites prompts divergence two_sample exactness
 evaluation: results folder simulated runner report curves files
 evaluation: placeholders ranks probing rank_figures rank_report
+evaluation: harness
 training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
