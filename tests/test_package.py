@@ -46,7 +46,7 @@ training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
-cli: verb lists session generate chat serve train regenerate check push verify evaluate probe main
+cli: verb lists documents session generate chat serve train regenerate check push verify evaluate probe main
 : regenerate
 """
 MODULES = [
