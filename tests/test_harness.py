@@ -1,6 +1,7 @@
 """lm-evaluation-harness: the scores and texts of an upgraded model are the base's, in fewer forward passes."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from tiny_training import taught
+from transformers import AutoModelForCausalLM
 
+from hf_mtp import GatedLoraConfig
 from hf_mtp.evaluation.decoded import counted_forward_passes
 
 pytest.importorskip("lm_eval", reason="pip install lm_eval")
@@ -22,6 +25,7 @@ from lm_eval.tasks import TaskManager
 
 from hf_mtp.evaluation import harness
 
+ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 12
 MTP = {"mtp": True, "mtp_strategy": "quadratic"}  # `auto` would decide by measured costs
 
@@ -140,9 +144,30 @@ def test_the_command_of_the_harness_knows_the_name(folder, tmp_path):
     command += ["--model_args", f"pretrained={folder / 'base'},adapter={folder / 'adapter'}"]
     command += ["--tasks", "words_choices,words_written", "--include_path", str(folder / "tasks")]
     command += ["--gen_kwargs", "mtp=True,mtp_strategy=quadratic", "--output_path", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "words_choices" in result.stdout and "words_written" in result.stdout
     (written,) = tmp_path.rglob("results_*.json")
     info = json.loads(written.read_text(encoding="utf-8"))["config"]
     assert info["generated_forward_passes"] < info["generated_tokens"] <= 4 * NEW_TOKENS
+
+
+def test_the_benchmark_finds_upgraded_models_unchanged_and_a_plain_lora_changed(tmp_path, monkeypatch):
+    toy = ROOT / "examples" / "quickstart" / "base"
+    base = AutoModelForCausalLM.from_pretrained(toy, dtype="auto")
+    get_peft_model(base, GatedLoraConfig(k=4, r=4)).save_pretrained(tmp_path / "adapter")
+    options = ["--base", str(toy), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out.json")]
+    sizes = ["--texts", "2", "--questions", "2", "--steps", "1"]
+    script = ROOT / "examples" / "benchmarks" / "quality.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *options, *sizes])
+    monkeypatch.syspath_prepend(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    base, *upgraded, plain = report["models"]
+    assert [row["name"] for row in upgraded] == ["upgraded", "upgraded, trained further"]
+    assert upgraded[0]["adapter"] != upgraded[1]["adapter"]
+    for row in upgraded:
+        assert row["logits"] == {"equal": 2, "largest_difference": 0.0}
+        for task, found in row["tasks"].items():
+            assert found["changed"] == 0 and found["score"] == base["tasks"][task]["score"]
+    assert plain["logits"]["equal"] == 0 and plain["tasks"]["choice"]["changed"] == 2
