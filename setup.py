@@ -16,6 +16,7 @@ TEST = [*QUICKSTART, *SERVE, "pytest>=8.4", "pytest-xdist>=3.6", RUFF]  # the qu
 # What PEFT's own tests import. Its package imports attr, too, but does not require attrs.
 TEST_PEFT = [*TEST, "attrs", "diffusers>=0.38", "parameterized>=0.9", "scipy>=1.14"]
 QUANTIZATION = ["bitsandbytes>=0.50", "optimum-quanto>=0.2.7", "torchao>=0.18"]  # their tests are skipped without
+EVAL = ["lm_eval>=0.4.13"]  # tests of the harness are skipped without
 DISTRIBUTED = ["deepspeed>=0.19"]  # DDP and FSDP need nothing more
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", RUFF]  # the documentation site
 
@@ -66,6 +67,7 @@ setup(
         "plots": PLOTS,
         "quantization": QUANTIZATION,
         "distributed": DISTRIBUTED,
+        "eval": EVAL,
         "docs": DOCS,
     },
 )

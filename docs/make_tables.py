@@ -5,7 +5,8 @@
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
-smollm2_tables.py, that makes it.
+smollm2_tables.py or evaluation_tables.py, that makes it. A number of a sentence stands between
+`<!-- value: PATH as FORM -->` and `<!-- end -->`. PATH and FORM are arguments of `value` in tables.py.
 """
 
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import evaluation_tables
 import smollm2_tables
-from tables import load, machine, table
+from tables import load, machine, table, value
 
 DOCS = Path(__file__).parent
 PAGES = (
@@ -22,6 +23,7 @@ PAGES = (
     *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support")),
 )
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: (.+?) as (.+?) -->)[^<]*(<!-- end -->)")
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
 PAPER = {
     "weights": "weights",
@@ -354,15 +356,21 @@ def fill(name: str) -> str:
         return "Not measured yet.\n"
 
 
+def filled(text: str) -> str:
+    """A page with all its tables, and all numbers of its sentences, as the results have them."""
+    text = BLOCK.sub(lambda match: match[1] + fill(match[2]) + match[3], text)
+    return VALUE.sub(lambda match: match[1] + value(match[2], match[3]) + match[4], text)
+
+
 def main() -> None:
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        filled = BLOCK.sub(lambda match: match[1] + fill(match[2]) + match[3], text)
-        if filled != text:
+        new = filled(text)
+        if new != text:
             stale.append(page.name)
             if "--check" not in sys.argv[1:]:
-                page.write_text(filled, encoding="utf-8")
+                page.write_text(new, encoding="utf-8")
     if stale and "--check" in sys.argv[1:]:
         sys.exit(f"Tables of {', '.join(stale)} are out of date: run docs/make_tables.py")
 

@@ -42,11 +42,12 @@ evaluation.metrics.agreement: agreement app
 evaluation: ways benchmarks rows suites prompts divergence two_sample exactness
 evaluation: results folder simulated runner report curves files
 evaluation: placeholders ranks probing rank_figures rank_report
+evaluation: harness
 training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
-cli: verb lists session generate chat serve train regenerate check push export verify evaluate probe main
+cli: verb lists documents session generate chat serve train regenerate check push export verify evaluate probe main
 : regenerate
 """
 MODULES = [
