@@ -100,7 +100,8 @@ class HubStandIn:
 
     def add_folder(self, name: str, folder: Path) -> Repository:
         """Makes a repository of the files in a folder."""
-        return self.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return self.add(name, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
 
 
 class _Refusal(Exception):
