@@ -191,6 +191,14 @@ def test_rollouts_are_those_of_the_policy_in_training(kind, policy, folder, base
     assert not torch.allclose(saved(prompt()).logits, load_base(folder)(prompt()).logits, atol=1e-2)
 
 
+def test_mixed_precision_keeps_quadratic_decoding(folder, base):
+    trainer, _ = online_trainer("grpo", folder, base, "all weights", max_steps=1, bf16=True)  # TRL's default
+    trainer.reward_funcs = [lambda completion_ids, **kwargs: [float(len(ids)) for ids in completion_ids]]
+    trainer.train()
+    assert base.forward.__name__ == "forward" and hasattr(base, "_original_forward"), "accelerate has wrapped it"
+    assert passes(base) is not None
+
+
 def test_plain_rollouts_can_be_asked_for(folder, base):
     trainer, _ = online_trainer("grpo", folder, base, "LoRA", max_steps=1, generation_kwargs={"mtp": False})
     trainer.reward_funcs = [lambda completion_ids, **kwargs: [float(len(ids)) for ids in completion_ids]]
