@@ -11,6 +11,7 @@ from threading import Lock
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .adapter.access import refuse_without_access
 from .adapter.config import GatedLoraConfig
 from .base.inspection import device_of, input_device
 from .decoding.generate import arguments_by_name
@@ -144,6 +145,7 @@ class AttachedAdapters:
 
 
 def _attach(base: PreTrainedModel, adapter: str, **hub) -> GatedLoraModel:
+    refuse_without_access(adapter, **hub)
     config = GatedLoraConfig.from_pretrained(adapter, **hub)
     config.beside = not config.target_parameters  # which can only be wrapped in their place
     with _kept_as_it_is(base):

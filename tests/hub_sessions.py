@@ -125,6 +125,42 @@ def reader() -> dict:
     return document
 
 
+def locked_out() -> dict:
+    """What is said to somebody who may not read an adapter, or asks for one that does not exist."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from tiny_models import prompt
+    from transformers import AutoModelForCausalLM
+    from typer.testing import CliRunner
+
+    from hf_mtp.attached import attach
+    from hf_mtp.cli.main import app
+    from hf_mtp.pretrained import load_model
+
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    options = {"trust_remote_code": True, "max_new_tokens": 4, "do_sample": False}
+    ways = {
+        "auto": AutoPeftModelForCausalLM.from_pretrained,
+        "peft": lambda name: PeftModel.from_pretrained(base, name),
+        "load_model": load_model,
+        "attach": lambda name: attach(base, name),
+        "custom_generate": lambda name: base.generate(prompt(), custom_generate=name, **options),
+        "custom_generate of another": lambda name: base.generate(
+            prompt(), custom_generate=f"me/names-{name[3:]}", **options
+        ),
+    }
+    said = {}
+    for name in ("me/gated", "me/private", "me/missing"):
+        for way, load in ways.items():
+            try:
+                load(name)
+            except Exception as error:
+                said[f"{way} {name}"] = [str(error), repr(error.__context__)]
+        for verb in (["generate", name, "w7"], ["push", name, "me/elsewhere"]):
+            result = CliRunner().invoke(app, verb)
+            said[f"{verb[0]} {name}"] = [result.output, str(result.exit_code)]
+    return said
+
+
 def seen(model) -> dict:
     """Weights and text of an upgraded model."""
     from tiny_models import adapter_parameters, generate, prompt

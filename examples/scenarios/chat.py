@@ -9,7 +9,7 @@ The streamer measures how long the user waits for the first token of an answer.
 import time
 from inspect import signature
 
-from scenario import Answers, asked, run
+from scenario import Answers, Scenario, asked
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -58,5 +58,7 @@ def talk(model, tokenizer, new_tokens: int, **way) -> Answers:
     return answers
 
 
+SCENARIO = Scenario("real-time chat", talk, new_tokens=96)
+
 if __name__ == "__main__":
-    run(talk, __doc__, new_tokens=128)
+    SCENARIO.main(__doc__)

@@ -4,7 +4,7 @@
 python examples/scenarios/code_completion.py
 """
 
-from scenario import Answers, run
+from scenario import Answers, Scenario
 
 BEGINNINGS = [
     'def is_palindrome(text: str) -> bool:\n    """Whether a text reads the same backwards, ignoring case."""\n',
@@ -26,5 +26,7 @@ def complete(model, tokenizer, new_tokens: int, **way) -> Answers:
     return answers
 
 
+SCENARIO = Scenario("code completion", complete, new_tokens=96)
+
 if __name__ == "__main__":
-    run(complete, __doc__, new_tokens=128)
+    SCENARIO.main(__doc__)

@@ -4,7 +4,7 @@
 python examples/scenarios/data_generation.py
 """
 
-from scenario import Answers, run
+from scenario import Answers, Scenario
 
 TOPICS = ["rain", "bread", "the moon", "bicycles", "honey bees", "volcanoes", "money", "libraries"]
 ASK = "Write one question that a child may ask about {topic}, and a short answer. Begin with 'Question:'."
@@ -21,5 +21,9 @@ def generate_data(model, tokenizer, new_tokens: int, **way) -> Answers:
     return Answers(prompts, output[:, inputs["input_ids"].shape[1] :].tolist(), row_passes=row_passes)
 
 
+SCENARIO = Scenario(
+    "batch generation of data", generate_data, new_tokens=64, bitwise=False
+)  # which would need prompts of one length
+
 if __name__ == "__main__":
-    run(generate_data, __doc__, new_tokens=96, bitwise=False)  # which would need prompts of one length
+    SCENARIO.main(__doc__)

@@ -4,7 +4,7 @@
 python examples/scenarios/long_form.py
 """
 
-from scenario import Answers, asked, run
+from scenario import Answers, Scenario, asked
 
 TASK = "Write an article about the history of lighthouses: how they were built, who kept them, and how they changed."
 
@@ -16,5 +16,7 @@ def write(model, tokenizer, new_tokens: int, **way) -> Answers:
     return Answers([TASK], [output[0, inputs["input_ids"].shape[1] :].tolist()])
 
 
+SCENARIO = Scenario("long-form writing", write, new_tokens=512)
+
 if __name__ == "__main__":
-    run(write, __doc__, new_tokens=768)
+    SCENARIO.main(__doc__)

@@ -4,7 +4,7 @@
 python examples/scenarios/mathematics.py
 """
 
-from scenario import Answers, asked, run
+from scenario import Answers, Scenario, asked
 
 PROBLEMS = [
     "A baker makes 24 rolls in the morning and twice as many in the afternoon. She sells all but 9 of them for $2 "
@@ -24,5 +24,7 @@ def solve(model, tokenizer, new_tokens: int, **way) -> Answers:
     return answers
 
 
+SCENARIO = Scenario("step-by-step mathematics", solve, new_tokens=160)
+
 if __name__ == "__main__":
-    run(solve, __doc__, new_tokens=256)
+    SCENARIO.main(__doc__)

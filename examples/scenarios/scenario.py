@@ -5,7 +5,6 @@ differ: none for plain decoding, `mtp=True`, and `mtp_bitwise=True` besides.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Pre
 from transformers.utils import logging
 
 import hf_mtp  # noqa: F401  (registers the adapter type)
-from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.evaluation.decoded import counted_forward_passes, end_tokens, up_to_end
 
-ROOT = Path(__file__).resolve().parents[2]
+ADAPTER = Path(__file__).resolve().parents[1] / "smollm2" / "adapter"
 WAYS = {"plain": {}, "mtp": {"mtp": True}, "bit for bit": {"mtp": True, "mtp_bitwise": True}}
+WARM_UP = 12  # new tokens before anything is timed: the first call measures what passes cost
 
 
 @dataclass
@@ -48,7 +47,8 @@ class Run:
     """All answers in one way.
 
     Args:
-        seconds (`float`): Of the fastest of several runs.
+        seconds (`float`): By the clock, of the fastest of several runs.
+        processor_seconds (`float`): Of the process, which other programs disturb less than the clock.
         tokens, forward_passes (`int`): Of all answers; the pass over a prompt counts.
         tokens_per_pass (`float`): New tokens per forward pass and row; plain decoding has 1.
         same (`int`): Answers with the tokens of plain decoding.
@@ -56,6 +56,7 @@ class Run:
     """
 
     seconds: float
+    processor_seconds: float
     tokens: int
     forward_passes: int
     tokens_per_pass: float
@@ -63,54 +64,67 @@ class Run:
     wait: float | None = None
 
 
-Scenario = Callable[..., Answers]  # (model, tokenizer, new_tokens, **way)
-
-
-def run(scenario: Scenario, about: str, new_tokens: int, bitwise: bool = True, arguments: list[str] | None = None):
-    """Runs a scenario as a command: prints its answers and what every way took.
+@dataclass(frozen=True)
+class Scenario:
+    """A task, and how it is answered.
 
     Args:
-        scenario (`Callable`): Takes a model, its tokenizer, the most new tokens of an answer, and further arguments of
+        name (`str`): Its name.
+        answer (`Callable`): Takes a model, its tokenizer, the most new tokens of an answer, and further arguments of
             `generate`; returns [`Answers`].
-        about (`str`): Help of the command.
         new_tokens (`int`): Most new tokens of an answer.
         bitwise (`bool`, *optional*, defaults to `True`): Whether `mtp_bitwise` can decode it.
-        arguments (`list[str]`, *optional*): Those of the command line by default.
-
-    Returns:
-        `dict`: The report, which `--json` writes to a file.
     """
-    args = parse(about, new_tokens, arguments)
-    torch.set_num_threads(args.threads)
-    model, tokenizer = load(args.base, args.adapter, args.dtype)
-    ways = {name: way for name, way in WAYS.items() if name != "bit for bit" or bitwise and model.dtype.itemsize < 4}
-    answers, runs = race(scenario, model, tokenizer, args.new_tokens, ways, args.repeats)
-    show(tokenizer, answers["mtp"], runs)
-    report = {
-        "prompts": answers["mtp"].prompts,
-        "texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers["mtp"].ids],
-        "runs": {name: asdict(result) for name, result in runs.items()},
-        "new_tokens": args.new_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "machine": describe_machine(),
-    }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
+
+    name: str
+    answer: Callable[..., Answers]
+    new_tokens: int
+    bitwise: bool = True
+
+    def main(self, about: str) -> None:
+        """Runs the scenario as a command: prints its answers, and what every way took.
+
+        Args:
+            about (`str`): Help of the command.
+        """
+        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        add_options(parser)
+        parser.add_argument("--new-tokens", type=int, default=self.new_tokens, help="of an answer (%(default)s)")
+        args = parser.parse_args()
+        torch.set_num_threads(args.threads)
+        report = self.report(*load(args.base, args.adapter, args.dtype), args.new_tokens, args.repeats)
+        show(report)
+
+    def report(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int, repeats: int) -> dict:
+        """The answers, and what every way took.
+
+        Args:
+            model ([`~peft.PeftModel`]): An upgraded model.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+            new_tokens (`int`): Most new tokens of an answer.
+            repeats (`int`): Runs of each way, of which the fastest counts.
+        """
+        is_half = model.dtype.itemsize < 4  # otherwise the text is the same anyhow
+        names = [name for name in WAYS if name != "bit for bit" or self.bitwise and is_half]
+        answers, runs = race(self.answer, model, tokenizer, new_tokens, names, repeats)
+        return {
+            "scenario": self.name,
+            "prompts": answers.prompts,
+            "texts": [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers.ids],
+            "runs": {name: asdict(result) for name, result in runs.items()},
+            "new_tokens": new_tokens,
+            "repeats": repeats,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
 
 
-def parse(about: str, new_tokens: int, arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all scenarios have."""
     parser.add_argument("--base", type=Path, default=Path("out/smollm2"), help="folder of the base (%(default)s)")
-    adapter = ROOT / "examples" / "smollm2" / "adapter"
-    parser.add_argument("--adapter", type=Path, default=adapter, help="folder of its adapter (that of SmolLM2)")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of its adapter (that of SmolLM2)")
     parser.add_argument("--dtype", default="auto", help="of the base's weights (as they are stored)")
-    parser.add_argument("--new-tokens", type=int, default=new_tokens, help="of an answer at most (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way; the fastest counts (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the report")
-    return parser.parse_args(arguments)
 
 
 def load(base: Path, adapter: Path, dtype: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -127,50 +141,56 @@ def load(base: Path, adapter: Path, dtype: str) -> tuple[PeftModel, PreTrainedTo
 
 
 def race(
-    scenario: Scenario,
+    answer: Callable[..., Answers],
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     new_tokens: int,
-    ways: dict[str, dict],
+    names: list[str],
     repeats: int,
-) -> tuple[dict[str, Answers], dict[str, Run]]:
-    """Answers in all ways in turn, after a warm-up, so that a busy moment of the machine hits none of them alone."""
-    for way in ways.values():
-        scenario(model, tokenizer, min(12, new_tokens), **way)
-    answers, seconds, passes = {}, {name: [] for name in ways}, {}
+) -> tuple[Answers, dict[str, Run]]:
+    """Answers in all ways in turn, after a warm-up, so that a busy moment of the machine hits none of them alone.
+
+    Returns:
+        `tuple`: The answers by `mtp=True`, and the run of each way.
+    """
+    for name in names:
+        answer(model, tokenizer, min(WARM_UP, new_tokens), **WAYS[name])
+    answers, clocks, passes = {}, {name: [] for name in names}, {}
     for _ in range(repeats):
-        for name, way in ways.items():
+        for name in names:
             with counted_forward_passes(model) as count:
-                start = time.perf_counter()
-                answers[name] = scenario(model, tokenizer, new_tokens, **way)
-                seconds[name].append(time.perf_counter() - start)
+                start = time.perf_counter(), time.process_time()
+                answers[name] = answer(model, tokenizer, new_tokens, **WAYS[name])
+                clocks[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
                 passes[name] = count()
     for found in answers.values():  # in a batch, padding follows the end of an answer
         found.ids = [up_to_end(ids, end_tokens(model)) for ids in found.ids]
     plain = answers["plain"].ids
-    return answers, {name: sum_up(found, plain, min(seconds[name]), passes[name]) for name, found in answers.items()}
+    return answers["mtp"], {name: sum_up(answers[name], plain, clocks[name], passes[name]) for name in names}
 
 
-def sum_up(answers: Answers, plain: list[list[int]], seconds: float, passes: int) -> Run:
+def sum_up(answers: Answers, plain: list[list[int]], clocks: list[tuple[float, float]], passes: int) -> Run:
     """The run of a way, compared with the answers of plain decoding."""
     tokens, same = sum(map(len, answers.ids)), sum(map(list.__eq__, answers.ids, plain))
     row_passes = tokens if answers.ids is plain else answers.row_passes or passes
     wait = statistics.median(answers.waits) if answers.waits else None
-    return Run(seconds, tokens, passes, tokens / row_passes, same, wait)
+    seconds, processor_seconds = map(min, zip(*clocks, strict=True))
+    return Run(seconds, processor_seconds, tokens, passes, tokens / row_passes, same, wait)
 
 
-def show(tokenizer: PreTrainedTokenizerBase, answers: Answers, runs: dict[str, Run]) -> None:
-    """Prints the answers, and a line for each way."""
-    for prompt, ids in zip(answers.prompts, answers.ids, strict=True):
-        print(f"{prompt}\n{'-' * 60}\n{tokenizer.decode(ids, skip_special_tokens=True).strip()}\n{'=' * 60}")
-    plain = runs["plain"]
+def show(report: dict) -> None:
+    """Prints a report."""
+    for prompt, text in zip(report["prompts"], report["texts"], strict=True):
+        print(f"{prompt}\n{'-' * 60}\n{text.strip()}\n{'=' * 60}")
+    runs, count = report["runs"], len(report["texts"])
     for name, result in runs.items():
-        wait = "" if result.wait is None else f", first token after {result.wait:.2f} s"
+        wait = "" if result["wait"] is None else f", first token after {result['wait']:.2f} s"
+        speed = runs["plain"]["seconds"] / result["seconds"]
         print(
-            f"{name:12} {result.seconds:6.1f} s ({plain.seconds / result.seconds:.2f}x), {result.tokens} tokens, "
-            f"{result.tokens_per_pass:.2f} per pass, same text {result.same}/{len(answers.ids)}{wait}"
+            f"{name:12} {result['seconds']:6.1f} s ({speed:.2f}x), {result['tokens']} tokens, "
+            f"{result['tokens_per_pass']:.2f} per pass, same text {result['same']}/{count}{wait}"
         )
-    if any(result.same < len(answers.ids) for result in runs.values()):
+    if any(result["same"] < count for result in runs.values()):
         print("Where a text differs, rounding has swapped two nearly equal tokens. It does not in float32.")
 
 
