@@ -42,7 +42,13 @@ def attach(base: PreTrainedModel, adapter: str, revision: str | None = None, **h
     Raises:
         OSError: There is no such adapter, or it may not be read.
         ValueError: The adapter does not fit the base.
+        TypeError: The model is not a base, but one with an adapter around it.
     """
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"`attach` takes a model of transformers, but got {type(base).__name__}. Pass the base inside it, "
+            "`model.get_base_model()`, or attach the adapter before you make the other model of the base."
+        )
     _adapters_of(base).get(base, adapter, revision, **hub)
     # As transformers does it for a base whose repository has a `generate` of its own.
     base.generate = partial(generate_with_adapter, base, adapter, revision)

@@ -161,6 +161,44 @@ def locked_out() -> dict:
     return said
 
 
+def trainer_pushes() -> dict:
+    """Trains with each `hub_strategy`, and reads what came of it. The last one resumes from the Hub."""
+    import tempfile
+
+    from huggingface_hub import snapshot_download
+    from peft import AutoPeftModelForCausalLM
+    from tiny_models import upgraded
+    from tiny_training import trainer
+    from transformers import AutoModelForCausalLM
+
+    from hf_mtp.training.recovery.checkpoint import damage_of
+
+    document = {}
+    with tempfile.TemporaryDirectory() as home:
+        for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
+            name = strategy.replace("_", "-")
+            model, folder = upgraded(AutoModelForCausalLM.from_pretrained("me/base")), Path(home, name)
+            if strategy == "end":
+                model.save_pretrained(folder, custom_generate=True)
+            pushing = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": f"me/{name}"}
+            saving = {"save_strategy": "steps", "save_steps": 2, "hub_always_push": True}
+            trained = trainer(folder, model=model, **pushing, **saving)
+            trained.train()
+            if strategy == "end":
+                trained.push_to_hub(dataset_name="me/words")
+            document[strategy] = seen(model.eval())
+            document[f"{strategy} read"] = seen(AutoPeftModelForCausalLM.from_pretrained(f"me/{name}"))
+        last = Path(snapshot_download("me/checkpoint", allow_patterns="last-checkpoint/*"), "last-checkpoint")
+        resumed = trainer(
+            Path(home, "resumed"), max_steps=6, model=upgraded(AutoModelForCausalLM.from_pretrained("me/base"))
+        )
+        resumed.train(resume_from_checkpoint=str(last))
+        document["resumed"] = [entry["step"] for entry in resumed.state.log_history if "loss" in entry]
+        document["damage"] = damage_of(last)
+        document["home"] = home
+    return document
+
+
 def seen(model) -> dict:
     """Weights and text of an upgraded model."""
     from tiny_models import adapter_parameters, generate, prompt

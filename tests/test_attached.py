@@ -14,7 +14,7 @@ from datasets import Dataset
 from hub_sessions import saved_base
 from oracle import RIGHT, Oracle, sampled_text
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from tiny_models import generate, prompt, upgraded
+from tiny_models import generate, prompt, randomised, upgraded
 from tiny_text import words
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -111,6 +111,23 @@ def test_another_base_is_refused_at_once(folder, tmp_path):
     with pytest.raises(ValueError, match="hidden size 32"):
         attached.attach(wide, str(folder / "adapter"))
     assert "generate" not in wide.__dict__
+
+
+def test_a_lora_may_come_before_or_after(folder):
+    config, texts = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4), []
+    for first in (True, False):
+        base = load_base(folder)
+        if first:
+            attached.attach(base, str(folder / "adapter"))
+        model = randomised(get_peft_model(base, config))
+        with pytest.raises(TypeError, match="takes a model of transformers, but got PeftModelForCausalLM"):
+            attached.attach(model, str(folder / "adapter"))
+        if not first:
+            attached.attach(base, str(folder / "adapter"))
+        texts.append(generate(model, prompt(), mtp=True))
+        assert passes(base) is not None
+        assert torch.equal(texts[-1], generate(model, prompt(), mtp=False))
+    assert torch.equal(*texts) and not torch.equal(texts[0], generate(load_base(folder), prompt()))
 
 
 # ---------------------------------------------------------------- TRL's online trainers

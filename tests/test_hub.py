@@ -136,6 +136,61 @@ def test_adapters_of_other_types_are_shared_as_before(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """The stand-in after trainings with each `hub_strategy`, and what was seen there."""
+    home = tmp_path_factory.mktemp("pushed")
+    with HubStandIn() as hub:
+        hub.add_folder("me/base", saved_base(home / "base"))
+        yield hub, run_session("hub_sessions.py", "trainer_pushes", hub=hub, home=home / "author")
+        assert hub.unknown == []
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_a_trainer_pushes_the_adapter_with_its_card(strategy, pushed):
+    hub, document = pushed
+    assert document[f"{strategy} read"] == document[strategy]
+    assert document[strategy]["upgraded"] == document[strategy]["plain"]
+    repository = hub.repositories[f"me/{strategy.replace('_', '-')}"]
+    files = repository.at("main").files
+    assert ADAPTER_FILES <= files.keys()
+    assert MARK in files["README.md"].decode() and f"me/{strategy.replace('_', '-')}" in files["README.md"].decode()
+    during = [
+        commit.message for commit in repository.commits if commit.message.startswith("Training in progress, step")
+    ]
+    assert len(during) == {"end": 0, "every_save": 2}.get(strategy, 4)
+    steps = {path.split("/")[0] for path in files if "/" in path and "checkpoint" in path}
+    expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}
+    assert steps == expected.get(strategy, set())
+    assert not any("unfinished" in path for path in files)
+
+
+def test_what_is_pushed_while_training_loads(pushed):
+    hub, _ = pushed
+    weights = {commit.files.get("adapter_model.safetensors") for commit in hub.repositories["me/every-save"].commits}
+    assert len(weights - {None}) >= 2, "each save has the weights of its step"
+    for commit in hub.repositories["me/every-save"].commits[1:]:
+        assert ADAPTER_FILES - {"README.md"} <= commit.files.keys()
+
+
+def test_a_training_resumes_from_the_hub(pushed):
+    _, document = pushed
+    assert document["damage"] is None
+    assert document["resumed"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_trainer_pushes_custom_generate_and_names_no_place(pushed, tmp_path):
+    hub, document = pushed
+    files = hub.repositories["me/end"].at("main").files
+    assert "custom_generate/generate.py" in files
+    card = files["README.md"].decode()
+    assert 'custom_generate="me/end"' in card and "- custom_generate\n" in card and "me/words" in card
+    for path in ("custom_generate/generate.py", "README.md", "adapter_config.json"):
+        assert document["home"] not in files[path].decode()
+    seen = run_session("custom_generate_session.py", "me/base", "me/end", "{}", hub=hub, home=tmp_path)
+    assert seen["upgraded"] == seen["plain"]
+
+
+@pytest.fixture(scope="module")
 def locked_out(tmp_path_factory):
     """What somebody is told who may not read `me/gated` and `me/private`, and asks for `me/missing`."""
     home = tmp_path_factory.mktemp("locked")

@@ -58,7 +58,7 @@ def test_half_precision_has_the_bit_for_bit_mode(run, capsys):
 
 
 def test_all_of_them_write_one_report(run, tmp_path, capsys):
-    run("run_all", str(tmp_path / "report.json"), "--dtype", "bfloat16", "--new-tokens", "4")
+    run("run_all", str(tmp_path / "report.json"), "--dtype", "bfloat16", "--fraction", "0.04")
     report = json.loads((tmp_path / "report.json").read_text())
     names = [(scenario["scenario"], scenario["dtype"]) for scenario in report["scenarios"]]
     assert len(names) == len(set(names)) == 6

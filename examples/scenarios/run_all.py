@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="file for the report")
     add_options(parser)
-    parser.add_argument("--new-tokens", type=int, help="of an answer at most, in all scenarios")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of each answer's length (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     everything = {"machine": describe_machine(), "load_average": os.getloadavg()[0], "scenarios": []}
@@ -42,7 +42,8 @@ def main() -> None:
 
 def report_of(scenario: Scenario, model, tokenizer, args: argparse.Namespace) -> dict:
     """The report of one scenario, which is also printed."""
-    report = scenario.report(model, tokenizer, args.new_tokens or scenario.new_tokens, args.repeats)
+    new_tokens = max(1, round(args.fraction * scenario.new_tokens))
+    report = scenario.report(model, tokenizer, new_tokens, args.repeats)
     print(f"\n{scenario.name}, {report['dtype']}\n")
     show(report)
     return report
