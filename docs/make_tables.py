@@ -5,7 +5,7 @@
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
-smollm2_tables.py or evaluation_tables.py, that makes it. A number of a sentence stands between
+another one of tables, that makes it. A number of a sentence stands between
 `<!-- value: PATH as FORM -->` and `<!-- end -->`. PATH and FORM are arguments of `value` in tables.py.
 """
 
@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 import evaluation_tables
+import scenario_tables
 import smollm2_tables
 from tables import load, machine, table, value
 
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support")),
+    *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support", "scenarios")),
 )
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (.+?) as (.+?) -->)[^<]*(<!-- end -->)")
@@ -351,7 +352,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        return (vars(smollm2_tables) | vars(evaluation_tables) | globals())[name]()
+        return (vars(smollm2_tables) | vars(evaluation_tables) | vars(scenario_tables) | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
 

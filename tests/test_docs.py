@@ -109,6 +109,8 @@ def test_examples_use_names_and_arguments_that_exist(page):
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {alias.asname or alias.name for node in imports for alias in node.names}
     stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    stored |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    stored |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     assert {name.id for name in names} <= imported | stored | GIVEN | set(hf_mtp.__all__) | set(vars(builtins))
     for node in imports:
         if getattr(node, "module", "").partition(".")[0] in OPTIONAL:
@@ -137,7 +139,7 @@ def folders(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", ["docs/decoding.md", "docs/troubleshooting.md"])
+@pytest.mark.parametrize("page", ["docs/decoding.md", "docs/troubleshooting.md", "docs/friends.md"])
 def test_examples_run(page, folders, monkeypatch):
     monkeypatch.chdir(folders)
     base = AutoModelForCausalLM.from_pretrained("my-base", dtype=torch.float32)

@@ -23,7 +23,7 @@ ORDER = """
 layout: tree mask_plan blocks attention
 base: files autocast caches inspection embedding head rope randomness sizes tiny distributed lora_layers
 cache: column_attention shared_heads rows rollback sequence protocol
-adapter: peft_type loading config base_identity custom_generate card hub
+adapter: access peft_type loading config base_identity custom_generate card hub
 adapter: prepared gate parameters stacked sampler noise_tokens mask_input tuner
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
 data: rows prompts randomness shard survey answers responses

@@ -104,7 +104,12 @@ class PreparedLora:
     ) -> LayerFactors | None:
         """The factors of a layer, or `None` if it is not plain. Arguments are those of `add`."""
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-        if layer.training or B.bias is not None or not (_is_whole(A.weight) and _is_whole(B.weight)):
+        if (
+            torch.is_autocast_enabled(x_BND.device.type)
+            or layer.training
+            or B.bias is not None
+            or not (_is_whole(A.weight) and _is_whole(B.weight))
+        ):
             return None
         # On a CPU, a product of a few rows takes longer in half precision.
         dtype = torch.promote_types(y_BNE.dtype, torch.float32) if y_BNE.device.type == "cpu" else y_BNE.dtype
