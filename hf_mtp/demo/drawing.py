@@ -62,17 +62,17 @@ def result_of(frame: Frame, dtype: str, is_bitwise: bool, can_be_bitwise: bool) 
 def _track(kind: str, title: str, state: LaneState, most_tokens: int) -> str:
     share = 100 if state.is_finished else min(100, 100 * len(state.ids) / most_tokens)
     flag = ' <span class="race-done">finished</span>' if state.is_finished else ""
+    count = f'<span class="race-count">{len(state.ids)} of at most {most_tokens} tokens</span>' if state.ids else ""
     numbers = [
         ("tokens/s", f"{state.tokens_per_second:.1f}"),
         ("tokens per pass", f"{state.tokens_per_pass:.2f}"),
         ("own clock", f"{state.seconds:.2f} s"),
-        ("tokens", f"{len(state.ids)}"),
     ]
     if kind == "mtp":
         numbers.append(("drafts accepted", f"{state.accepted} of {state.drafted}"))
     meters = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers)
     return (
-        f'<section class="race-track {kind}" aria-label="{title}: meters"><h3>{title}{flag}</h3>'
+        f'<section class="race-track {kind}" aria-label="{title}: meters"><div class="race-head"><h3>{title}{flag}</h3>{count}</div>'
         f'<div class="race-bar" role="progressbar" aria-label="{title}: tokens" aria-valuemin="0" '
         f'aria-valuemax="{most_tokens}" aria-valuenow="{len(state.ids)}"><i style="width:{share:.1f}%"></i></div>'
         f"<dl>{meters}</dl></section>"

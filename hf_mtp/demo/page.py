@@ -41,6 +41,10 @@ def make_page(track: RaceTrack, name: str, machine: str) -> gr.Blocks:
         name (`str`): What the model is called.
         machine (`str`): Where it runs.
     """
+
+    def race(*values) -> Iterator[tuple]:  # Gradio looks whether a function is a generator
+        yield from _frames(track, _settings_of(values))
+
     with gr.Blocks(title="hf_mtp: a race", analytics_enabled=False) as page, gr.Column(elem_id="race-page"):
         gr.Markdown(TITLE.format(name=name), elem_id="race-title")
         with gr.Row(elem_id="race-layout"):
@@ -55,7 +59,7 @@ def make_page(track: RaceTrack, name: str, machine: str) -> gr.Blocks:
         outputs, inputs = [stage, status, start, stop], [prompt, *settings]
         racing = gr.on(
             [start.click, prompt.submit],
-            lambda *values: _frames(track, _settings_of(values)),
+            race,
             inputs,
             outputs,
             show_progress="hidden",
@@ -79,8 +83,8 @@ def make_page(track: RaceTrack, name: str, machine: str) -> gr.Blocks:
 def _prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
     prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=3, max_lines=8, info="Shift+Enter starts the race, too.")
     with gr.Row():
-        start = gr.Button("Race", variant="primary", elem_id="race-start")
-        stop = gr.Button("Stop", interactive=False, elem_id="race-stop")
+        start = gr.Button("Race", variant="primary", elem_id="race-start", min_width=80)
+        stop = gr.Button("Stop", interactive=False, elem_id="race-stop", min_width=80)
     gr.Examples([[text] for text in PROMPTS], [prompt], label="Prompts to try", cache_examples=False)
     return prompt, start, stop
 
