@@ -179,7 +179,7 @@ def test_both_sides_say_the_text_of_generate(track, temperature, strategy):
     options = {"do_sample": temperature > 0, "mtp": True, "mtp_strategy": strategy, "max_new_tokens": 20}
     if temperature:
         options |= {"temperature": temperature, "top_k": 0, "generator": torch.Generator().manual_seed(7)}
-    ids = track._ids(WORDS)
+    ids = track.prompt_ids(WORDS)
     expected = track.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     assert list(frame.mtp.ids) == expected[0, ids.shape[1] :].tolist()
 
@@ -322,6 +322,8 @@ def test_the_page_shows_a_race_and_an_error(track):
     shown = list(page._frames(track, RaceSettings(WORDS, 12, 3)))
     assert shown[0][2] == page.gr.update(interactive=False) and shown[-1][2] == page.gr.update(interactive=True)
     assert shown[-1][0].count("race-done") == 2 and "token for token" in shown[-1][1]
+    emptied = page._settings_of((WORDS, 12.0, None, "auto", 0, 0, False, False))
+    assert emptied.max_new_tokens == 12 and "(k) must be a number" in [*page._frames(track, emptied)][-1][1]
     assert "Error: The prompt is empty" in [*page._frames(track, RaceSettings("", 12, 3))][-1][1]
 
 

@@ -40,6 +40,9 @@ class Demo:
     Args:
         settings ([`DemoSettings`]): Its settings.
 
+    Attributes:
+        track ([`RaceTrack`]), page (`gradio.Blocks`), name (`str`): The model, the page, and what the base is called.
+
     Raises:
         OSError: The port is in use, or there is no such model.
         ValueError: This is no adapter, it does not fit its base, or its base decodes plainly.
@@ -50,7 +53,8 @@ class Demo:
         model, tokenizer = load_upgraded(settings.model, settings.adapter, settings.dtype)
         self.track = RaceTrack(model, tokenizer)
         self.track.warm_up(self.track.defaults("", DEFAULT_TOKENS))
-        self.page = make_page(self.track, _name(model.get_base_model().name_or_path), _machine())
+        self.name = _name(model.get_base_model().name_or_path)
+        self.page = make_page(self.track, self.name, _machine())
 
     @property
     def url(self) -> str:

@@ -26,7 +26,8 @@ def draw_race(frame: Frame, most_tokens: int) -> str:
         most_tokens (`int`): The length of the track.
     """
     sides = (("plain", PLAIN_TITLE, frame.plain), ("mtp", MTP_TITLE, frame.mtp))
-    tracks = "".join(_track(kind, title, state, most_tokens) for kind, title, state in sides)
+    ranks = _rank(frame.plain, frame.mtp), _rank(frame.mtp, frame.plain)
+    tracks = "".join(_track(*side, most_tokens, rank) for side, rank in zip(sides, ranks, strict=True))
     texts = "".join(_text(kind, title, state) for kind, title, state in sides)
     passes = _list_of_passes(frame.mtp) if frame.is_finished else ""
     columns = f'<div class="race-tracks">{tracks}</div>{LEGEND}<div class="race-texts">{texts}</div>'
@@ -59,10 +60,19 @@ def result_of(frame: Frame, dtype: str, is_bitwise: bool, can_be_bitwise: bool) 
     )
 
 
-def _track(kind: str, title: str, state: LaneState, most_tokens: int) -> str:
+def _track(kind: str, title: str, state: LaneState, most_tokens: int, rank: str) -> str:
     share = 100 if state.is_finished else min(100, 100 * len(state.ids) / most_tokens)
-    flag = ' <span class="race-done">finished</span>' if state.is_finished else ""
     count = f'<span class="race-count">{len(state.ids)} of at most {most_tokens} tokens</span>' if state.ids else ""
+    return (
+        f'<section class="race-track {kind}" aria-label="{title}: meters">'
+        f'<div class="race-head"><h3>{title}{rank}</h3>{count}</div>'
+        f'<div class="race-bar" role="progressbar" aria-label="{title}: tokens" aria-valuemin="0" '
+        f'aria-valuemax="{most_tokens}" aria-valuenow="{len(state.ids)}"><i style="width:{share:.1f}%"></i></div>'
+        f"<dl>{_meters(kind, state)}</dl></section>"
+    )
+
+
+def _meters(kind: str, state: LaneState) -> str:
     numbers = [
         ("tokens/s", f"{state.tokens_per_second:.1f}"),
         ("tokens per pass", f"{state.tokens_per_pass:.2f}"),
@@ -70,13 +80,15 @@ def _track(kind: str, title: str, state: LaneState, most_tokens: int) -> str:
     ]
     if kind == "mtp":
         numbers.append(("drafts accepted", f"{state.accepted} of {state.drafted}"))
-    meters = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers)
-    return (
-        f'<section class="race-track {kind}" aria-label="{title}: meters"><div class="race-head"><h3>{title}{flag}</h3>{count}</div>'
-        f'<div class="race-bar" role="progressbar" aria-label="{title}: tokens" aria-valuemin="0" '
-        f'aria-valuemax="{most_tokens}" aria-valuenow="{len(state.ids)}"><i style="width:{share:.1f}%"></i></div>'
-        f"<dl>{meters}</dl></section>"
-    )
+    return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in numbers)
+
+
+def _rank(state: LaneState, other: LaneState) -> str:
+    """Whether a side is finished, and whether it was the first."""
+    if not state.is_finished:
+        return ""
+    is_first = not other.is_finished or state.seconds < other.seconds
+    return f' <span class="race-done">finished{" first" if is_first else ""}</span>'
 
 
 def _text(kind: str, title: str, state: LaneState) -> str:

@@ -5,12 +5,15 @@ from html import escape
 from pathlib import Path
 
 import gradio as gr
+from transformers.utils import logging
 
 from ..decoding.generate import STRATEGIES
 from .drawing import draw_race, result_of
 from .lane import LaneState
 from .race import Frame, RaceTrack
 from .settings import HOTTEST, RaceSettings
+
+logger = logging.get_logger(__name__)
 
 STYLE = Path(__file__).with_name("style.css")
 EMPTY = Frame(LaneState(), LaneState())
@@ -42,42 +45,43 @@ def make_page(track: RaceTrack, name: str, machine: str) -> gr.Blocks:
         machine (`str`): Where it runs.
     """
 
-    def race(*values) -> Iterator[tuple]:  # Gradio looks whether a function is a generator
-        yield from _frames(track, _settings_of(values))
-
     with gr.Blocks(title="hf_mtp: a race", analytics_enabled=False) as page, gr.Column(elem_id="race-page"):
         gr.Markdown(TITLE.format(name=name), elem_id="race-title")
         with gr.Row(elem_id="race-layout"):
             with gr.Column(elem_id="race-prompt"):
                 prompt, start, stop = _prompt()
             with gr.Column(elem_id="race-stage"):
-                status = gr.HTML(_status(WAITING), html_template=LIVE, elem_id="race-status")
+                status = gr.HTML(_status(WAITING), js_on_load=LIVE, elem_id="race-status")
                 stage = gr.HTML(draw_race(EMPTY, DEFAULT_TOKENS), elem_id="race")
                 gr.Markdown(FAIRNESS.format(machine=machine))
             with gr.Column(elem_id="race-settings"):
                 settings = _settings(track)
-        outputs, inputs = [stage, status, start, stop], [prompt, *settings]
-        racing = gr.on(
-            [start.click, prompt.submit],
-            race,
-            inputs,
-            outputs,
-            show_progress="hidden",
-            concurrency_limit=1,
-            trigger_mode="once",
-            api_visibility="private",
-        )
-        buttons = gr.update(interactive=True), gr.update(interactive=False)
-        stop.click(
-            lambda: (_status(STOPPED), *buttons),
-            None,
-            [status, start, stop],
-            cancels=racing,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        _connect(track, [prompt, *settings], [stage, status, start, stop])
     return page.queue(max_size=MOST_WAITING)
+
+
+def _connect(track: RaceTrack, inputs: list[gr.components.Component], outputs: list[gr.components.Component]) -> None:
+    """Lets the buttons start and stop races."""
+    prompt, (_, status, start, stop) = inputs[0], outputs
+
+    def race(*values) -> Iterator[tuple]:  # Gradio looks whether a function is a generator
+        yield from _frames(track, _settings_of(values))
+
+    shared = {"api_visibility": "private", "show_progress_on": status}
+    racing = gr.on(
+        [start.click, prompt.submit],
+        race,
+        inputs,
+        outputs,
+        concurrency_limit=1,
+        trigger_mode="once",
+        show_progress="minimal",  # how many wait before
+        **shared,
+    )
+    stopped = (_status(STOPPED), gr.update(interactive=True), gr.update(interactive=False))
+    stop.click(
+        lambda: stopped, None, [status, start, stop], cancels=racing, queue=False, show_progress="hidden", **shared
+    )
 
 
 def _prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
@@ -91,6 +95,11 @@ def _prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
 
 def _settings(track: RaceTrack) -> list[gr.components.Component]:
     """The controls, in the order of [`NAMES`] after the prompt."""
+    tokens = gr.Slider(16, MOST_TOKENS, DEFAULT_TOKENS, step=16, label="Most new tokens")
+    k = gr.Slider(1, track.k, track.k, step=1, label="Masks per block (k)", info="Most drafts from one block.")
+    strategy = gr.Dropdown(list(STRATEGIES), value="auto", label="Strategy")
+    temperature = gr.Slider(0, HOTTEST, 0, step=0.1, label="Temperature", info="0 takes the likeliest token.")
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="With one seed, both sides sample one text.")
     bitwise = gr.Checkbox(
         track.defaults("", DEFAULT_TOKENS).bitwise,
         label="Bit for bit",
@@ -98,14 +107,7 @@ def _settings(track: RaceTrack) -> list[gr.components.Component]:
         if track.can_be_bitwise
         else "Not possible with this model on this device.",
         interactive=track.can_be_bitwise,
-        render=False,
     )
-    tokens = gr.Slider(16, MOST_TOKENS, DEFAULT_TOKENS, step=16, label="Most new tokens")
-    k = gr.Slider(1, track.k, track.k, step=1, label="Masks per block (k)", info="Most drafts from one block.")
-    strategy = gr.Dropdown(list(STRATEGIES), value="auto", label="Strategy")
-    temperature = gr.Slider(0, HOTTEST, 0, step=0.1, label="Temperature", info="0 takes the likeliest token.")
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="With one seed, both sides sample one text.")
-    bitwise.render()
     slow = gr.Checkbox(False, label="Slow motion", info="Pauses after each pass. The clocks do not count it.")
     return [tokens, k, strategy, temperature, seed, bitwise, slow]
 
@@ -113,27 +115,27 @@ def _settings(track: RaceTrack) -> list[gr.components.Component]:
 def _settings_of(values: tuple) -> RaceSettings:
     """Settings from the values of the prompt and the controls. Sliders may give whole numbers as floats."""
     given = dict(zip(NAMES, values, strict=True))
-    return RaceSettings(**{**given, **{name: int(given[name]) for name in ("max_new_tokens", "k")}})
+    whole = {name: int(given[name]) for name in ("max_new_tokens", "k") if isinstance(given[name], float)}
+    return RaceSettings(**{**given, **whole})
 
 
 def _frames(track: RaceTrack, settings: RaceSettings) -> Iterator[tuple]:
     """What the page shows while a race runs: the stage, the status and both buttons."""
     yield draw_race(EMPTY, 1), _status("Getting ready."), gr.update(interactive=False), gr.update(interactive=True)
-    status, frame = _status(RACING), EMPTY
+    status, stage = _status(RACING), gr.skip()
     try:
         for frame in track.run(settings):
-            yield draw_race(frame, settings.max_new_tokens), status, gr.skip(), gr.skip()
+            stage = draw_race(frame, settings.max_new_tokens)
+            yield stage, status, gr.skip(), gr.skip()
             status = gr.skip()
         dtype = str(track.model.dtype).removeprefix("torch.")
         status = _status(result_of(frame, dtype, settings.bitwise, track.can_be_bitwise))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # their messages say all
         status = _status(str(error), is_error=True)
-    yield (
-        draw_race(frame, settings.max_new_tokens),
-        status,
-        gr.update(interactive=True),
-        gr.update(interactive=False),
-    )
+    except Exception as error:
+        logger.exception("A race failed.")
+        status = _status(f"{type(error).__name__}: {error}", is_error=True)
+    yield stage, status, gr.update(interactive=True), gr.update(interactive=False)
 
 
 def _status(text: str, is_error: bool = False) -> str:
@@ -141,4 +143,4 @@ def _status(text: str, is_error: bool = False) -> str:
 
 
 # A screen reader says what changes in here. Meters and texts, which change all the time, are elsewhere.
-LIVE = '<div role="status" aria-live="polite">${value}</div>'
+LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"

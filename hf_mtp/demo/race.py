@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from ..decoding.statistics import MTPGenerateOutput
 from ..evaluation.compare import same_weights
@@ -99,7 +100,7 @@ class RaceTrack:
         key = settings.strategy, settings.k, settings.bitwise
         if key in self._known:
             return
-        ids_1T = self._ids(WARM_UP_PROMPT)
+        ids_1T = self.prompt_ids(WARM_UP_PROMPT)
         self.base.generate(**_inputs(ids_1T), do_sample=False, max_new_tokens=2)
         options = {"do_sample": False, "max_new_tokens": WARM_UP_TOKENS, "return_dict_in_generate": True}
         output = self.model.generate(**_inputs(ids_1T), **_mtp(settings), **options)
@@ -119,14 +120,13 @@ class RaceTrack:
             NotImplementedError: The model does not allow the strategy, or bit-for-bit decoding.
         """
         settings.refuse_unless_valid(self.k)
-        prompt_1T = self._ids(settings.prompt)
+        prompt_1T = self.prompt_ids(settings.prompt)
         refuse_unless_fits(prompt_1T.shape[1], settings.max_new_tokens, self.context)
         self.warm_up(settings)
         turns = Turns(2, SLOW_PAUSE if settings.slow else 0.0)
         lanes = [Lane(number, turns, self.tokenizer, prompt_1T[0].tolist()) for number in (PLAIN, MTP)]
-        runners = [
-            _Runner(lane, call) for lane, call in zip(lanes, self._calls(settings, prompt_1T, lanes), strict=True)
-        ]
+        calls = self.calls(settings, PlainStreamer(lanes[PLAIN]), MTPStreamer(lanes[MTP]))
+        runners = [_Runner(lane, call) for lane, call in zip(lanes, calls, strict=True)]
         try:
             while any(runner.is_alive() for runner in runners):
                 yield _frame(lanes)
@@ -140,16 +140,12 @@ class RaceTrack:
                 raise runner.error
         yield _frame(lanes)
 
-    def _calls(self, settings: RaceSettings, prompt_1T: torch.LongTensor, lanes: list[Lane]) -> tuple[Callable, ...]:
-        """The call of `generate` of each side."""
-        shared = {**_inputs(prompt_1T), "max_new_tokens": settings.max_new_tokens}
-        vocab, how = self.model.base_model.vocab_size, (settings.temperature, settings.seed)
-        plain = {**shared, **plain_options(prompt_1T, vocab, *how), "streamer": PlainStreamer(lanes[PLAIN])}
-        mtp = {**shared, **mtp_options(*how), **_mtp(settings), "streamer": MTPStreamer(lanes[MTP])}
-        return lambda: self.base.generate(**plain), lambda: self.model.generate(**mtp)
+    def prompt_ids(self, prompt: str) -> torch.LongTensor:
+        """`(1, T)`: a conversation that begins with a prompt, or the prompt itself if the model does not chat.
 
-    def _ids(self, prompt: str) -> torch.LongTensor:
-        """`(1, T)`: a conversation that begins with the prompt, or the prompt itself if the model does not chat."""
+        Args:
+            prompt (`str`): The prompt.
+        """
         if self.tokenizer.chat_template is None:
             ids = self.tokenizer(prompt).input_ids
         else:
@@ -158,10 +154,27 @@ class RaceTrack:
             ids = encoded["input_ids"]
         return torch.tensor([ids], device=self.model.device)
 
+    def calls(
+        self, settings: RaceSettings, plain: BaseStreamer | None = None, mtp: BaseStreamer | None = None
+    ) -> list[Callable[[], torch.LongTensor]]:
+        """The call of `generate` of each side.
+
+        Args:
+            settings ([`RaceSettings`]): The settings.
+            plain, mtp ([`~transformers.generation.streamers.BaseStreamer`], *optional*): What gets the tokens.
+        """
+        prompt_1T, how = self.prompt_ids(settings.prompt), (settings.temperature, settings.seed)
+        shared = {**_inputs(prompt_1T), "max_new_tokens": settings.max_new_tokens}
+        of_plain = {**shared, **plain_options(prompt_1T, self.model.base_model.vocab_size, *how), "streamer": plain}
+        of_mtp = {**shared, **mtp_options(*how), **_mtp(settings), "streamer": mtp}
+        return [lambda: self.base.generate(**of_plain), lambda: self.model.generate(**of_mtp)]
+
     def _can_be_bitwise(self) -> bool:
         options = {"mtp": True, "mtp_bitwise": True, "mtp_strategy": "linear", "mtp_k": 1}
         try:
-            self.model.generate(**_inputs(self._ids(WARM_UP_PROMPT)), **options, do_sample=False, max_new_tokens=2)
+            self.model.generate(
+                **_inputs(self.prompt_ids(WARM_UP_PROMPT)), **options, do_sample=False, max_new_tokens=2
+            )
         except NotImplementedError:
             return False
         return True
