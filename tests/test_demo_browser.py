@@ -31,9 +31,11 @@ def demo(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "base")
     upgraded(base, 3).save_pretrained(folder / "adapter")
     demo = Demo(DemoSettings(str(folder / "base"), str(folder / "adapter"), port=0))
-    demo.launch(wait=False)
+    thread = threading.Thread(target=demo.run)
+    thread.start()
     yield demo
-    demo.page.close(verbose=False)
+    demo.stop()
+    thread.join()
 
 
 @pytest.fixture(scope="module")

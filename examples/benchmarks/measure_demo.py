@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def take_picture(page: Page, path: Path, tokens: int) -> None:
 def main() -> None:
     args = parse_args()
     demo = Demo(DemoSettings(args.base, args.adapter, port=0))
-    demo.launch(wait=False)
+    threading.Thread(target=demo.run, daemon=True).start()
     options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"] if os.geteuid() == 0 else []}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(**options)
@@ -150,7 +151,7 @@ def main() -> None:
                 take_picture(page, args.screenshots / f"demo_{window}.png", args.at)
             page.close()
         browser.close()
-    demo.page.close(verbose=False)
+    demo.stop()
     report["seconds_in_race_over_alone"] = fairness(demo.track, args.rounds, args.new_tokens)
     dtype = str(demo.track.model.dtype).removeprefix("torch.")
     report |= {"base": demo.name, "dtype": dtype, "new_tokens": args.new_tokens, "machine": describe_machine()}

@@ -8,4 +8,4 @@ from hf_mtp.demo.app import Demo, DemoSettings
 ADAPTER = os.environ.get("ADAPTER") or str(Path(__file__).with_name("adapter"))
 
 if __name__ == "__main__":
-    Demo(DemoSettings(ADAPTER, host="0.0.0.0")).launch()
+    Demo(DemoSettings(ADAPTER, host="0.0.0.0")).run()

@@ -1,5 +1,7 @@
 """`hf-mtp demo`: a race of plain decoding against multi-token prediction, in a browser."""
 
+import threading
+import webbrowser
 from typing import Annotated
 
 import typer
@@ -34,4 +36,6 @@ def demo(
     quiet_hosts()
     loaded = Demo(DemoSettings(model, adapter, host, port, dtype))
     typer.echo(f"{loaded.url} races {adapter or model}. Ctrl-C ends it.")
-    loaded.launch(in_browser=browser)
+    if browser:
+        threading.Timer(1, webbrowser.open, [loaded.url]).start()  # once the server runs
+    loaded.run()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 
 from ..evaluation.compare import describe_machine
 from ..pretrained import load_upgraded
@@ -35,13 +37,13 @@ class DemoSettings:
 
 
 class Demo:
-    """The page of one adapter.
+    """The page of one adapter, and its server.
 
     Args:
         settings ([`DemoSettings`]): Its settings.
 
     Attributes:
-        track ([`RaceTrack`]), page (`gradio.Blocks`), name (`str`): The model, the page, and what the base is called.
+        track ([`RaceTrack`]), name (`str`): The model, and what its base is called.
 
     Raises:
         OSError: The port is in use, or there is no such model.
@@ -49,53 +51,45 @@ class Demo:
     """
 
     def __init__(self, settings: DemoSettings):
-        self.host, self.port = settings.host, free_port(settings.host, settings.port)  # before the model is loaded
-        model, tokenizer = load_upgraded(settings.model, settings.adapter, settings.dtype)
-        self.track = RaceTrack(model, tokenizer)
-        self.track.warm_up(self.track.defaults("", DEFAULT_TOKENS))
+        self.socket = _listen(settings.host, settings.port)  # before the model is loaded, which takes long
+        try:
+            model, tokenizer = load_upgraded(settings.model, settings.adapter, settings.dtype)
+            self.track = RaceTrack(model, tokenizer)
+            self.track.warm_up(self.track.defaults("", DEFAULT_TOKENS))
+        except BaseException:
+            self.socket.close()
+            raise
         self.name = _name(model.get_base_model().name_or_path)
-        self.page = make_page(self.track, self.name, _machine())
+        # Not `launch`: it gives up if the page does not come within three seconds, as on a busy machine.
+        app = gr.mount_gradio_app(
+            FastAPI(),
+            make_page(self.track, self.name, _machine()),
+            "/",
+            footer_links=[],
+            ssr_mode=False,
+            theme=gr.themes.Base(font=FONT, font_mono=["monospace"]),
+            css_paths=STYLE,
+        )
+        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 
     @property
     def url(self) -> str:
         """The address for browsers."""
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/"
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
-    def launch(self, wait: bool = True, in_browser: bool = False) -> None:
-        """Shows the page.
+    def run(self) -> None:
+        """Shows the page until Ctrl-C, SIGTERM or [`stop`]."""
+        self._uvicorn.run(sockets=[self.socket])
 
-        Args:
-            wait (`bool`, *optional*, defaults to `True`): Whether to return only after Ctrl-C. If not, `page.close()`
-                ends it.
-            in_browser (`bool`, *optional*, defaults to `False`): Whether to open a browser.
-        """
-        self.page.launch(
-            server_name=self.host,
-            server_port=self.port,
-            inbrowser=in_browser,
-            prevent_thread_lock=not wait,
-            quiet=True,
-            ssr_mode=False,
-            footer_links=[],
-            theme=gr.themes.Base(font=FONT, font_mono=["monospace"]),
-            css_paths=STYLE,
-        )
+    def stop(self) -> None:
+        """Asks the server to stop. Any thread may call it."""
+        self._uvicorn.should_exit = True
 
 
-def free_port(host: str, port: int) -> int:
-    """The port, or any free one if it is 0.
-
-    Args:
-        host (`str`): Address to listen on.
-        port (`int`): The port.
-
-    Raises:
-        OSError: Nothing can listen on it, for instance because it is in use.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        with socket.create_server((host, port), family=family) as listening:
-            return listening.getsockname()[1]
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise OSError(
             f"Nothing can listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another one with "

@@ -47,7 +47,7 @@ def plain_options(prompt_1T: torch.LongTensor, vocab_size: int, temperature: flo
         return {"do_sample": False}
     drawn = draw_seed(torch.Generator().manual_seed(seed))
     noise = NoiseByPosition(PositionNoise(drawn, 0, vocab_size, prompt_1T.device), prompt_1T.shape[1])
-    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature), noise])
+    processors = LogitsProcessorList([TemperatureLogitsWarper(float(temperature)), noise])
     return {"do_sample": False, "logits_processor": processors}
 
 
@@ -61,4 +61,4 @@ def mtp_options(temperature: float, seed: int) -> dict:
     if not temperature:
         return {"do_sample": False}
     generator = torch.Generator().manual_seed(seed)
-    return {"do_sample": True, "temperature": temperature, "generator": generator, **WHOLE_DISTRIBUTION}
+    return {"do_sample": True, "temperature": float(temperature), "generator": generator, **WHOLE_DISTRIBUTION}
