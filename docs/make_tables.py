@@ -21,7 +21,7 @@ from tables import load, machine, table, value
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support", "scenarios")),
+    *(DOCS / f"{page}.md" for page in ("benchmarks", "demo", "evaluation", "training", "support", "scenarios")),
 )
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (.+?) as (.+?) -->)[^<]*(<!-- end -->)")
@@ -339,6 +339,23 @@ def refused() -> str:
         if row["strategy"] is None
     ]
     return table(["model type", "why"], rows)
+
+
+def demo() -> str:
+    """How soon the demo shows a token, and whether its races are fair."""
+    report = load("demo")
+    rows = [
+        [f"first token, {window} window: {what}", *(f"{times[name][of]:.2f} s" for of in ("least", "median", "most"))]
+        for window, times in report["first_token"].items()
+        for name, what in (("seconds", "after the press"), ("processor_seconds", "the server's processor time"))
+    ]
+    ratio, presses = report["seconds_in_race_over_alone"], report["first_token"]["wide"]["seconds"]["presses"]
+    about = (
+        f"\n{presses} presses each; the load of the 2 cores was {report['load_average']:.0f}. In a "
+        f"race, each side's own clock showed {ratio['plain']:.2f} (plain) and {ratio['mtp']:.2f} times (multi-token "
+        f"prediction) the seconds that it took alone. {report['base']}, {report['dtype']}; {machine(report)}.\n"
+    )
+    return table(["", "least", "median", "most"], rows) + about
 
 
 def _support_name(row: dict) -> str:

@@ -47,7 +47,8 @@ training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
-cli: verb lists documents session generate chat serve train regenerate check push export verify evaluate probe main
+demo: turns settings plain_sampling lane race drawing page app
+cli: verb lists documents session generate chat demo serve train regenerate check push export verify evaluate probe main
 : regenerate
 """
 MODULES = [
