@@ -206,7 +206,7 @@ def test_passes_of_slow_sizes_are_padded():
     with_masks = AdaptiveSchedule(4)
     with_masks.costs = PassCosts([(1, 1.0), (2, 1.1)], [(3, 1.1), (17, 1.3)], [], [(3, 17)])
     assert 1 + choice(with_masks, [[0.9, 0.9]]).count + with_masks.masks == 17
-    assert choice(with_masks, [[]]).count == 12 and with_masks.masks == 4  # no more masks than places
+    assert choice(with_masks, [[]]).count == 0 and with_masks.masks == 4  # no more masks than places, no empty drafts
 
 
 def test_drafts_of_two_drafters_are_alternatives():

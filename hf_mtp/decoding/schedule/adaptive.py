@@ -92,7 +92,9 @@ class AdaptiveSchedule:
         # Columns that cost nothing: masks rather than nothing.
         more = min(padding, (1 + columns.drafts) * self.k - columns.masks) if columns.masks else 0
         self.masks = columns.masks + more
-        drafts = drafts_of(rows, columns.drafts, columns.drafts + padding - more, device)
+        # Without drafts, there may be no position left for an empty one.
+        empty = padding - more if columns.drafts else 0
+        drafts = drafts_of(rows, columns.drafts, columns.drafts + empty, device)
         return drafts, [row.origins[: columns.drafts] for row in rows]
 
     def fixed_drafts(self, k: int) -> int:
