@@ -20,6 +20,28 @@ def verification() -> str:
     return table(["dtype", "way", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
 
 
+def quality() -> str:
+    """Logits, scores and passes of upgraded models and of a plain LoRA, beside their base's."""
+    report = load("quality")
+    texts, questions = report["corpus"]["texts"], report["questions"]
+    rows = [
+        [row["name"], f"{row['logits']['equal']} of {texts}", *(_task_cell(task) for task in row["tasks"].values())]
+        for row in report["models"]
+    ]
+    head = [
+        "model",
+        "texts with the base's logits",
+        *(f"{task}: right, changed, passes" for task in report["models"][0]["tasks"]),
+    ]
+    about = (
+        f"{questions} questions, answers of up to {report['new_tokens']} tokens; {texts} texts of "
+        f"{report['corpus']['tokens']:,} tokens; trainings of {report['training']['steps']} steps on "
+        f"{report['training']['texts']} texts; {report['dtype']}, {report['decoding']['mtp_strategy']} decoding with "
+        f"k={report['decoding']['mtp_k']}, bit for bit"
+    )
+    return table(head, rows) + f"\n{about}; {machine(report)}.\n"
+
+
 def evaluated_tokens() -> str:
     """Tokens per pass of `hf-mtp evaluate` on SmolLM2."""
     results = load_results(RESULTS / "evaluation.json")
@@ -43,3 +65,7 @@ def probed_ranks() -> str:
     about = f"{len(results.texts)} prompts of `{settings.suite['name']}`, up to {settings.max_new_tokens} tokens"
     note = f"{about}, k={settings.k}, {settings.dtype}; {machine({'machine': settings.machine})}."
     return f"{rank_table(results)}\n\n{note}\n\n{papers_claim(results)}\n"
+
+
+def _task_cell(task: dict) -> str:
+    return f"{task['score']:.2f}, {task['changed']}, {task['passes']:,}"

@@ -172,6 +172,12 @@ def test_scripts_write_the_figures_of_a_page(page):
     )
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_number_of_a_sentence_begins_no_line(page):
+    # A line that begins with a comment ends the paragraph, and is no Markdown.
+    assert not re.search(r"^\s*<!-- value", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_a_number_of_a_sentence_follows_its_result(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     import make_tables
