@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 
 import evaluation_tables
+import peer_tables
 import smollm2_tables
 from tables import load, machine, table
 
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support")),
+    *(DOCS / f"{page}.md" for page in ("benchmarks", "comparison", "evaluation", "training", "support")),
 )
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
@@ -349,7 +350,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        return (vars(smollm2_tables) | vars(evaluation_tables) | globals())[name]()
+        return (vars(smollm2_tables) | vars(evaluation_tables) | vars(peer_tables) | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
 

@@ -1,13 +1,18 @@
-"""`examples/benchmarks/peers.py`: other ways to draft decode exactly like plain decoding, and learn what they draft."""
+"""`examples/benchmarks/peers.py`: peers decode exactly like plain decoding, and draft what they learned."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import RIGHT
+from peft import get_peft_model
 from tiny_models import VOCAB, prompt, tiny_base, upgraded
+from transformers import AutoModelForCausalLM
+
+from hf_mtp import GatedLoraConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT / "examples" / "benchmarks", ROOT / "examples" / "smollm2", ROOT / "docs"]
@@ -197,3 +202,79 @@ def test_a_peer_that_learned_a_text_drafts_it(name):
     assert decode(base, drafter(head.eval(), base, K), prompt()).tolist() == ids.tolist()
     hook.remove()
     assert len(passes) < 0.6 * NEW, len(passes)
+
+
+# ---------------------------------------------------------------- the script
+
+
+QUICKSTART = ROOT / "examples" / "quickstart" / "base"
+BEST = {"prompt lookup": "5 tokens, n-grams up to 3", "early exit": "layer 10, 2 tokens", "small draft": "3 tokens"}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the script on the quickstart's base, and returns its report and its folder."""
+    sets = {
+        "gsm8k_test": [{"question": f"{number} + 2?"} for number in range(42)],
+        "mbpp": [{"task_id": number, "text": f"Sort list {number}."} for number in range(1, 43)],
+        "chat_test": [{"prompt": f"Hello {number}!"} for number in range(42)],
+        "answers": [
+            {
+                "prompt": [{"role": "user", "content": f"Count to {number}."}],
+                "completion": [{"role": "assistant", "content": "One, two, three, four, five, six."}],
+            }
+            for number in range(8)
+        ],
+    }
+    for name, rows in sets.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "best.json").write_text(json.dumps({"best": BEST}))
+    base = AutoModelForCausalLM.from_pretrained(QUICKSTART, dtype=torch.float32)
+    get_peft_model(base, GatedLoraConfig(k=8, r=2)).save_pretrained(tmp_path / "shipped")
+
+    same_tokenizer = property(lambda models: {"assistant_model": models.small_draft})
+    monkeypatch.setattr(script("ways").Models, "small_draft_options", same_tokenizer)
+
+    def run(*arguments: str) -> dict:
+        files = [tmp_path / "answers.jsonl", tmp_path, tmp_path / "report.json"]
+        options = {"base": QUICKSTART, "adapter": tmp_path / "shipped", "trained": tmp_path / "trained"}
+        options |= {"best": tmp_path / "best.json", "dtype": "float32", "prompts": 1, "new-tokens": 6}
+        flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, [*files, *flags, *arguments])])
+        monkeypatch.setattr(script("paired"), "WARM_UP_TOKENS", 2)
+        monkeypatch.setattr(script("peers"), "SETTING_TOKENS", 4)
+        monkeypatch.setattr(script("peers"), "peak_memory", script("peer_memory").measured_here)
+        script("peers").main()
+        return json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+    run.folder = tmp_path
+    return run
+
+
+def test_the_script_trains_measures_and_measures_again(run, monkeypatch):
+    report = run("--minutes", "0.002")
+    for name, record in report["trained"].items():
+        assert record["parameters"] > 0
+        assert name == "shipped" or record["steps"] > 0
+    for ways in report["domains"].values():
+        assert {*report["memory_mib"]} == {*ways}
+        for name, row in ways.items():
+            assert row["identical"] == row["prompts"] == 1, name
+        assert ways["plain"]["tokens_per_pass"] == 1.0
+    assert all(answer != "runs" for answer in report["refused"].values())
+    monkeypatch.setattr(script("peers"), "train_missing", None)  # would raise if it were called
+    assert run("--measure-only")["best"] == report["best"]
+    assert "Medusa-style heads" in run_tables(run.folder, monkeypatch)
+
+
+def run_tables(folder: Path, monkeypatch) -> str:
+    monkeypatch.setattr(script("tables"), "RESULTS", folder)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    (folder / "peers_trained.json").write_text(json.dumps(report))
+    return script("peer_tables").trained_peers()
+
+
+def test_nothing_is_measured_without_what_was_trained(run):
+    with pytest.raises(SystemExit, match="lacks ours, medusa, eagle"):
+        run("--measure-only")

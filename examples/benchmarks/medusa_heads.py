@@ -5,7 +5,8 @@ things differ. All heads share the base's own frozen unembedding, because one of
 as the base. And they learn from the base's whole distribution, as our own adapter does, instead of from one token. The
 drafts are a chain, not a tree.
 
-Shapes: B texts, T tokens, A anchors, H heads, D features, V vocabulary, S tokens of a text so far, N columns of a pass.
+Shapes: B texts, T tokens, A anchors, H heads, D features, V vocabulary, S tokens of a text so far, N columns of a
+pass.
 """
 
 import torch
@@ -43,7 +44,7 @@ class MedusaHeads(nn.Module):
             is_answer_BT: Which tokens the model wrote itself. The others are not learned.
 
         Returns:
-            `dict[str, float]`: The loss of the step, and the share of each head's drafts that are the base's own choice.
+            `dict[str, float]`: The loss of the step, and for each head the share of drafts that are the base's choice.
         """
         unembed, report = base.get_output_embeddings(), {"loss": 0.0}
         text_A, token_A = anchors(is_answer_BT, ANCHORS)
@@ -63,7 +64,7 @@ class MedusaHeads(nn.Module):
 
 
 def anchors(is_answer_BT: torch.Tensor, count: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """`(A,)`, `(A,)`: at most `count` tokens of which the next one is the model's own, as texts and places, at random."""
+    """`(A,)`, `(A,)`: texts and places of at most `count` tokens, at random, whose next token is the model's own."""
     places_A2 = is_answer_BT[:, 1:].nonzero()
     chosen = places_A2[torch.randperm(len(places_A2))[:count]]
     return chosen[:, 0], chosen[:, 1]

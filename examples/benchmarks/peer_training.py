@@ -1,8 +1,8 @@
 """Trains a gated LoRA, Medusa-style heads and an EAGLE-style head on the same answers for the same processor time.
 
 Processor time, so that a busy machine treats all alike; on one thread of a quiet machine it is the time on the clock.
-All learn from the same texts in the same order, by Muon for matrices and AdamW for the rest, with a learning rate that
-rises for 3 % of the time and then falls as a cosine. What each knows of the base comes from passes inside this time.
+All learn from four of the same texts at a time, by Muon for matrices and AdamW for the rest, with a learning rate that
+rises for 3 % of the time and then falls as a cosine. The base's passes over the texts count as training time.
 """
 
 import json
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from eagle_head import EagleHead
 from medusa_heads import MedusaHeads
 from safetensors.torch import load_file, save_file
 from torch import nn
 from train import ADAPTER, SETTINGS, load_base, make_trainer, upgrade
 
-from datasets import Dataset
 from hf_mtp.base.inspection import decoder_of
 from hf_mtp.evaluation.rows import read_rows
 from hf_mtp.training.callbacks.deadline import SCHEDULE_STEPS, Deadline
@@ -30,7 +30,7 @@ MAX_LENGTH = 640  # tokens
 WARM_UP = 0.03
 PEERS = {"medusa": lambda base: MedusaHeads(base, K), "eagle": EagleHead}
 RATES = {"medusa": (5e-3, 2e-3), "eagle": (5e-3, 1e-3)}  # Muon's and AdamW's
-OURS = {"anchors_per_sequence": 64, "per_device_train_batch_size": TEXTS, "masks_per_part": 1024}
+OURS = {"anchors_per_sequence": 16, "per_device_train_batch_size": TEXTS, "masks_per_part": 1024}
 
 
 class ProcessorClock(Deadline):
@@ -41,8 +41,16 @@ class ProcessorClock(Deadline):
         return min(1.0, max(0.0, (time.process_time() - self.start) / self.seconds))
 
     def begin(self) -> "ProcessorClock":
-        self.start = time.process_time()
+        self.start, self.on_the_clock = time.process_time(), time.monotonic()
         return self
+
+    def passed(self) -> dict[str, float]:
+        """Minutes since the beginning: of the processor, and on the clock."""
+        seconds = {
+            "minutes": time.process_time() - self.start,
+            "minutes_on_the_clock": time.monotonic() - self.on_the_clock,
+        }
+        return {name: round(passed / 60, 2) for name, passed in seconds.items()}
 
     def on_train_begin(self, args, state, control, lr_scheduler, **kwargs):
         self.begin().follow_clock(lr_scheduler)
@@ -50,16 +58,12 @@ class ProcessorClock(Deadline):
 
 def train_missing(base: str, answers: Path, folder: Path, minutes: float, only: list[str], seed: int = 0) -> None:
     """Trains those of `only` that are not in the folder yet, one after the other."""
+    rows = read_rows(answers)
     for name in only:
         if not (folder / name / "record.json").is_file():
             print(f"Training {name}: {minutes} minutes of processor time.", flush=True)
             train = train_ours if name == "ours" else train_peer
-            start = time.monotonic(), time.process_time()
-            record = train(name, base, read_rows(answers), folder / name, minutes, seed)
-            record |= {
-                "minutes": round((time.process_time() - start[1]) / 60, 2),
-                "minutes_on_the_clock": round((time.monotonic() - start[0]) / 60, 2),
-            }
+            record = {"texts": len(rows)} | train(name, base, rows, folder / name, minutes, seed)
             (folder / name / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -71,9 +75,10 @@ def train_ours(name: str, base: str, rows: list[dict], folder: Path, minutes: fl
     texts, clock = Dataset.from_list(rows).shuffle(seed), ProcessorClock(minutes)
     trainer = make_trainer(model, tokenizer, texts, folder, None, settings, callbacks=[clock], seed=seed)
     trainer.train()
+    passed = clock.passed()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).save_pretrained(folder / "adapter")
     log = [entry for entry in trainer.state.log_history if "tokens_per_step" in entry]
-    return {"parameters": trainable(model), "steps": trainer.state.global_step, "log": log}
+    return {"parameters": trainable(model), "steps": trainer.state.global_step, **passed, "log": log}
 
 
 def train_peer(name: str, base: str, rows: list[dict], folder: Path, minutes: float, seed: int) -> dict:
@@ -83,10 +88,12 @@ def train_peer(name: str, base: str, rows: list[dict], folder: Path, minutes: fl
     torch.manual_seed(seed)
     head = PEERS[name](model).to(model.device).train()
     batches = shuffled_batches(rows, tokenizer, seed)
-    log = learn(head, model, batches, ProcessorClock(minutes), *RATES[name])
+    clock = ProcessorClock(minutes)
+    log = learn(head, model, batches, clock, *RATES[name])
+    passed = clock.passed()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(head.state_dict(), folder / "head.safetensors")
-    return {"parameters": trainable(head), "steps": len(log), "log": log}
+    return {"parameters": trainable(head), "steps": len(log), **passed, "log": log}
 
 
 def load_peer(name: str, base, folder: Path) -> nn.Module:

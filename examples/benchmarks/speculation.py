@@ -2,8 +2,8 @@
 
     model.generate(**inputs, custom_generate=speculative_generate, drafter=drafter, do_sample=False)
 
-A pass of the model reads the last token and the drafts, and the drafts before the first wrong one are kept, so the text
-is that of plain decoding. One sequence at a time. Knows nothing of how drafts are made.
+A pass of the model reads the last token and the drafts. The drafts before the first wrong one are kept, so the text is
+that of plain decoding. One sequence at a time. Knows nothing of how drafts are made.
 
 Shapes: S tokens of a text so far, N columns of a pass, D features, V vocabulary.
 """

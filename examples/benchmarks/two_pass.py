@@ -1,9 +1,9 @@
 """A decoder of Uno's shape, to compare with: one pass of the base drafts, and another one verifies.
 
-Uno (arXiv 2609.04010) drafts by a pass over tokens of noise, through a LoRA on these, and verifies in a pass of the base
-alone. Here our own adapter's masks stand for the noise, and its sampler head chooses the drafts, which Uno has not. So
-the difference to `generate(mtp=True)` is what it costs to draft in a pass of its own. The drafting pass reads the
-last token, too, whose own next token is then the first draft, and always right.
+Uno (arXiv 2609.04010) drafts by a pass over tokens of noise, through a LoRA on these, and verifies in a pass of the
+base alone. Here the masks of our own adapter stand for the noise, and its sampler head chooses the drafts; Uno has no
+such head. The difference to `generate(mtp=True)` is that drafting takes a pass of its own. This pass reads the last
+token, too, so that its first draft is the base's own choice and always right.
 
 Shapes: K masks, D features, S tokens of a text so far, N columns of a pass.
 """
