@@ -30,7 +30,7 @@ def trained_peers() -> str:
                     *(_cell(name, ways[name]) for ways in report["domains"].values() if name in ways),
                     _same(report, name),
                     f"{training['parameters'] / 1e6:.1f}M" if training else "–",
-                    f"{training['minutes']:.1f}" if "minutes" in training else "see above" if training else "–",
+                    f"{training['minutes']:.1f}" if "minutes" in training else "–",
                     _memory(report["memory_mib"], name),
                 ]
             )
@@ -50,13 +50,14 @@ def _same(report: dict, name: str) -> str:
 
 
 def _memory(memory: dict[str, float | None], name: str) -> str:
-    return "–" if None in (memory["plain"], memory[name]) else f"{memory[name] - memory['plain']:+.0f} MiB"
+    known = [memory.get(way) for way in ("plain", name)]
+    return "–" if None in known else f"{known[1] - known[0]:+.0f} MiB"
 
 
 def _note(report: dict) -> str:
     prompts = max(len(ways["plain"]["speedups"]) for ways in report["domains"].values())
-    load = "a quiet machine" if max(report["load"]) <= 1.5 else "a busy machine"
-    busy = f"{load} ({report['processors']} processors, load {report['load'][0]:g} to {report['load'][1]:g})"
+    kind = "busy" if max(report["load"]) > report["processors"] + 0.5 else "quiet"
+    busy = f"a {kind} machine (load {report['load'][0]:g} to {report['load'][1]:g}, {report['processors']} processors)"
     return (
         f"\n{prompts} prompts of each kind, {report['new_tokens']} new tokens, {report['dtype']}, on {busy}; "
         f"{machine(report)}.\n"

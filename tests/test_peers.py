@@ -239,7 +239,7 @@ def run(tmp_path, monkeypatch):
     def run(*arguments: str) -> dict:
         files = [tmp_path / "answers.jsonl", tmp_path, tmp_path / "report.json"]
         options = {"base": QUICKSTART, "adapter": tmp_path / "shipped", "trained": tmp_path / "trained"}
-        options |= {"best": tmp_path / "best.json", "dtype": "float32", "prompts": 1, "new-tokens": 6}
+        options |= {"best": tmp_path / "best.json", "dtype": "float32", "prompts": 1, "new-tokens": 6, "threads": 1}
         flags = [part for name, value in options.items() for part in (f"--{name}", value)]
         monkeypatch.setattr(sys, "argv", ["peers.py", *map(str, [*files, *flags, *arguments])])
         monkeypatch.setattr(script("paired"), "WARM_UP_TOKENS", 2)
@@ -254,25 +254,28 @@ def run(tmp_path, monkeypatch):
 
 def test_the_script_trains_measures_and_measures_again(run, monkeypatch):
     report = run("--minutes", "0.002")
+    memory = json.loads((run.folder / "trained" / "memory.json").read_text(encoding="utf-8"))
     for name, record in report["trained"].items():
         assert record["parameters"] > 0
         assert name == "shipped" or record["steps"] > 0
     for ways in report["domains"].values():
-        assert {*report["memory_mib"]} == {*ways}
+        assert {*memory} == {*ways}
         for name, row in ways.items():
             assert row["identical"] == row["prompts"] == 1, name
         assert ways["plain"]["tokens_per_pass"] == 1.0
     assert all(answer != "runs" for answer in report["refused"].values())
     monkeypatch.setattr(script("peers"), "train_missing", None)  # would raise if it were called
     assert run("--measure-only")["best"] == report["best"]
-    assert "Medusa-style heads" in run_tables(run.folder, monkeypatch)
+    assert_tables(report, memory, run.folder, monkeypatch)
 
 
-def run_tables(folder: Path, monkeypatch) -> str:
+def assert_tables(report: dict, memory: dict, folder: Path, monkeypatch) -> None:
+    """The page's tables have every way."""
     monkeypatch.setattr(script("tables"), "RESULTS", folder)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    (folder / "peers_trained.json").write_text(json.dumps(report))
-    return script("peer_tables").trained_peers()
+    for name in ("peers_trained", "peers_float32"):
+        (folder / f"{name}.json").write_text(json.dumps(report | {"memory_mib": memory}))
+    for text in (script("peer_tables").trained_peers(), script("peer_tables").peers_in_float32()):
+        assert [line.split(" | ")[0] for line in text.splitlines()[2:-2]] == [f"| {name}" for name in report["best"]]
 
 
 def test_nothing_is_measured_without_what_was_trained(run):

@@ -16,26 +16,25 @@ QUESTION, NEW_TOKENS = "Write a short story about a lighthouse.", 48
 STATUS, NEW_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory(where: tuple, name: str, best: dict[str, str]) -> float | None:
+def peak_memory(where: tuple, name: str) -> float | None:
     """MiB of a process that decodes the way `name` once loaded and warm, libraries and weights included.
 
     Args:
         where (`tuple`): Arguments of [`PeerModels`].
-        name (`str`): A family of ways, or `"plain"`.
-        best (`dict[str, str]`): Family to setting.
+        name (`str`): A family of ways, whose last setting decodes, or `"plain"`.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(measured_here, where, name, best, torch.get_num_threads()).result()
+        return pool.submit(measured_here, where, name, torch.get_num_threads()).result()
 
 
-def measured_here(where: tuple, name: str, best: dict[str, str], threads: int = 1) -> float | None:
+def measured_here(where: tuple, name: str, threads: int = 1) -> float | None:
     """The same, in this process. Arguments are those of [`peak_memory`]."""
     if not NEW_PEAK.exists():
         return None
     torch.set_num_threads(threads)
     models = PeerModels(*where)
-    way = PLAIN if name == "plain" else families(models)[name][best[name]]
+    way = PLAIN if name == "plain" else [*families(models)[name].values()][-1]
     inputs = encoded([QUESTION], models)
     models.decode(way, inputs, 8)
     NEW_PEAK.write_text("5")

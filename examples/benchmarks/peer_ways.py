@@ -86,7 +86,7 @@ def families(models: PeerModels) -> dict[str, dict[str, Way]]:
     """Family to setting to way, of all ways but plain decoding. `ours` and the peers were trained alike."""
 
     def two_passes(model: str) -> dict[str, Way]:
-        masks = (1, 2, 4)
+        masks = (2, K)
         return {f"k={n}": drafted(lambda n=n: TwoPassDrafter(getattr(models, model), n), model) for n in masks}
 
     return {
@@ -99,10 +99,10 @@ def families(models: PeerModels) -> dict[str, dict[str, Way]]:
         },
         "two passes": two_passes("equal"),
         "ours, auto": {f"k={K}": mtp(model="equal")},
-        "ours, quadratic": {f"k={n}": mtp("quadratic", n, "equal") for n in (1, 2, K)},
+        "ours, quadratic": {f"k={n}": mtp("quadratic", n, "equal") for n in (2, K)},
         "two passes, adapter as shipped": two_passes("adapter"),
         "ours as shipped, auto": {"k=8": mtp()},
-        "ours as shipped, quadratic": {f"k={n}": mtp("quadratic", n) for n in (2, 4)},
+        "ours as shipped, quadratic": {f"k={n}": mtp("quadratic", n) for n in (2, K)},
     }
 
 

@@ -8,8 +8,11 @@ Trains what `--trained` does not hold yet: a small gated LoRA, Medusa-style head
 the same answers of the model itself (`hf-mtp regenerate` writes them) for the same processor time. Then decodes
 held-out prompts every way in turn: plainly, with the ways of transformers that run with this model, and with all
 peers. The setting of each peer is the fastest one on prompts that no result is reported for. An interrupted
-measurement goes on where it stopped. `--measure-only` trains nothing: about five minutes on a quiet machine.
-`--dtype float32` shows whether the texts are those of plain decoding where rounding flips no near-ties.
+measurement goes on where it stopped.
+
+`--prepare-only` trains and measures memory, which needs no quiet machine. `--measure-only` does the rest, in about
+five minutes on a quiet one. `--dtype float32` shows whether the texts are those of plain decoding where rounding
+flips no near-ties.
 """
 
 import argparse
@@ -23,15 +26,14 @@ import torch
 from held_out import held_out_questions
 from paired import Record, measure, summarize
 from peer_memory import peak_memory
-from peer_training import train_missing
+from peer_training import TRAINED, train_missing
 from peer_ways import OURS, PeerModels, families, refused_generators
 from ways import PLAIN, Way
 
 from hf_mtp.evaluation.compare import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINED = ("ours", "medusa", "eagle")
-SETTING_TOKENS = 48  # length of the answers that settings are chosen on
+SETTING_TOKENS = 32  # length of the answers that settings are chosen on
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,30 +48,43 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--best", type=Path, default=ROOT / "docs/results/peers.json",
                         help="report with the best settings of transformers' ways (%(default)s)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8, help="processor time of each training (%(default)s)")
-    parser.add_argument("--measure-only", action="store_true", help="train nothing")
-    parser.add_argument("--train", nargs="*", choices=TRAINED, help="train these only, and measure nothing")
+    phase = parser.add_mutually_exclusive_group()
+    phase.add_argument("--prepare-only", action="store_true", help="train, and measure memory only")
+    phase.add_argument("--measure-only", action="store_true", help="train nothing")
     parser.add_argument("--prompts", type=int, default=3, help="prompts of each domain (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of an answer at most (%(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of decoding (%(default)s)")
     parser.add_argument("--dtype", default="auto", help="to compute in; that of the weights by default")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
     if not args.measure_only:
-        train_missing(args.base, args.answers, args.trained, args.minutes, args.train or TRAINED)
-    if args.train:
-        return
+        torch.set_num_threads(1)
+        train_missing(args.base, args.answers, args.trained, args.minutes)
+        measure_memory(args)
+    if not args.prepare_only:
+        torch.set_num_threads(args.threads)
+        measure_all(args)
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """Peak memory of a process that decodes one way, for each way, unless it is known."""
+    kept, where = args.trained / "memory.json", (args.base, args.adapter, args.trained)
+    if not kept.is_file():
+        found = {name: peak_memory(where, name) for name in ("plain", *families(PeerModels(*where)))}
+        kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Chooses settings, decodes all prompts, and writes the report."""
     missing = [name for name in TRAINED if not (args.trained / name / "record.json").is_file()]
     if missing:
         raise SystemExit(f"{args.trained} lacks {', '.join(missing)}. Run without --measure-only to train them.")
     models = PeerModels(args.base, args.adapter, args.trained, args.dtype)
     best = chosen_settings(models, args)
-    ways = {"plain": PLAIN} | chosen_ways(models, best)
-    report = run(models, ways, best, args)
-    print_table(report)
+    print_table(run(models, {"plain": PLAIN} | chosen_ways(models, best), best, args))
 
 
 def run(models: PeerModels, ways: dict[str, Way], best: dict[str, str], args: argparse.Namespace) -> dict:
@@ -90,7 +105,7 @@ def run(models: PeerModels, ways: dict[str, Way], best: dict[str, str], args: ar
     about |= {
         "processors": os.cpu_count(),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
-        "memory_mib": memory_of_all(ways, best, args),
+        "memory_mib": known_memory(args),
         "refused": refused_generators(models),
         "domains": summarize(record.rows),
     }
@@ -152,14 +167,10 @@ def trained_records(models: PeerModels, folder: Path) -> dict[str, dict]:
     return found | {"shipped": {"parameters": sum(tensor.numel() for tensor in tensors)}}
 
 
-def memory_of_all(ways: dict[str, Way], best: dict[str, str], args: argparse.Namespace) -> dict[str, float | None]:
-    """Peak memory of a process that decodes one way, for each way; measured once and kept."""
-    kept = args.trained / f"memory_{args.dtype}.json"
-    if not kept.is_file():
-        where = (args.base, args.adapter, args.trained, args.dtype)
-        found = {name: peak_memory(where, name, best) for name in ways}
-        kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return json.loads(kept.read_text(encoding="utf-8"))
+def known_memory(args: argparse.Namespace) -> dict[str, float | None]:
+    """What [`measure_memory`] found, with the weights as they are stored."""
+    kept = args.trained / "memory.json"
+    return json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() and args.dtype == "auto" else {}
 
 
 def print_table(report: dict) -> None:
