@@ -35,7 +35,7 @@ def trained_peers() -> str:
                 ]
             )
     head = ["way", "setting", *(NAMES[domain] for domain in report["domains"]), "same text"]
-    head += ["trained parameters", "minutes", "memory over plain"]
+    head += ["trained parameters", "minutes", "memory"]
     return table(head, rows) + _note(report)
 
 

@@ -7,8 +7,8 @@
 Trains what `--trained` does not hold yet: a small gated LoRA, Medusa-style heads and an EAGLE-style head, each from
 the same answers of the model itself (`hf-mtp regenerate` writes them) for the same processor time. Then decodes
 held-out prompts every way in turn: plainly, with the ways of transformers that run with this model, and with all
-peers. The setting of each peer is the fastest one on prompts that no result is reported for. An interrupted
-measurement goes on where it stopped.
+peers. The setting of each peer is the fastest one on prompts that no result is reported for; it is kept in
+`--trained`, as is the memory of each way. An interrupted measurement goes on where it stopped.
 
 `--prepare-only` trains and measures memory, which needs no quiet machine. `--measure-only` does the rest, in about
 five minutes on a quiet one. `--dtype float32` shows whether the texts are those of plain decoding where rounding
