@@ -10,12 +10,14 @@ VERSION = "0.1.0"
 PLOTS = ["matplotlib>=3.9"]  # training_curves.png; left out without
 # What the server parts of transformers need, and Prometheus' client.
 SERVE = ["fastapi>=0.115", "openai>=1.98", "prometheus-client>=0.21", "uvicorn>=0.30"]
+DEMO = ["gradio>=6.10"]
 QUICKSTART = [*PLOTS, "gguf>=0.17", "rich>=13.9"]  # gguf: SmolLM2 comes as a GGUF file
 RUFF = "ruff==0.17.6"
 TEST = [*QUICKSTART, *SERVE, "pytest>=8.4", "pytest-xdist>=3.6", RUFF]  # the quickstart is tested too
 # What PEFT's own tests import. Its package imports attr, too, but does not require attrs.
 TEST_PEFT = [*TEST, "attrs", "diffusers>=0.38", "parameterized>=0.9", "scipy>=1.14"]
 QUANTIZATION = ["bitsandbytes>=0.50", "optimum-quanto>=0.2.7", "torchao>=0.18"]  # their tests are skipped without
+EVAL = ["lm_eval>=0.4.13"]  # tests of the harness are skipped without
 DISTRIBUTED = ["deepspeed>=0.19"]  # DDP and FSDP need nothing more
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0", RUFF]  # the documentation site
 
@@ -43,7 +45,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hf_mtp", "hf_mtp.*"]),
     # Folders of metrics are no packages: they have the layout that the `evaluate` library loads.
-    package_data={"hf_mtp": ["py.typed", "evaluation/data/*.jsonl", "evaluation/metrics/*/*"]},
+    package_data={"hf_mtp": ["py.typed", "evaluation/data/*.jsonl", "evaluation/metrics/*/*", "demo/style.css"]},
     # Floors only. The last releases of transformers and trl for Python 3.10 are 5.20 and 1.14.
     install_requires=[
         "torch>=2.4",
@@ -63,9 +65,11 @@ setup(
         "test-peft": TEST_PEFT,
         "quickstart": QUICKSTART,
         "serve": SERVE,
+        "demo": DEMO,
         "plots": PLOTS,
         "quantization": QUANTIZATION,
         "distributed": DISTRIBUTED,
+        "eval": EVAL,
         "docs": DOCS,
     },
 )

@@ -5,7 +5,8 @@
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
-smollm2_tables.py, that makes it.
+another one of tables, that makes it. A number of a sentence stands between
+`<!-- value: PATH as FORM -->` and `<!-- end -->`. PATH and FORM are arguments of `value` in tables.py.
 """
 
 import re
@@ -14,15 +15,20 @@ from pathlib import Path
 
 import evaluation_tables
 import peer_tables
+import scenario_tables
 import smollm2_tables
-from tables import load, machine, table
+from tables import load, machine, table, value
 
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{page}.md" for page in ("benchmarks", "comparison", "evaluation", "training", "support")),
+    *(
+        DOCS / f"{page}.md"
+        for page in ("benchmarks", "comparison", "demo", "evaluation", "training", "support", "scenarios")
+    ),
 )
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: (.+?) as (.+?) -->)[^<]*(<!-- end -->)")
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
 PAPER = {
     "weights": "weights",
@@ -339,6 +345,23 @@ def refused() -> str:
     return table(["model type", "why"], rows)
 
 
+def demo() -> str:
+    """How soon the demo shows a token, and whether its races are fair."""
+    report = load("demo")
+    rows = [
+        [f"first token, {window} window: {what}", *(f"{times[name][of]:.2f} s" for of in ("least", "median", "most"))]
+        for window, times in report["first_token"].items()
+        for name, what in (("seconds", "after the press"), ("processor_seconds", "the server's processor time"))
+    ]
+    ratio, presses = report["seconds_in_race_over_alone"], report["first_token"]["wide"]["seconds"]["presses"]
+    about = (
+        f"\n{presses} presses each; the load of the 2 cores was {report['load_average']:.0f}. In a "
+        f"race, each side's own clock showed {ratio['plain']:.2f} (plain) and {ratio['mtp']:.2f} times (multi-token "
+        f"prediction) the seconds that it took alone. {report['base']}, {report['dtype']}; {machine(report)}.\n"
+    )
+    return table(["", "least", "median", "most"], rows) + about
+
+
 def _support_name(row: dict) -> str:
     return f"`{row['model_type']}`" + (f" ({row['variant']})" if row["variant"] else "")
 
@@ -350,20 +373,27 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        return (vars(smollm2_tables) | vars(evaluation_tables) | vars(peer_tables) | globals())[name]()
+        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables)
+        return ({key: made for module in modules for key, made in vars(module).items()} | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
+
+
+def filled(text: str) -> str:
+    """A page with all its tables, and all numbers of its sentences, as the results have them."""
+    text = BLOCK.sub(lambda match: match[1] + fill(match[2]) + match[3], text)
+    return VALUE.sub(lambda match: match[1] + value(match[2], match[3]) + match[4], text)
 
 
 def main() -> None:
     stale = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        filled = BLOCK.sub(lambda match: match[1] + fill(match[2]) + match[3], text)
-        if filled != text:
+        new = filled(text)
+        if new != text:
             stale.append(page.name)
             if "--check" not in sys.argv[1:]:
-                page.write_text(filled, encoding="utf-8")
+                page.write_text(new, encoding="utf-8")
     if stale and "--check" in sys.argv[1:]:
         sys.exit(f"Tables of {', '.join(stale)} are out of date: run docs/make_tables.py")
 

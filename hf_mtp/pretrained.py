@@ -5,6 +5,8 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from .adapter.access import refuse_without_access
+
 
 def load_model(
     name: str, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, **kwargs
@@ -20,7 +22,7 @@ def load_model(
         kwargs: Further arguments of `from_pretrained`, such as `revision`.
 
     Raises:
-        OSError: There is no such model.
+        OSError: There is no such model, or you may not read it.
         ValueError: The adapter does not fit its base.
     """
     hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
@@ -67,7 +69,7 @@ def load_with_tokenizer(
     if adapter is not None:
         if isinstance(model, PeftModel):
             raise ValueError(f"{name} is an adapter itself. Pass its base as the model, or leave out {adapter}.")
-        if find_adapter_config_file(adapter) is None:
+        if not is_adapter(adapter):
             raise ValueError(
                 f"{adapter} is not the Hub id or the folder of an adapter: it has no adapter_config.json."
             )
@@ -97,7 +99,11 @@ def is_adapter(name: str, **kwargs) -> bool:
     Args:
         name (`str`): Hub id or folder.
         kwargs: `revision`, `token` and `cache_dir` of the Hub.
+
+    Raises:
+        OSError: The repository is gated, private or missing.
     """
+    refuse_without_access(name, **kwargs)
     return find_adapter_config_file(name, **kwargs) is not None
 
 

@@ -125,6 +125,80 @@ def reader() -> dict:
     return document
 
 
+def locked_out() -> dict:
+    """What is said to somebody who may not read an adapter, or asks for one that does not exist."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from tiny_models import prompt
+    from transformers import AutoModelForCausalLM
+    from typer.testing import CliRunner
+
+    from hf_mtp.attached import attach
+    from hf_mtp.cli.main import app
+    from hf_mtp.pretrained import load_model
+
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    options = {"trust_remote_code": True, "max_new_tokens": 4, "do_sample": False}
+    ways = {
+        "auto": AutoPeftModelForCausalLM.from_pretrained,
+        "peft": lambda name: PeftModel.from_pretrained(base, name),
+        "load_model": load_model,
+        "attach": lambda name: attach(base, name),
+        "custom_generate": lambda name: base.generate(prompt(), custom_generate=name, **options),
+        "custom_generate of another": lambda name: base.generate(
+            prompt(), custom_generate=f"me/names-{name[3:]}", **options
+        ),
+    }
+    said = {}
+    for name in ("me/gated", "me/private", "me/missing"):
+        for way, load in ways.items():
+            try:
+                load(name)
+            except Exception as error:
+                said[f"{way} {name}"] = [str(error), repr(error.__context__)]
+        for verb in (["generate", name, "w7"], ["push", name, "me/elsewhere"]):
+            result = CliRunner().invoke(app, verb)
+            said[f"{verb[0]} {name}"] = [result.output, str(result.exit_code)]
+    return said
+
+
+def trainer_pushes() -> dict:
+    """Trains with each `hub_strategy`, and reads what came of it. The last one resumes from the Hub."""
+    import tempfile
+
+    from huggingface_hub import snapshot_download
+    from peft import AutoPeftModelForCausalLM
+    from tiny_models import upgraded
+    from tiny_training import trainer
+    from transformers import AutoModelForCausalLM
+
+    from hf_mtp.training.recovery.checkpoint import damage_of
+
+    document = {}
+    with tempfile.TemporaryDirectory() as home:
+        for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
+            name = strategy.replace("_", "-")
+            model, folder = upgraded(AutoModelForCausalLM.from_pretrained("me/base")), Path(home, name)
+            if strategy == "end":
+                model.save_pretrained(folder, custom_generate=True)
+            pushing = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": f"me/{name}"}
+            saving = {"save_strategy": "steps", "save_steps": 2, "hub_always_push": True}
+            trained = trainer(folder, model=model, **pushing, **saving)
+            trained.train()
+            if strategy == "end":
+                trained.push_to_hub(dataset_name="me/words")
+            document[strategy] = seen(model.eval())
+            document[f"{strategy} read"] = seen(AutoPeftModelForCausalLM.from_pretrained(f"me/{name}"))
+        last = Path(snapshot_download("me/checkpoint", allow_patterns="last-checkpoint/*"), "last-checkpoint")
+        resumed = trainer(
+            Path(home, "resumed"), max_steps=6, model=upgraded(AutoModelForCausalLM.from_pretrained("me/base"))
+        )
+        resumed.train(resume_from_checkpoint=str(last))
+        document["resumed"] = [entry["step"] for entry in resumed.state.log_history if "loss" in entry]
+        document["damage"] = damage_of(last)
+        document["home"] = home
+    return document
+
+
 def seen(model) -> dict:
     """Weights and text of an upgraded model."""
     from tiny_models import adapter_parameters, generate, prompt

@@ -40,9 +40,13 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits, oldest first, and branches, each the index of its last commit. A private one needs a token."""
+    """Commits, oldest first, and branches, each the index of its last commit.
+
+    A private one needs a token. Of a gated one nobody may read files.
+    """
 
     private: bool = False
+    gated: bool = False
     commits: list[Commit] = field(default_factory=list)
     branches: dict[str, int] = field(default_factory=dict)
 
@@ -100,14 +104,15 @@ class HubStandIn:
 
     def add_folder(self, name: str, folder: Path) -> Repository:
         """Makes a repository of the files in a folder."""
-        return self.add(name, {path.name: path.read_bytes() for path in folder.iterdir()})
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return self.add(name, {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
 
 
 class _Refusal(Exception):
     """An answer other than success: a status, and the code by which clients tell one 404 from another."""
 
-    def __init__(self, status: int, code: str):
-        self.status, self.code = status, code
+    def __init__(self, status: int, code: str, message: str | None = None):
+        self.status, self.code, self.message = status, code, message or code
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -126,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.unknown.append(request)
             raise _Refusal(501, "NotInThisStandIn")
         except _Refusal as refusal:
-            self._send(refusal.status, b"{}", {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
+            self._send(refusal.status, b"{}", {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message})
 
     do_GET = do_HEAD = do_POST = do_PUT = _answer
 
@@ -257,6 +262,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         commit = self._commit_at(repo, revision)
+        if self._repository(repo).gated:
+            known = self.headers.get("Authorization") is not None
+            message = f"Access to model {repo} is restricted and you are not in the authorized list."
+            raise _Refusal(403 if known else 401, "GatedRepo", message)
         if path not in commit.files:
             raise _Refusal(404, "EntryNotFound")
         content = commit.files[path]

@@ -134,6 +134,8 @@ def test_verify_ends_with_zero_where_all_is_equal(saved, prompts, tmp_path):
     assert output.count("2 of 2 answers equal") == 12 and "DIFFERENT" not in output
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["equal"] and [one["dtype"] for one in report["reports"]] == ["float32", "float64"]
+    alone = run("verify", base, "--adapter", adapter, "--greedy-only", "--prompts", prompts, "--json", "-", *SHORT)
+    assert json.loads(alone.stdout)["equal"] and "answers equal" in alone.stderr
 
 
 def test_verify_ends_with_one_and_shows_both_tokens_where_something_differs(saved, prompts, tmp_path, monkeypatch):
@@ -188,6 +190,11 @@ def test_evaluate_writes_everything_and_goes_on_after_an_interrupt(saved, prompt
     assert "| domain | prompt lookup | quadratic, k=1 | quadratic, k=3 |" in output
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"results.json", "table.md", "curves.png", "curves.svg"}
+    document = (tmp_path / "out" / "results.json").read_text()
+    alone = run("evaluate", saved[1], *options, "--json", "-")
+    assert alone.stdout == document and "| domain |" in alone.stderr
+    output = run("evaluate", saved[1], *options, "--json", str(tmp_path / "copy.json")).stdout
+    assert (tmp_path / "copy.json").read_text() == document and "| domain |" in output
     error = run("evaluate", saved[1], *options, "--batch-size", "2", code=1).stderr
     assert "has the results of another run: batch_size was 1, now it is 2" in " ".join(error.split())
 
@@ -363,6 +370,9 @@ def test_train_writes_an_adapter(adapter, tmp_path):
     out = str(tmp_path / "out")
     assert f"hf-mtp generate {out}" in run("train", *options, "--output_dir", out, "--k", "3").stdout
     assert load_model(out).base_model.active_mtp_config.k == 3
+    run("train", *options, "--output_dir", f"{out}-noise", "--masks", "noise", "--no_sampler")
+    config = load_model(f"{out}-noise").base_model.active_mtp_config
+    assert (config.k, config.masks, config.sampler) == (2, "noise", False)
 
 
 def test_train_refuses_unknown_fields_and_lists_known_ones(adapter):

@@ -55,9 +55,21 @@ def test_slow_passes_are_timed_once(clock):
 
 
 def test_dips_are_noise(clock):
-    seconds = {1: 1.0, 5: 0.5, 17: 2.0, 3: 3.0, 9: 1.0}
+    seconds = {1: 1.0, 5: 0.95, 17: 2.0, 3: 3.0, 9: 2.8}
     costs = measure_costs(pass_that_takes(clock, lambda columns, *_: seconds[columns], []), (5, 17), (3, 9))
     assert costs == PassCosts([(1, 1.0), (5, 1.0), (17, 2.0)], [(3, 3.0), (9, 3.0)])
+
+
+def test_slow_sizes_are_padded(clock):
+    seconds = {1: 1.0, 3: 1.5, 5: 1.75, 9: 2.5, 13: 3.0, 17: 2.125, 33: 3.0, 41: 2.25}
+    run = pass_that_takes(clock, lambda columns, *_: seconds[columns], [])
+    costs = measure_costs(run, (5, 9, 13, 17), (3, 9, 13, 17, 33, 41))
+    assert costs.plain == [(1, 1.0), (5, 1.75), (17, 2.125)] and costs.plain_gaps == [(5, 17)]
+    assert costs.masked == [(3, 1.5), (17, 2.125), (41, 2.25)] and costs.masked_gaps == [(3, 17), (17, 41)]
+    assert [costs.padded(columns, False) for columns in (1, 5, 6, 16, 17, 18)] == [1, 5, 17, 17, 17, 18]
+    assert costs.of(6, masks=False) == costs.of(13, masks=False) == 2.125
+    assert measure_costs(run, (), (13, 17)).masked_gaps == [(0, 17)]
+    assert measure_costs(run, (3,), (3,)).plain == [(1, 1.0), (3, 1.5)]
 
 
 def test_one_measured_size_grows_a_little(clock):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import runpy
+import shutil
 from pathlib import Path
 from threading import Thread
 
@@ -31,8 +33,11 @@ def hub(tmp_path_factory):
         constant.model.embed_tokens.weight[:, 0] = 100.0
         constant.lm_head.weight[7, 0] = 10.0
     constant.save_pretrained(home / "constant")
+    saved_base(home / "base")
+    upgraded(load_base(home)).save_pretrained(home / "uploaded", custom_generate=True)
     with HubStandIn() as hub:
-        hub.add_folder("me/base", saved_base(home / "base"))
+        hub.add_folder("me/base", home / "base")
+        hub.add_folder("me/uploaded", home / "uploaded")
         hub.add_folder("me/constant", home / "constant")
         hub.commits = run_session("hub_sessions.py", "author_for_strangers", hub=hub, home=home / "author")
         yield hub
@@ -96,6 +101,11 @@ def test_a_revision_is_where_the_file_comes_from(hub, tmp_path):
     assert not SHIM & hub.repositories["me/on-a-branch"].at("main").files.keys()
 
 
+def test_a_folder_uploaded_by_another_tool_is_found(hub, tmp_path):
+    commit = hub.repositories["me/uploaded"].commits[0].oid
+    assert_the_same_text(stranger(hub, tmp_path, "me/uploaded", options={"revision": commit}))
+
+
 def test_a_private_adapter_needs_a_token(hub, tmp_path):
     with pytest.raises(AssertionError, match="401|not a valid model identifier|RepositoryNotFound"):
         stranger(hub, tmp_path, "me/private", HF_TOKEN="")
@@ -117,7 +127,7 @@ def load_base(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder / "base")
 
 
-def with_adapter(base: PreTrainedModel, adapter: Path, **kwargs):
+def with_adapter(base: PreTrainedModel, adapter: str | Path, **kwargs):
     """Generates as a script would."""
     options = {"mtp_strategy": "quadratic", "return_dict_in_generate": True, **kwargs}
     return generate(base, prompt(), custom_generate=str(adapter), trust_remote_code=True, **options)
@@ -210,6 +220,40 @@ def test_another_base_is_refused(folder, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "wide", hidden_size=48, num_attention_heads=6))
     with pytest.raises(ValueError, match="hidden size 32"):
         with_adapter(other, folder / "adapter")
+
+
+def test_a_folder_may_be_moved_and_names_no_place(folder, monkeypatch):
+    moved = folder / "elsewhere" / "adapter"
+    shutil.copytree(folder / "adapter", moved)
+    shutil.rmtree(folder / "adapter")
+    text = (moved / "custom_generate" / "generate.py").read_text()
+    assert str(folder) not in text and folder.name not in text
+    base = load_base(folder)
+    monkeypatch.chdir(folder)
+    for name in (str(moved), "elsewhere/adapter"):
+        assert torch.equal(with_adapter(base, name).sequences, generate(base, prompt()))
+    monkeypatch.chdir(folder / "elsewhere")
+    assert torch.equal(with_adapter(base, "adapter").sequences, generate(base, prompt()))
+    assert len(base.__dict__[attached._STORE]._models) == 1, "one folder, whatever it is called"
+
+
+def test_folders_of_one_name_are_two(folder, loaded):
+    upgraded(load_base(folder), k=5).save_pretrained(folder / "more" / "adapter", custom_generate=True)
+    base = load_base(folder)
+    for name, k in (("adapter", 3), ("more/adapter", 5), ("adapter", 3)):
+        assert len(with_adapter(base, folder / name).mtp_statistics.accepted_per_position) == k
+    assert loaded == ["adapter", "adapter"]
+
+
+def test_a_generate_that_cannot_know_its_place_says_so(folder):
+    base, file = load_base(folder), base_generate(folder / "adapter")
+    with pytest.raises(ValueError, match="The place of the adapter is not known"):
+        file(model=base, input_ids=prompt())
+
+
+def base_generate(adapter: Path):
+    """What transformers calls, called by somebody else."""
+    return runpy.run_path(str(adapter / "custom_generate" / "generate.py"))["generate"]
 
 
 def test_an_adapter_has_the_files_only_when_asked(folder):

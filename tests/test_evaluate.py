@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
+from tiny_training import taught
 
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
@@ -17,7 +18,6 @@ from hf_mtp.evaluation.decoded import decode_rows
 from hf_mtp.evaluation.report import table_page
 from hf_mtp.evaluation.results import Answer, Call, Results, Settings, Summary, summarize_calls
 from hf_mtp.evaluation.suites import suite_of_rows
-from hf_mtp.objective.request import ObjectiveRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 12
@@ -90,21 +90,9 @@ def test_summaries_are_what_the_metrics_say(results):
     assert found == {"acceptance_per_position": row.acceptance_per_position}
 
 
-def taught(model):
-    """An adapter that has learnt a little of the model's own answers, so that some drafts are right."""
-    prompts = [tiny_tokenizer()(words(9, start))["input_ids"] for start in range(4)]
-    texts = torch.tensor([prompt + decode_rows(model, [prompt], NEW_TOKENS).rows[0] for prompt in prompts])
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
-    for _ in range(25):
-        optimizer.zero_grad()
-        model(input_ids=texts, mtp_objective=ObjectiveRequest()).loss.backward()
-        optimizer.step()
-    return model
-
-
 def test_what_training_says_of_the_same_answers_is_what_decoding_takes(model, results, monkeypatch):
     monkeypatch.setattr(masks, "SHORTLIST", VOCAB)  # else decoding looks for drafts among the likeliest tokens only
-    found = run(taught(upgraded("llama", 3)), strategies=["quadratic"], k=[3])
+    found = run(taught(upgraded("llama", 3), NEW_TOKENS), strategies=["quadratic"], k=[3])
     decoded = {domain: ways["quadratic, k=3"].tokens_per_pass for domain, ways in found.domains.items()}
     assert found.simulated == decoded and max(decoded.values()) > 1
     assert results.simulated.keys() == results.domains.keys()

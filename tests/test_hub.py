@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.base_identity import tokenizer_fingerprint
 from hf_mtp.adapter.card import EVALUATION_BEGIN, EVALUATION_END, MARK, write_model_card
+from hf_mtp.adapter.custom_generate import custom_generate_files
 
 SECTION = f"{EVALUATION_BEGIN}\n## Evaluation\n\n| maths | 2.00 |\n{EVALUATION_END}\n"
 BY_HAND = "---\nlibrary_name: peft\n---\n\n# My own words\n"
@@ -132,6 +133,105 @@ def test_adapters_of_other_types_are_shared_as_before(monkeypatch):
     model = get_peft_model(tiny_base(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     model.push_to_hub("me/plain-lora", private=True)
     assert calls == [((model, "me/plain-lora"), {"private": True})]
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """The stand-in after trainings with each `hub_strategy`, and what was seen there."""
+    home = tmp_path_factory.mktemp("pushed")
+    with HubStandIn() as hub:
+        hub.add_folder("me/base", saved_base(home / "base"))
+        yield hub, run_session("hub_sessions.py", "trainer_pushes", hub=hub, home=home / "author")
+        assert hub.unknown == []
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_a_trainer_pushes_the_adapter_with_its_card(strategy, pushed):
+    hub, document = pushed
+    assert document[f"{strategy} read"] == document[strategy]
+    assert document[strategy]["upgraded"] == document[strategy]["plain"]
+    repository = hub.repositories[f"me/{strategy.replace('_', '-')}"]
+    files = repository.at("main").files
+    assert ADAPTER_FILES <= files.keys()
+    assert MARK in files["README.md"].decode() and f"me/{strategy.replace('_', '-')}" in files["README.md"].decode()
+    during = [
+        commit.message for commit in repository.commits if commit.message.startswith("Training in progress, step")
+    ]
+    assert len(during) == {"end": 0, "every_save": 2}.get(strategy, 4)
+    steps = {path.split("/")[0] for path in files if "/" in path and "checkpoint" in path}
+    expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}
+    assert steps == expected.get(strategy, set())
+    assert not any("unfinished" in path for path in files)
+
+
+def test_what_is_pushed_while_training_loads(pushed):
+    hub, _ = pushed
+    weights = {commit.files.get("adapter_model.safetensors") for commit in hub.repositories["me/every-save"].commits}
+    assert len(weights - {None}) >= 2, "each save has the weights of its step"
+    for commit in hub.repositories["me/every-save"].commits[1:]:
+        assert ADAPTER_FILES - {"README.md"} <= commit.files.keys()
+
+
+def test_a_training_resumes_from_the_hub(pushed):
+    _, document = pushed
+    assert document["damage"] is None
+    assert document["resumed"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_trainer_pushes_custom_generate_and_names_no_place(pushed, tmp_path):
+    hub, document = pushed
+    files = hub.repositories["me/end"].at("main").files
+    assert "custom_generate/generate.py" in files
+    card = files["README.md"].decode()
+    assert 'custom_generate="me/end"' in card and "- custom_generate\n" in card and "me/words" in card
+    for path in ("custom_generate/generate.py", "README.md", "adapter_config.json"):
+        assert document["home"] not in files[path].decode()
+    seen = run_session("custom_generate_session.py", "me/base", "me/end", "{}", hub=hub, home=tmp_path)
+    assert seen["upgraded"] == seen["plain"]
+
+
+@pytest.fixture(scope="module")
+def locked_out(tmp_path_factory):
+    """What somebody is told who may not read `me/gated` and `me/private`, and asks for `me/missing`."""
+    home = tmp_path_factory.mktemp("locked")
+    upgraded(saved_base_model(home)).save_pretrained(home / "adapter", custom_generate=True)
+    with HubStandIn() as hub:
+        hub.add_folder("me/base", home / "base")
+        hub.add_folder("me/gated", home / "adapter").gated = True
+        hub.add_folder("me/private", home / "adapter").private = True
+        for name in ("gated", "private", "missing"):
+            hub.add(f"me/names-{name}", custom_generate_files(f"me/{name}"))
+        yield run_session("hub_sessions.py", "locked_out", hub=hub, home=home / "stranger", HF_TOKEN="hf_stranger")
+        assert hub.unknown == []
+
+
+OURS = ("load_model", "attach", "custom_generate of another", "generate", "push")
+
+
+@pytest.mark.parametrize("way", OURS)
+def test_an_adapter_that_may_not_be_read_says_why(way, locked_out):
+    gated, _ = locked_out[f"{way} me/gated"]
+    assert "me/gated is a gated repository" in gated and "https://huggingface.co/me/gated" in gated
+    for name in ("private", "missing"):
+        said, _ = locked_out[f"{way} me/{name}"]
+        assert f"no folder me/{name}, and no repository of that name on the Hub that you may read" in said
+        assert "hf auth login" in said
+
+
+@pytest.mark.parametrize("name", ["gated", "private", "missing"])
+def test_the_command_ends_with_one_paragraph(name, locked_out):
+    for verb in ("generate", "push"):
+        said, code = locked_out[f"{verb} me/{name}"]
+        assert code == "1" and said.startswith("Error: ") and len(said.strip().splitlines()) == 1
+
+
+def test_what_the_hosts_say_themselves(locked_out):
+    """Before any code of ours is asked. The troubleshooting page quotes it."""
+    for way in ("auto", "peft"):
+        said, cause = locked_out[f"{way} me/gated"]
+        assert said == "Can't find 'adapter_config.json' at 'me/gated'" and "GatedRepoError" in cause
+    assert "me/gated is a gated repository" in locked_out["custom_generate me/gated"][0]
+    assert "me/private is not a local folder or a valid repository" in locked_out["custom_generate me/private"][0]
 
 
 # ---------------------------------------------------------------- folders

@@ -174,6 +174,28 @@ def test_admitted_rows_bring_their_drafts(model):
     assert batch.cache.rows.lengths == [sequence.ids_1S.shape[1] - 1 for sequence in batch.sequences]
 
 
+@torch.no_grad()
+def test_costs_are_those_of_unequal_rows(model, monkeypatch):
+    loop = loop_of(model, "auto")
+    batch, other = (request.batch() for request in requests("greedy")[:2])
+    loop.step(batch)
+    loop.step(other)
+    batch.admit(other)
+    before, drafts, seen = list(batch.cache.rows.lengths), batch.drafts, []
+    forward = DecodingPass.__call__
+
+    def watched(self, regular_BT, layout, cache, **options):
+        seen.append((layout, cache.rows.lengths))
+        return forward(self, regular_BT, layout, cache, **options)
+
+    monkeypatch.setattr(DecodingPass, "__call__", watched)
+    loop.measure_costs(batch, lambda seconds: seconds)
+    assert batch.cache.rows.lengths == before == batch.cache.rows.length_B.tolist() and batch.drafts is drafts
+    for layout, lengths in seen:
+        columns = layout.position_BT.shape[1] + layout.masks
+        assert [length - was for length, was in zip(lengths, before, strict=True)] == [0, int(columns > 1)]
+
+
 # ---------------------------------------------------------------- threads
 
 

@@ -66,7 +66,7 @@ def observe(drafter: NgramDrafter, sequences: list[Sequence], new: list[str]) ->
 
 
 def test_rows_get_what_they_ask_for():
-    drafter = NgramDrafter(Rates(8))
+    drafter = NgramDrafter(Rates([0.6] * 8))
     rows = [sequence_of("abcdab"), sequence_of("xyz", padding=3), sequence_of("ababab")]
     outcome, expected = observe(drafter, rows, ["c", "w", "a"])
     assert [len(row) for row in expected] == [MOST_DRAFTS, 0, MOST_DRAFTS]
@@ -76,13 +76,13 @@ def test_rows_get_what_they_ask_for():
 
 
 def test_padding_is_no_text():
-    drafter = NgramDrafter(Rates(8))
+    drafter = NgramDrafter(Rates([0.6] * 8))
     _, expected = observe(drafter, [sequence_of("ab", padding=9)], ["c"])
     assert expected == [[]]
 
 
 def test_finished_rows_and_the_last_token_get_no_drafts():
-    drafter = NgramDrafter(Rates(8))
+    drafter = NgramDrafter(Rates([0.6] * 8))
     rows = [sequence_of("aaaa"), sequence_of("aaaa", new_tokens=2), sequence_of("aaaa", new_tokens=3)]
     rows[0].finish()
     _, expected = observe(drafter, rows, ["a", "a", "a"])
@@ -90,7 +90,7 @@ def test_finished_rows_and_the_last_token_get_no_drafts():
 
 
 def test_rates_go_by_the_length_of_the_match_taken_or_not():
-    drafter, row = NgramDrafter(Rates(8)), sequence_of("abcd", new_tokens=900)
+    drafter, row = NgramDrafter(Rates([0.6] * 8)), sequence_of("abcd", new_tokens=900)
     observe(drafter, [row], ["a"])
     for _ in range(100):  # after one token that agrees, the next draft is right: a loop
         observe(drafter, [row], ["bcda"])
@@ -102,7 +102,7 @@ def test_rates_go_by_the_length_of_the_match_taken_or_not():
 
 
 def test_rows_come_and_go():
-    drafter, first = NgramDrafter(Rates(8)), sequence_of("abab")
+    drafter, first = NgramDrafter(Rates([0.6] * 8)), sequence_of("abab")
     observe(drafter, [first], ["a"])
     second = sequence_of("xyxy", row=1)
     outcome, expected = observe(drafter, [second, first], ["x", "b"])

@@ -124,3 +124,12 @@ def test_autocast_decides_the_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         expected = generate(model, prompt(), 12)
         assert torch.equal(generate(model, prompt(), 12, mtp=True), expected)
+
+
+def test_autocast_within_a_forward_pass_is_left_to_the_gate():
+    model, lora = upgraded("llama", K), PreparedLora()
+    layer, x = attention_layers(model)[0], torch.randn(1, FIRST + K, 32)
+    with torch.autocast("cpu", torch.bfloat16):  # as accelerate wraps the forward of a model that it trains
+        found, expected = run(model, layer, x, lora), run(model, layer, x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)

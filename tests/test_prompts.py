@@ -127,7 +127,10 @@ def test_a_tree_of_drafts_does_not_cross_a_change_of_embeddings(rope, steepness,
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_the_longest_row_decides_which_embeddings_a_batch_gets(rope, strategy, padding):
+@pytest.mark.parametrize("gaps", [[], [(1, 4)]])
+def test_the_longest_row_decides_which_embeddings_a_batch_gets(rope, strategy, padding, gaps, monkeypatch):
+    costs = PassCosts([(1, 1.0), (4, 1.1)], [(3, 1.1), (41, 1.4)], gaps)
+    monkeypatch.setattr(loop, "measure_costs", lambda *args, **options: costs)
     model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=64 if rope == "longrope" else 20)
     ids = text(rows=3)
     mask = torch.ones_like(ids)

@@ -120,6 +120,15 @@ def test_a_dearer_column_buys_fewer_masks():
     assert sum(dear) < 0.7 * sum(cheap)
 
 
+@pytest.mark.parametrize("rates", [[0.59, 0.56, 0.65, 0.8], [0.5, 0.5, 0.5, 0.5]])
+def test_masks_pay_for_the_pass_that_verifies_their_drafts(rates):
+    # The first columns after the pending token are the dearest, as in float32 on a CPU.
+    schedule = AdaptiveSchedule(4)
+    schedule.costs = PassCosts([(1, 1.0), (5, 1.8), (17, 2.15)], [(3, 1.47), (9, 2.52), (17, 2.62), (41, 3.82)])
+    decoding = Decoding(schedule, rates).run(3000)
+    assert decoding.cost / decoding.tokens < 1.03
+
+
 def test_it_decides_by_counts_alone(monkeypatch):
     def no_clock():
         raise AssertionError("asked for the time")
@@ -186,6 +195,20 @@ def test_rows_share_the_cost_of_a_column():
     assert choice(resting(0.1), [[0.15], [0.15]]).count == 1
 
 
+def test_passes_of_slow_sizes_are_padded():
+    schedule = resting(0.25)
+    schedule.costs = PassCosts([(1, 1.0), (2, 1.25), (9, 1.9)], schedule.costs.masked, [(2, 9)])
+    drafts = choice(schedule, [[0.9, 0.9, 0.9], [0.9]])
+    assert drafts.token_BK.tolist() == [[107] * 3 + [-1] * 5, [107] + [-1] * 7]
+    assert drafts.parents_BK.tolist() == [[0, 1, 2] + [0] * 5, [0] * 8]
+    assert choice(schedule, [[0.9], []]).count == 1
+    assert choice(schedule, [[0.9, 0.9, 0.1]]).token_BK.tolist() == [[107, 107] + [-1] * 6]
+    with_masks = AdaptiveSchedule(4)
+    with_masks.costs = PassCosts([(1, 1.0), (2, 1.1)], [(3, 1.1), (17, 1.3)], [], [(3, 17)])
+    assert 1 + choice(with_masks, [[0.9, 0.9]]).count + with_masks.masks == 17
+    assert choice(with_masks, [[]]).count == 0 and with_masks.masks == 4  # no more masks than places, no empty drafts
+
+
 def test_drafts_of_two_drafters_are_alternatives():
     drafts = choice(resting(0.1), [[0.5, 0.5], []], [[0.4, 0.9, 0.9], [0.9, 0.9]])
     # The row's 0.5 and its 0.5 * 0.5; the other's 0.4, 0.36 and 0.324. The second row has one source.
@@ -196,14 +219,15 @@ def test_drafts_of_two_drafters_are_alternatives():
 
 def test_siblings_are_verified_while_they_are_worth_their_column():
     schedule = resting(0.1)
-    schedule.mask_acceptance.sibling_rates = [[0.3, 0.05], [0.3, 0.05]]
-    proposal = Drafts(torch.tensor([[1, 2]]), torch.ones(1, 2), sibling_BKC=torch.tensor([[[3, 4], [5, 6]]]))
+    schedule.mask_acceptance.sibling_counts = [Rates([0.6]), Rates([0.1])]
+    confidence_1K, sibling_1KC = torch.full((1, 2), 0.5), torch.tensor([[[3, 4], [5, 6]]])
+    proposal = Drafts(torch.tensor([[1, 2]]), confidence_1K, sibling_BKC=sibling_1KC)
     drafts, origins = schedule.choose([[[0.5, 0.5]]], [proposal], CPU)
     assert drafts.token_BK.tolist() == [[1, 3, 2, 5]]
     assert drafts.parent_BK.tolist() == [[0, 0, 1, 1]]
     assert [origin.place for origin in origins[0]] == [1, 1, 2, 2]
     dear = resting(0.2)
-    dear.mask_acceptance.sibling_rates = [[0.19, 0.05], [0.3, 0.05]]
+    dear.mask_acceptance.sibling_counts = [Rates([0.38]), Rates([0.1])]
     assert dear.choose([[[0.5, 0.5]]], [proposal], CPU)[0].parent_BK is None  # a chain costs nothing more
 
 
@@ -246,22 +270,33 @@ def test_acceptance_forgets():
 
 
 def test_a_draft_counts_if_those_before_it_were_accepted():
-    rates = Rates(3)
+    rates = Rates([0.6] * 3)
     for _ in range(2000):
         rates.count(offered=3, accepted=1)
     assert rates.rate(0) > 0.95
     assert rates.rate(1) < 0.05
-    assert rates.rate(2) == rates.rate(9) == Rates.PRIOR_RATE
+    assert rates.rate(2) == rates.rate(9) == 0.6
+
+
+def test_drafts_are_chosen_by_their_own_confidence():
+    proposals = [Drafts(torch.tensor([[1, 2, 3]]), torch.tensor([row])) for row in ([0.9, 0.9, 0.9], [0.9, 0.2, 0.9])]
+    # By their places alone, all three would be worth a column.
+    chosen = [resting(0.25).choose([[[0.8, 0.8, 0.8]]], [proposal], CPU)[0].count for proposal in proposals]
+    assert chosen == [3, 1]
 
 
 def test_proposals_count_whether_or_not_they_were_verified():
     acceptance = MaskAcceptance(2)
     for _ in range(300):
-        acceptance.compare([1, 2], [[3, 4], [5, 6]], [3, 9])
-        acceptance.compare([1, 2], [[3, 4], [5, 6]], [1, 6, 7])
+        acceptance.compare([1, 2], [0.8, 0.4], [[3, 4], [5, 6]], [3, 9])
+        acceptance.compare([1, 2], [0.8, 0.4], [[3, 4], [5, 6]], [1, 6, 7])
     assert acceptance.rates == pytest.approx([0.5, 0], abs=0.02)
-    assert acceptance.sibling_rates[0] == pytest.approx([0.5, 0], abs=0.02)
-    assert acceptance.sibling_rates[1] == pytest.approx([0, 1], abs=0.02)
+    # Confidence is corrected by what came true, and the last wrong draft's second sibling was right half of the time.
+    assert acceptance.rates_of([0.8, 0.85, 0.4, 0.99]) == pytest.approx([0.5, 0.53, 0, 0.99], abs=0.03)
+    assert acceptance.sibling_rates_of([0.8, 0.0])[1] == pytest.approx([0.5, 0.5], abs=0.02)
+    assert acceptance.sibling_rates_of([0.8])[0] == pytest.approx([0.1, 0.1], abs=0.02)
+    acceptance.forget(8)
+    assert acceptance.counts.offered == pytest.approx([8, 8])
 
 
 def columns_by_enumeration(reach: list[float], survival: list[float], costs: PassCosts, worth: float) -> float:

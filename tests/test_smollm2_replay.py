@@ -33,7 +33,8 @@ def text(replay):
         ]
         for anchor in range(PROMPT - 1, LENGTH - 2)
     }
-    return replay.Text(ids, PROMPT, candidates)
+    confidences = {anchor: [0.7] * K for anchor in candidates}
+    return replay.Text(ids, PROMPT, candidates, confidences)
 
 
 def test_drafts_pay_where_columns_are_free_and_not_where_they_are_dear(replay, text):

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import Accelerator
 from layouts import masked_states
 from tiny_models import CACHE, adapter_parameters, tiny_base, upgraded
 from transformers import CONFIG_MAPPING, DynamicCache
@@ -272,6 +273,14 @@ def test_autocast_changes_nothing_that_is_found_out(name):
     with torch.autocast("cpu", torch.bfloat16):
         generate(model, ids(), 4, mtp=True)
     assert speculation_mode(model.get_base_model()) is MODES[name]
+
+
+@pytest.mark.parametrize("name", ["llama", *OF_EACH_KIND])
+def test_autocast_within_the_forward_pass_changes_nothing_either(name):
+    base = model_of(name, torch.float32).get_base_model()
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(base)
+    assert wrapped is base and "forward" in vars(base)
+    assert speculation_mode(base) is MODES.get(name, SpeculationMode.TREE)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -2,11 +2,14 @@
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from tiny_models import adapter_parameters, prompt, upgraded
 from tiny_text import tiny_tokenizer, words
 from transformers import TrainerCallback
 
 from hf_mtp import MTPConfig, MTPTrainer
+from hf_mtp.evaluation.decoded import decode_rows
+from hf_mtp.objective.request import ObjectiveRequest
 
 K = 3
 ROWS = 16
@@ -63,6 +66,18 @@ def assert_same_end(resumed: MTPTrainer, whole: MTPTrainer, steps: int) -> None:
     assert logged(resumed)[-steps:] == logged(whole)[-steps:]
     for name, parameter in adapter_parameters(whole.model).items():
         assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
+
+
+def taught(model: PeftModel, new_tokens: int) -> PeftModel:
+    """An adapter that has learnt a little of the model's own answers, so that some drafts are right."""
+    prompts = [tiny_tokenizer()(words(9, start))["input_ids"] for start in range(4)]
+    texts = torch.tensor([prompt + decode_rows(model, [prompt], new_tokens).rows[0] for prompt in prompts])
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(input_ids=texts, mtp_objective=ObjectiveRequest()).loss.backward()
+        optimizer.step()
+    return model
 
 
 class RaisesAt(TrainerCallback):

@@ -130,8 +130,8 @@ def recorded(args: argparse.Namespace, model: PeftModel, tokenizer) -> dict[str,
                         file.write(json.dumps(rows[-1]) + "\n")
     texts: dict[str, list[Text]] = {}
     for row in rows:
-        candidates = dict(zip(row["anchors"], row["candidates"], strict=True))
-        texts.setdefault(row["domain"], []).append(Text(row["ids"], row["prompt"], candidates))
+        by_anchor = [dict(zip(row["anchors"], row[name], strict=True)) for name in ("candidates", "confidences")]
+        texts.setdefault(row["domain"], []).append(Text(row["ids"], row["prompt"], *by_anchor))
     return texts
 
 
@@ -160,6 +160,7 @@ def record(model: PeftModel, prompt_1T: torch.LongTensor, new_tokens: int) -> di
         "ids": ids_1S[0].tolist(),
         "anchors": anchor_A.tolist(),
         "candidates": candidate_AkC.tolist(),
+        "confidences": drafts.confidence_BK.tolist(),
     }
 
 

@@ -35,11 +35,13 @@ class Text:
         prompt (`int`): Tokens of the prompt.
         candidates (`dict[int, list[list[int]]]`): By place of the block's anchor: for each mask its candidates,
             likeliest first. Each mask is told the first candidate of the one before it.
+        confidences (`dict[int, list[float]]`): By the same places: the adapter's confidence in each first candidate.
     """
 
     ids: list[int]
     prompt: int
     candidates: dict[int, list[list[int]]]
+    confidences: dict[int, list[float]]
 
     @property
     def vocab(self) -> dict[int, int]:
@@ -74,11 +76,13 @@ class RecordedModel:
 
     def draft(self, pending_B, hidden_BKD, noise_of=None, warpers=None, logits_BKV=None, siblings: int = 0) -> Drafts:
         count = hidden_BKD.shape[1]
-        block = self.text.candidates.get(int(hidden_BKD[0, 0, 0]), [[self.text.ids[0]] * 4] * count)
+        anchor = int(hidden_BKD[0, 0, 0])
+        block = self.text.candidates.get(anchor, [[self.text.ids[0]] * 4] * count)
+        confidence_K = torch.tensor(self.text.confidences.get(anchor, [0.0] * count)[:count])
         candidate_KC = torch.tensor([[self.number[token] for token in mask] for mask in block[:count]])
         return Drafts(
             candidate_KC[None, :, 0],
-            torch.ones(1, count),
+            confidence_K[None],
             sibling_BKC=candidate_KC[None, :, 1 : 1 + siblings] if siblings else None,
         )
 

@@ -10,11 +10,14 @@ import peft
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers.utils import logging
 
 from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
+
+logger = logging.get_logger(__name__)
 
 
 class PeftModelForCausalLM(peft.PeftModelForCausalLM):
@@ -42,7 +45,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         Args:
             custom_generate (`bool`, *optional*, defaults to `False`): Whether to add `custom_generate/generate.py`, so
                 that `base.generate(..., custom_generate=save_directory, trust_remote_code=True)` uses the adapter in a
-                script that does not import hf_mtp. The file names the folder as it is now.
+                script that does not import hf_mtp. The folder may be moved, or uploaded by other tools.
             save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, kwargs:
                 Those of [`~peft.PeftModel.save_pretrained`].
 
@@ -56,6 +59,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 f"`{asked}` writes a file that would be refused when it is loaded: adapters are safetensors, and hold "
                 "nothing of the base. Leave it out."
             )
+        self._warn_of_what_is_not_saved()
         configs = self.peft_config
         names = [name for name in configs if selected_adapters is None or name in selected_adapters]
         folders = {name: Path(save_directory, _subfolder(name) or "") for name in names}
@@ -78,6 +82,21 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 if custom_generate:
                     write_custom_generate(folder)
                 write_model_card(configs[name], folder, keep_evaluation=same)
+
+    def _warn_of_what_is_not_saved(self) -> None:
+        """Warns if the base, or an adapter of its own, is being trained: a trainer that saves this model loses it."""
+        layers = self.base_model.gated_layers().values()
+        gated = {
+            id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")
+        }
+        lost = sum(p.requires_grad and id(p) not in gated for p in self.get_base_model().parameters())
+        if lost:
+            logger.warning(
+                "%d weights of the base, or of an adapter of its own, are trainable and not saved: this model saves "
+                "its multi-token prediction adapter only. Save the base yourself. Where a trainer does the saving, "
+                "pass it the base, after `hf_mtp.attached.attach(base, adapter)`.",
+                lost,
+            )
 
     def push_to_hub(
         self,

@@ -36,13 +36,15 @@ class LayerFactors:
     Args:
         shared ([`SharedInput`]): Holds its A.
         start, rank (`int`): The rows of its A in there.
-        B_1rE (`torch.Tensor` of shape `(1, r, E)`): Its B, transposed and scaled.
+        B_1rE (`torch.Tensor` of shape `(1, r, E)`): Its B, transposed.
+        scaling (`float`): What the product is multiplied by.
     """
 
     shared: SharedInput
     start: int
     rank: int
     B_1rE: torch.Tensor
+    scaling: float
 
 
 class PreparedLora:
@@ -85,7 +87,7 @@ class PreparedLora:
             B_BrE = B_BrE.expand(x_BND.shape[0], -1, -1)
         y_BME = y_BNE[:, first:]
         sum_BME = y_BME.to(B_BrE.dtype)  # itself if the dtype is the same
-        sum_BME.baddbmm_(low_BMr, B_BrE)
+        sum_BME.baddbmm_(low_BMr, B_BrE, alpha=factors.scaling)
         if sum_BME is not y_BME:
             y_BME.copy_(sum_BME)
         return True
@@ -102,18 +104,23 @@ class PreparedLora:
     ) -> LayerFactors | None:
         """The factors of a layer, or `None` if it is not plain. Arguments are those of `add`."""
         A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-        if layer.training or B.bias is not None or not (_is_whole(A.weight) and _is_whole(B.weight)):
+        if (
+            torch.is_autocast_enabled(x_BND.device.type)
+            or layer.training
+            or B.bias is not None
+            or not (_is_whole(A.weight) and _is_whole(B.weight))
+        ):
             return None
         # On a CPU, a product of a few rows takes longer in half precision.
         dtype = torch.promote_types(y_BNE.dtype, torch.float32) if y_BNE.device.type == "cpu" else y_BNE.dtype
         A_rD = A.weight.detach().to(dtype)
-        B_1rE = (B.weight.detach() * layer.scaling[adapter]).to(dtype).mT.contiguous()[None]
+        B_1rE, scaling = B.weight.detach().to(dtype).mT.contiguous()[None], layer.scaling[adapter]
         if x_BND is not self._input() or self._shared.A_RD.dtype != dtype:
-            return LayerFactors(SharedInput(A_rD), 0, len(A_rD), B_1rE)
+            return LayerFactors(SharedInput(A_rD), 0, len(A_rD), B_1rE, scaling)
         shared, start = self._shared, len(self._shared.A_RD)
         shared.A_RD = torch.cat([shared.A_RD, A_rD])
         self._shared = None  # the product lacks the new rows
-        return LayerFactors(shared, start, len(A_rD), B_1rE)
+        return LayerFactors(shared, start, len(A_rD), B_1rE, scaling)
 
 
 def _is_whole(weight: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..layout.attention import CachedColumns, padded_right
 from .column_attention import KeysByColumn
 from .rows import Rows
+from .shared_heads import SharedHeads
 
 SPARE_COLUMNS = 64  # storage grows by half, and at least by this many
 
@@ -72,6 +73,8 @@ class RollbackLayer(CacheLayerMixin):
         keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
         if self.rows.column_attention is not None:
             keys = KeysByColumn.of(keys, self.rows.column_attention)
+        elif self.rows.shares_heads:
+            keys, values = SharedHeads.of(keys), SharedHeads.of(values)
         return keys, values
 
     def _write_after_each_row(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

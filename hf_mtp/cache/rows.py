@@ -16,6 +16,7 @@ class Rows:
         hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns after each row's first token that the
             prompt's attention mask hides.
         column_attention ([`ColumnAttention`] or `None`): How the running pass attends, if column by column.
+        shares_heads (`bool`): Whether the running pass' attention takes [`SharedHeads`].
     """
 
     def __init__(self, start_B: torch.LongTensor, columns: int | None = None):
@@ -24,6 +25,7 @@ class Rows:
         self.starts = start_B.tolist()  # a copy on the host, so that reading it does not wait for the device
         self.columns = columns
         self.column_attention: ColumnAttention | None = None
+        self.shares_heads = False
         self.hidden_BP = torch.zeros(len(start_B), 0, dtype=torch.bool, device=start_B.device)
         self.set_lengths([0] * len(start_B))
         self.set_position_offset(torch.zeros_like(start_B))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from .documents import say, write_document
 from .lists import numbers, words
 from .verb import verb
 
@@ -27,6 +28,9 @@ def evaluate(
     dtype: Annotated[str, Option(help="Dtype of the base, such as bfloat16; auto is that of the file.")] = "auto",
     data: Annotated[Path | None, Option(help="Folder with local copies of benchmarks, such as gsm8k.jsonl.")] = None,
     output: Annotated[Path, Option(help="Folder for results.json, table.md and the curves.")] = Path("evaluation"),
+    as_json: Annotated[
+        Path | None, Option("--json", help="File for a copy of results.json; - is stdout, and tables go to stderr.")
+    ] = None,
     card: Annotated[bool, Option("--card", help="Write the results into the adapter's model card.")] = False,
 ) -> None:
     """Measure tokens per pass and speed over domains, k and strategies, beside plain decoding and prompt lookup.
@@ -40,6 +44,7 @@ def evaluate(
     from ..evaluation.curves import can_draw
     from ..evaluation.files import write_card_section, write_report
     from ..evaluation.report import tokens_table
+    from ..evaluation.results import FILE
     from ..evaluation.runner import evaluate as run
     from ..evaluation.suites import load_suite
     from ..pretrained import load_upgraded
@@ -60,11 +65,13 @@ def evaluate(
         output=output,
     )
     write_report(results, output)
+    write_document((output / FILE).read_text(encoding="utf-8"), as_json)
     if results.domains:
-        typer.echo(f"Tokens per pass:\n\n{tokens_table(results)}\n")
-    typer.echo(f"All figures are in {output}{'' if can_draw() else ', but no curves: matplotlib is not installed'}.")
+        say(f"Tokens per pass:\n\n{tokens_table(results)}\n", as_json)
+    missing = "" if can_draw() else ", but no curves: matplotlib is not installed"
+    say(f"All figures are in {output}{missing}.", as_json)
     if not results.complete:
         typer.echo("Interrupted: what is done is kept. The same command goes on.", err=True)
         raise typer.Exit(INTERRUPTED)
     if card:
-        typer.echo(f"The results are in {write_card_section(results, folder)}, too.")
+        say(f"The results are in {write_card_section(results, folder)}, too.", as_json)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from .documents import say, write_document
 from .lists import words
 from .verb import verb
 
@@ -29,7 +30,9 @@ def verify(
     max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 64,
     limit: Annotated[int, Option(help="Most prompts of each domain.")] = 2,
     greedy_only: Annotated[bool, Option("--greedy-only", help="Do not compare sampling.")] = False,
-    output: Annotated[Path | None, Option("--json", help="File for the report as JSON.")] = None,
+    as_json: Annotated[
+        Path | None, Option("--json", help="File for the report as JSON; - is stdout, and text goes to stderr.")
+    ] = None,
 ) -> None:
     """Check that the output with `mtp=True` is that of plain decoding, token by token.
 
@@ -59,11 +62,11 @@ def verify(
                 sampling=not greedy_only,
             )
         )
-        typer.echo(_as_text(reports[-1], tokenizer))
-    if output is not None:
-        content = {"equal": all(report.is_equal for report in reports), "reports": [r.to_dict() for r in reports]}
-        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if not all(report.is_equal for report in reports):
+        say(_as_text(reports[-1], tokenizer), as_json)
+    is_equal = all(report.is_equal for report in reports)
+    content = {"equal": is_equal, "reports": [report.to_dict() for report in reports]}
+    write_document(json.dumps(content, indent=1), as_json)
+    if not is_equal:
         raise typer.Exit(DIFFERENT)
 
 

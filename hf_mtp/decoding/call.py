@@ -179,17 +179,19 @@ class GenerateCall:
         )
         others_unfinished = any_process_unfinished(self.tuner.model, self.synced_gpus)
         keeps_rows = keeps_cache or is_static or verifier.keeps_rows_in_step or self.bitwise
-        loop.step(batch)
-        stream.send()
-        if isinstance(schedule, AdaptiveSchedule) and schedule.costs is None and not is_sharded(self.tuner.model):
-            loop.measure_costs(batch, agreed_seconds(self.tuner.model))
-        while others_unfinished(batch.is_done):
-            if not keeps_rows:
-                batch.retire()
+        try:
             loop.step(batch)
-            stream.send()
-        if isinstance(schedule, AdaptiveSchedule):
-            self.tuner.schedules.give_back(key, schedule)
+            stream.send(batch, statistics.forward_passes)
+            if isinstance(schedule, AdaptiveSchedule) and schedule.costs is None and not is_sharded(self.tuner.model):
+                loop.measure_costs(batch, agreed_seconds(self.tuner.model))
+            while others_unfinished(batch.is_done):
+                if not keeps_rows:
+                    batch.retire()
+                loop.step(batch)
+                stream.send(batch, statistics.forward_passes)
+        finally:  # an interrupted call, too, leaves the costs that it measured
+            if isinstance(schedule, AdaptiveSchedule):
+                self.tuner.schedules.give_back(key, schedule)
 
     def _schedule(self, key: tuple, is_static: bool) -> FixedSchedule | AdaptiveSchedule:
         if self.strategy != "auto":

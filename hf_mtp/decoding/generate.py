@@ -5,7 +5,7 @@ import inspect
 import warnings
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
 from ..base.inspection import refuse_attention_without_masks, refuse_without_weights
@@ -79,7 +79,7 @@ class GenerationMixin:
             NotImplementedError: The model does not allow the strategy, or reads plain sequences only and is asked for
                 a static cache, or `mtp_bitwise` cannot be guaranteed.
         """
-        kwargs = self._by_name(args, kwargs)
+        kwargs = arguments_by_name(self.model, args, kwargs)
         asked = {"mtp": mtp, "mtp_strategy": mtp_strategy, "mtp_k": mtp_k, "mtp_bitwise": mtp_bitwise}
         configs = [c for c in (kwargs.get("generation_config"), self.model.generation_config) if c is not None]
         asked = {name: _first_given(value, name, configs) for name, value in asked.items()}
@@ -102,13 +102,8 @@ class GenerationMixin:
         streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
         bitwise = bool(asked["mtp_bitwise"])
         call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus, bitwise)
-        kwargs["use_cache"] = True  # some models' default is False
+        set_use_cache(kwargs)
         return self.model.generate(custom_generate=call, **kwargs)
-
-    def _by_name(self, args: tuple, kwargs: dict) -> dict:
-        """The arguments of `generate` by name, including those passed by position."""
-        bound = inspect.signature(self.model.generate).bind_partial(*args, **kwargs).arguments
-        return {**{name: value for name, value in bound.items() if name != "kwargs"}, **bound.get("kwargs", {})}
 
     def _checked_k(self, mtp_k: int | None) -> int:
         trained = self.active_mtp_config.k
@@ -163,10 +158,40 @@ class GenerationMixin:
         return draft(self, pending_B, hidden_BKD, noise_of, warpers, logits_BKV, siblings)
 
 
+def arguments_by_name(model: PreTrainedModel, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a model's `generate` by name, including those passed by position.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        args (`tuple`), kwargs (`dict`): As passed to `generate`.
+    """
+    # Of the class, because a base may have got a `generate` of its own, with any arguments.
+    bound = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs).arguments
+    return {
+        **{name: value for name, value in bound.items() if name not in ("self", "kwargs")},
+        **bound.get("kwargs", {}),
+    }
+
+
 def _first_given(value, name: str, configs: list):
     """The value passed to `generate`, or else that of the first generation config that sets it."""
     values = (value, *(getattr(config, name, None) for config in configs))
     return next((given for given in values if given is not None), None)
+
+
+def set_use_cache(kwargs: dict) -> None:
+    """Asks `generate` for a cache; some models' default is none.
+
+    Args:
+        kwargs (`dict`): Arguments of `generate`, changed in place.
+    """
+    config = kwargs.get("generation_config")
+    if config is None:
+        kwargs["use_cache"] = True
+        return
+    kwargs["generation_config"] = config = copy.deepcopy(config)  # transformers plans to take no arguments beside one
+    config.use_cache = True
+    kwargs.pop("use_cache", None)
 
 
 def stop_strings_to_criteria(kwargs: dict, configs: list) -> None:

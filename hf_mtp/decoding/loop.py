@@ -25,6 +25,7 @@ from .schedule.adaptive import AdaptiveSchedule
 from .schedule.costs import MASKED_COLUMNS, PLAIN_COLUMNS, measure_costs
 from .schedule.fixed import FixedSchedule
 from .statistics import MTPStatistics
+from .verification import chosen_tokens
 from .verifier import Verifier
 
 LONG_PROMPT = 512  # tokens; the attention mask of a padded prompt with masks grows with the square of its length
@@ -139,7 +140,7 @@ class DecodingLoop:
             batch ([`Batch`]): A batch whose prompts have been read.
             agreed (`Callable`): See [`~hf_mtp.base.distributed.agreed_seconds`].
         """
-        most = min(1 + self.k + (self.k + 1) * self.k, self.forward.positions_left(batch.cache.rows.positions))
+        most = min(1 + self.k + (self.k + 1) * self.k, self.forward.positions_left(batch.cache.rows.positions + 1))
         if self.fixed_shape:
             self.schedule.costs = measure_costs(partial(self._run, batch), (), (1 + 3 * self.k,), agreed)
         elif most > 2:
@@ -160,9 +161,13 @@ class DecodingLoop:
         regular_BT = pending_B[:, None].repeat(1, 1 + drafted)
         value_BRk = torch.ones(rows, 1 + drafted, self.k, device=pending_B.device)
         plan = choose_masks(value_BRk, columns - 1 - drafted)
+        # With drafts, rows advance unequally, and a pass over rows of unequal lengths takes longer.
+        ahead = [columns > 1 and not self.verifier.keeps_rows_in_step and row % 2 for row in range(rows)]
+        batch.cache.keep(ahead)
         layout = decoding_layout(batch.cache.rows.next_places(1 + drafted), plan)
         output = self.forward(regular_BT, layout, batch.cache, logits_rows=1 + drafted)
-        last = output.logits_BRV.argmax(dim=-1)
+        batch.cache.keep([-columns for columns in ahead])
+        last = chosen_tokens(output.logits_BRV, None)
         if with_masks:
             column_BK = plan.column_BRk[:, 0, : min(self.k, plan.masks)]
             states, logits = output.block(column_BK), output.block_logits(column_BK)

@@ -87,7 +87,7 @@ class Sequence:
         for index in range(len(token_n)):
             self.records.append(
                 TokenRecord(
-                    score=score_nV[index] if self.keeps_scores else None,
+                    score=score_nV[index].float() if self.keeps_scores else None,
                     logits=logits_nV[index].float() if self.keeps_logits else None,
                 )
             )

@@ -24,7 +24,8 @@ def chosen_tokens(score_xV: torch.Tensor, noise_xV: torch.Tensor | None) -> torc
         score_xV (`torch.Tensor` of shape `(..., V)`): The base's scores, after the processors.
         noise_xV (`torch.Tensor` of the same shape, *optional*): Noise for sampling; greedy decoding if `None`.
     """
-    return (score_xV if noise_xV is None else score_xV + noise_xV).argmax(dim=-1)
+    # Of equal scores the first, as `argmax` has it, which takes several times as long on a CPU.
+    return (score_xV if noise_xV is None else score_xV + noise_xV).max(dim=-1).indices
 
 
 def noise_of(sequences: list[Sequence], positions: int) -> torch.Tensor | None:
@@ -53,8 +54,11 @@ def verify_together(
         of which the first `accepted + 1` are those of the pending token and the accepted drafts, and `None` for a
         chain; `(B, R, V)` scores.
     """
-    logits_XV = logits_BRV.flatten(0, 1).to(torch.float32, copy=len(processors) > 0)
-    score_BRV = (processors(None, logits_XV) if processors else logits_XV).view(logits_BRV.shape)
+    score_BRV = logits_BRV
+    # Plain decoding rounds to float32. Of a narrower dtype, that changes no value.
+    if processors or score_BRV.dtype.itemsize > torch.float32.itemsize:
+        logits_XV = logits_BRV.flatten(0, 1).to(torch.float32, copy=True)  # processors may write
+        score_BRV = (processors(None, logits_XV) if processors else logits_XV).view(logits_BRV.shape)
     if drafts.parent_BK is None:
         token_BR = chosen_tokens(score_BRV, noise_BRV)
         accepted_B = (token_BR[:, :-1] == drafts.token_BK).long().cumprod(dim=1).sum(dim=1)

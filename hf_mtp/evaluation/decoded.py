@@ -45,12 +45,12 @@ class DecodedRows:
         return sum(map(len, self.rows))
 
 
-def checked_config(model: PeftModel, batch_size: int, max_new_tokens: int) -> GatedLoraConfig:
+def checked_config(model: PeftModel, batch_size: int = 1, max_new_tokens: int = 1) -> GatedLoraConfig:
     """The config of a model's active adapter.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
-        batch_size, max_new_tokens (`int`): At least 1.
+        batch_size, max_new_tokens (`int`, *optional*): At least 1.
 
     Raises:
         ValueError: The model has no adapter of hf_mtp, or a number is less than 1.

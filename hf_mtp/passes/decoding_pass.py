@@ -127,6 +127,7 @@ class DecodingPass:
         self.known_arguments = inspect.signature(self.model.forward).parameters
         if "output_router_logits" in self.known_arguments:  # the router's loss accepts no 4-D mask
             self.outputs["output_router_logits"] = False
+        self.shares_heads = compiled is None and self.model.config._attn_implementation == "sdpa"
         self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
         self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
 
@@ -143,6 +144,7 @@ class DecodingPass:
         """
         regular, past = regular_BT.shape[1], cache.rows.lengths
         inputs = self._inputs(regular_BT, layout, cache, logits_rows)
+        cache.rows.shares_heads = self.shares_heads and "attention_mask" in inputs
         forward = self.compiled if self.compiled is not None and cache.rows.longest else self.model
         lora = self.prepared_lora(regular_BT.device)
         with (

@@ -17,7 +17,15 @@ from transformers.utils import logging
 
 from ..adapter.gate import HiddenStateCapture
 from ..base.caches import cache_name
-from ..base.inspection import accepted_inputs, evaluation_mode, input_device, is_recurrent, mask_form, weight_shape
+from ..base.inspection import (
+    accepted_inputs,
+    decoder_of,
+    evaluation_mode,
+    input_device,
+    is_recurrent,
+    mask_form,
+    weight_shape,
+)
 from ..base.sizes import WINDOW
 from ..base.tiny import tiny_model
 from ..cache.rollback import RollbackCache
@@ -136,12 +144,13 @@ def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[Speculati
         with torch.no_grad(), torch.autocast(device_type, enabled=False), evaluation_mode(model):
             if mode in (SpeculationMode.TREE, SpeculationMode.CHAIN) and is_recurrent(model):
                 return False
+            dtype = _computing_dtype(model)
             if mode is not SpeculationMode.TREE:
-                return _passes_equal_sequences(model, *PASSES[mode], linear=True)
+                return _passes_equal_sequences(model, dtype, *PASSES[mode], linear=True)
             return (
                 mask_form(model) is not None
-                and _branch_equals_sequence(model)
-                and _passes_equal_sequences(model, *PASSES[mode], linear=False, rows=2)
+                and _branch_equals_sequence(model, dtype)
+                and _passes_equal_sequences(model, dtype, *PASSES[mode], linear=False, rows=2)
             )
     except Exception as error:
         logger.debug("%s does not allow the mode %r: %s", type(model).__name__, mode.value, error)
@@ -155,6 +164,23 @@ def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
     return torch.tensor([vocab * i // (total + 2) for i in range(1, total + 1)], device=input_device(model)).view(
         rows, count
     )
+
+
+def _computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of a model's products: that of its weights, unless accelerate has put autocast into its forward."""
+    device_type, found = input_device(model).type, []
+
+    def look(*_) -> None:
+        is_on = torch.is_autocast_enabled(device_type)
+        found.append(torch.get_autocast_dtype(device_type) if is_on else model.dtype)
+
+    hook = decoder_of(model).register_forward_pre_hook(look)
+    inputs = {"input_ids": _example(model, 1, PROMPT), "use_cache": False}
+    try:
+        model(**accepted_inputs(inputs, inspect.signature(model.forward).parameters))
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def are_close(found: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -179,7 +205,7 @@ def _plain_logits(model: PreTrainedModel, text_1T: torch.LongTensor, last: int =
     return torch.cat(logits)
 
 
-def _branch_equals_sequence(model: PreTrainedModel) -> bool:
+def _branch_equals_sequence(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether a text with a branch on its last token but one has the logits of the two separate texts."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -189,13 +215,13 @@ def _branch_equals_sequence(model: PreTrainedModel) -> bool:
     mask = attention_masks(layout, attention_kinds(model.config.get_text_config(decoder=True)), mask_form(model))
     branched = model(input_ids=ids, attention_mask=mask, position_ids=layout.position_BN, use_cache=False).logits[0]
     return all(
-        are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0], model.dtype)
+        are_close(branched[rows], model(input_ids=ids[:, rows], use_cache=False).logits[0], dtype)
         for rows in (text, [*text[:-1], *branch])
     )
 
 
 def _passes_equal_sequences(
-    model: PreTrainedModel, pass_type: type, cache_type: type, linear: bool, rows: int = 1
+    model: PreTrainedModel, dtype: torch.dtype, pass_type: type, cache_type: type, linear: bool, rows: int = 1
 ) -> bool:
     """Whether passes with masks and with right and wrong drafts, as in decoding, have the logits of plain decoding.
 
@@ -223,7 +249,7 @@ def _passes_equal_sequences(
         logits_BRV = forward(regular_BT, layout, cache, logits_rows=1 + drafts).logits_BRV
         for row in range(rows):
             true = truth_B[row][read[row] + before - PROMPT + 1 : read[row] + kept[row] - PROMPT + 1]
-            if not are_close(logits_BRV[row, : len(true)], true, model.dtype):
+            if not are_close(logits_BRV[row, : len(true)], true, dtype):
                 return False
         cache.keep(kept)
         read = [tokens + new for tokens, new in zip(read, kept, strict=True)]

@@ -21,7 +21,8 @@ class Drafts:
 
     Args:
         token_BK (`torch.LongTensor` of shape `(B, K)`): The drafts, -1 where a row has no more.
-        confidence_BK (`torch.Tensor` of shape `(B, K)`): Probability that each is accepted if its parent is.
+        confidence_BK (`torch.Tensor` of shape `(B, K)`): Probability that each is accepted if its parent is, as far as
+            its drafter knows.
         parent_BK (`torch.LongTensor` of shape `(B, K)`, *optional*): The column of the token that each follows: 0 is
             the pending token, i the i-th draft. Parents come first, and drafts with one parent differ. If `None`, each
             draft follows the one before it.
@@ -43,6 +44,11 @@ class Drafts:
     def tokens(self) -> list[list[int]]:
         """`token_BK` on the host. The first use waits for the device."""
         return self.token_BK.tolist()
+
+    @cached_property
+    def confidences(self) -> list[list[float]]:
+        """`confidence_BK` on the host."""
+        return self.confidence_BK.tolist()
 
     @cached_property
     def siblings(self) -> list[list[list[int]]]:

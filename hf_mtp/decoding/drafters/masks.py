@@ -44,17 +44,17 @@ class MaskDrafter:
     ):
         self.tuner, self.acceptance, self.siblings = tuner, acceptance, siblings
         self.warpers = LogitsProcessorList(p for p in processors if type(p) in SHORTLIST_WARPERS)
-        # The last proposals: each row's drafts, and the siblings of each.
-        self._proposed: weakref.WeakKeyDictionary[Sequence, tuple[list[int], list[list[int]]]] = (
+        # The last proposals: each row's drafts, and the confidence and the siblings of each.
+        self._proposed: weakref.WeakKeyDictionary[Sequence, tuple[list[int], list[float], list[list[int]]]] = (
             weakref.WeakKeyDictionary()
         )
 
     def observe(self, outcome: Outcome) -> None:
         """Compares the last proposals with the new tokens."""
         for sequence, tokens in zip(outcome.sequences, outcome.verified.tokens, strict=True):
-            drafts, siblings = self._proposed.pop(sequence, ([], []))
-            if drafts:
-                self.acceptance.compare(drafts, siblings, tokens)
+            proposed = self._proposed.pop(sequence, None)
+            if proposed is not None:
+                self.acceptance.compare(*proposed, tokens)
 
     def expect(self, outcome: Outcome) -> list[list[float]]:
         """For each row, the probability that each possible draft is accepted if all before it are."""
@@ -82,8 +82,10 @@ class MaskDrafter:
         return drafts
 
     def _remember(self, sequences: list[Sequence], drafts: Drafts, counts: list[int]) -> None:
-        for sequence, count, tokens, siblings in zip(sequences, counts, drafts.tokens, drafts.siblings, strict=True):
-            self._proposed[sequence] = tokens[:count], siblings[:count]
+        for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            if count:
+                of_row = drafts.tokens[row], drafts.confidences[row], drafts.siblings[row]
+                self._proposed[sequence] = tuple(values[:count] for values in of_row)
 
 
 def draft(

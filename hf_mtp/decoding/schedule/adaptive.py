@@ -16,7 +16,8 @@ from .candidates import CandidateTree, RankedCandidates
 from .columns import MOST_DRAFTS, Columns, fixed_columns, masked_columns, plain_columns
 from .costs import FIRST_GUESS
 
-NGRAM_CLASSES = 8
+NGRAM_PRIORS = (0.25, 0.5, 0.6, 0.65, 0.7, 0.7, 0.7, 0.7)  # by the length of the match, typical of answers
+OF_MASKS = 0  # number of the drafter that drafts from masks
 
 
 class AdaptiveSchedule:
@@ -46,7 +47,7 @@ class AdaptiveSchedule:
 
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget, self.costs = k, fixed_budget, None
-        self.mask_acceptance, self.ngram_rates = MaskAcceptance(k), Rates(NGRAM_CLASSES)
+        self.mask_acceptance, self.ngram_rates = MaskAcceptance(k), Rates(NGRAM_PRIORS)
         self.masks = fixed_budget or k
         self.trial, self.resting = self.TRIAL, 0  # remaining passes with masks on trial, and without masks
         self.credit = 0.0  # cost that trials may lose
@@ -86,8 +87,15 @@ class AdaptiveSchedule:
         """
         rows = [self._candidates(row, expected, proposals).best(MOST_DRAFTS) for row in range(len(expected[0]))]
         columns = self._columns(rows)
-        self.masks = columns.masks
-        return drafts_of(rows, columns.drafts, device), [row.origins[: columns.drafts] for row in rows]
+        count = 1 + columns.drafts + columns.masks
+        padding = (self.costs or FIRST_GUESS).padded(count, columns.masks > 0) - count
+        # Columns that cost nothing: masks rather than nothing.
+        more = min(padding, (1 + columns.drafts) * self.k - columns.masks) if columns.masks else 0
+        self.masks = columns.masks + more
+        # Without drafts, there may be no position left for an empty one.
+        empty = padding - more if columns.drafts else 0
+        drafts = drafts_of(rows, columns.drafts, columns.drafts + empty, device)
+        return drafts, [row.origins[: columns.drafts] for row in rows]
 
     def fixed_drafts(self, k: int) -> int:
         """Drafts per row, used or not, where passes have one of two shapes: plain, or with all drafts and masks."""
@@ -100,8 +108,13 @@ class AdaptiveSchedule:
         for number, (rates, drafts) in enumerate(zip(expected, proposals, strict=True)):
             if drafts is None or not rates[row]:
                 continue
+            if number != OF_MASKS:
+                tree.add_chain(number, drafts.tokens[row], rates[row])
+                continue
+            of_place, acceptance = drafts.confidences[row][: len(rates[row])], self.mask_acceptance
+            known = acceptance.rates_of(of_place)
             siblings = drafts.siblings[row] if drafts.sibling_BKC is not None else None
-            tree.add_chain(number, drafts.tokens[row], rates[row], siblings, self.mask_acceptance.sibling_rates)
+            tree.add_chain(number, drafts.tokens[row], known, siblings, acceptance.sibling_rates_of(known))
         return tree
 
     def _columns(self, rows: list[RankedCandidates]) -> Columns:
@@ -143,19 +156,31 @@ class AdaptiveSchedule:
         self.tokens, self.cost = self.tokens * self.MEMORY + tokens, self.cost * self.MEMORY + cost
 
 
-def drafts_of(rows: list[RankedCandidates], count: int, device: torch.device) -> Drafts:
-    """The first `count` candidates of each row as drafts."""
-    count = min(count, max(len(row.tokens) for row in rows))
+def drafts_of(rows: list[RankedCandidates], count: int, width: int, device: torch.device) -> Drafts:
+    """The first candidates of each row as drafts.
+
+    Args:
+        rows (`list[RankedCandidates]`): The candidates of each row.
+        count (`int`): Most drafts of a row.
+        width (`int`): K, with places that stay empty. A row without a draft for a place has an empty one, too.
+        device (`torch.device`): Where they are needed.
+    """
+    longest = max(len(row.tokens) for row in rows)
+    count, width = min(count, longest), width - max(0, count - longest)
 
     def padded(values: list, value) -> list:
-        return values[:count] + [value] * (count - len(values))
+        found = values[:count]
+        return found + [value] * (width - len(found))
 
     tokens = [padded(row.tokens, NO_TOKEN) for row in rows]
     confidences = [padded(row.rates(count), 0.0) for row in rows]
     parents = [padded(row.parents, 0) for row in rows]
-    is_chain = all(parent == place for row in rows for place, parent in enumerate(row.parents[:count]))
+    # Empty places at the end follow the pending token, so that they take no later position.
+    is_chain = width == count and all(
+        parent == place for row in rows for place, parent in enumerate(row.parents[:count])
+    )
     return Drafts(
-        torch.tensor(tokens, dtype=torch.long, device=device).view(len(rows), count),
-        torch.tensor(confidences, device=device).view(len(rows), count),
+        torch.tensor(tokens, dtype=torch.long, device=device).view(len(rows), width),
+        torch.tensor(confidences, device=device).view(len(rows), width),
         None if is_chain else torch.tensor(parents, device=device),
     )

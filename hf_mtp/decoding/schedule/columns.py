@@ -10,7 +10,7 @@ Pure functions of numbers. The unit of all costs is a plain pass over one token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 
 from .candidates import RankedCandidates
 from .costs import PassCosts
@@ -54,8 +54,25 @@ def masked_columns(
         survival (`Sequence[float]`): Probability that the first 1, 2 ... k drafts of a block are accepted.
     """
     reach = _mean([row.reach for row in rows])
+    price = verification_price(survival, costs, worth)
     slopes = costs.slopes(masks=True)
-    return max((_masked(rows, reach, survival, costs, worth, slope) for slope in slopes), key=_surplus)
+    return max((_masked(rows, reach, survival, costs, worth, slope, price) for slope in slopes), key=_surplus)
+
+
+def verification_price(survival: Sequence[float], costs: PassCosts, worth: float) -> float:
+    """What it costs to verify one of a block's drafts in the next pass, if as many are verified as pay best.
+
+    The first columns after the pending token are often the dearest. All drafts share their price.
+
+    Args:
+        survival, costs, worth: As in [`masked_columns`].
+    """
+    best, price = -float("inf"), 0.0
+    for drafts, tokens in enumerate(accumulate(survival), start=1):
+        cost = costs.of(1 + drafts, masks=False) - 1.0
+        if worth * tokens - cost > best:
+            best, price = worth * tokens - cost, cost / drafts
+    return price
 
 
 def fixed_columns(
@@ -89,10 +106,11 @@ def _masked(
     costs: PassCosts,
     worth: float,
     slope: float,
+    price: float,
 ) -> Columns:
     drafts = _first_below(reach, slope / worth)
     # The draft that a mask makes needs a column in the next pass.
-    values = _mask_values(rows, drafts, [value - slope / worth for value in survival])
+    values = _mask_values(rows, drafts, [value - price / worth for value in survival])
     masks = min(max(1, _first_below(values, slope / worth)), MOST_MASKS)
     surplus = worth * (sum(reach[:drafts]) + sum(values[:masks])) - costs.of(1 + drafts + masks, masks=True)
     return Columns(drafts, masks, surplus)

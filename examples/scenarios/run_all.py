@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""All five scenarios, one after the other; writes what they printed as JSON.
+
+    python examples/scenarios/run_all.py docs/results/scenarios.json && python docs/make_tables.py
+
+The batch is decoded in float32, too, where its text has to be the same. The file is written after each scenario.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import chat
+import code_completion
+import data_generation
+import long_form
+import mathematics
+import torch
+from scenario import Scenario, add_options, load, show
+
+from hf_mtp.evaluation.compare import describe_machine
+
+SCENARIOS = [module.SCENARIO for module in (code_completion, mathematics, long_form, chat, data_generation)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="file for the report")
+    add_options(parser)
+    parser.add_argument("--fraction", type=float, default=1.0, help="of each answer's length (%(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    everything = {"machine": describe_machine(), "load_average": os.getloadavg()[0], "scenarios": []}
+    for dtype, scenarios in {args.dtype: SCENARIOS, "float32": [data_generation.SCENARIO]}.items():
+        model, tokenizer = load(args.base, args.adapter, dtype)
+        for scenario in scenarios:
+            report = report_of(scenario, model, tokenizer, args)
+            everything["scenarios"].append(report)
+            args.output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+
+
+def report_of(scenario: Scenario, model, tokenizer, args: argparse.Namespace) -> dict:
+    """The report of one scenario, which is also printed."""
+    new_tokens = max(1, round(args.fraction * scenario.new_tokens))
+    report = scenario.report(model, tokenizer, new_tokens, args.repeats)
+    print(f"\n{scenario.name}, {report['dtype']}\n")
+    show(report)
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A race of plain decoding against multi-token prediction, to watch in a browser."""
