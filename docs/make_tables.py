@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import evaluation_tables
+import peer_tables
 import scenario_tables
 import smollm2_tables
 from tables import load, machine, table, value
@@ -21,7 +22,10 @@ from tables import load, machine, table, value
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{page}.md" for page in ("benchmarks", "demo", "evaluation", "training", "support", "scenarios")),
+    *(
+        DOCS / f"{page}.md"
+        for page in ("benchmarks", "comparison", "demo", "evaluation", "training", "support", "scenarios")
+    ),
 )
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (.+?) as (.+?) -->)[^<]*(<!-- end -->)")
@@ -369,7 +373,8 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        return (vars(smollm2_tables) | vars(evaluation_tables) | vars(scenario_tables) | globals())[name]()
+        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables)
+        return ({key: made for module in modules for key, made in vars(module).items()} | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
 

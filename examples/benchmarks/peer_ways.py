@@ -1,0 +1,125 @@
+"""Ways to decode SmolLM2 that are compared: transformers' own, peers that were trained, and ours.
+
+Knows models, drafters and arguments of `generate`. Knows nothing of prompts, files of results or tables.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from eagle_head import EagleDrafter
+from medusa_heads import MedusaDrafter
+from peer_training import K, load_peer
+from peft import PeftModel
+from speculation import speculative_generate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_pass import TwoPassDrafter
+from ways import PEERS, Models, Way, mtp
+
+from hf_mtp.evaluation.compare import same_weights
+
+OURS = ("ours, auto", "ours, quadratic", "ours as shipped, auto", "ours as shipped, quadratic")
+
+
+class PeerModels(Models):
+    """The base, and what decodes with its weights, each loaded when it is first needed.
+
+    Args:
+        base (`str`): Folder of the base.
+        shipped (`Path`): Folder of the adapter that ships.
+        trained (`Path`): Folder of the adapter and the heads that `peer_training` made.
+        dtype (`str`): Name of the dtype to compute in, or `"auto"` for the one that the base is stored in.
+    """
+
+    def __init__(self, base: str, shipped: Path, trained: Path, dtype: str = "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.shipped, self.trained = shipped, trained
+        self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+        self.base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
+
+    @cached_property
+    def adapter(self) -> PeftModel:
+        """The adapter that ships."""
+        return PeftModel.from_pretrained(same_weights(self.base), self.shipped).eval()
+
+    @cached_property
+    def equal(self) -> PeftModel:
+        """An adapter that was trained for the same minutes as the peers."""
+        return PeftModel.from_pretrained(same_weights(self.base), self.trained / "ours" / "adapter").eval()
+
+    @cached_property
+    def medusa(self):
+        return load_peer("medusa", self.base, self.trained)
+
+    @cached_property
+    def eagle(self):
+        return load_peer("eagle", self.base, self.trained)
+
+
+class Late:
+    """A drafter that is made when it first decodes, so that the ways can be listed without loading any model.
+
+    Args:
+        make (`Callable`): Makes the drafter.
+    """
+
+    def __init__(self, make):
+        self.make = make
+
+    @cached_property
+    def drafter(self):
+        return self.make()
+
+    def begin(self) -> None:
+        self.drafter.begin()
+
+    def propose(self, *args) -> list[int]:
+        return self.drafter.propose(*args)
+
+
+def drafted(make, model: str = "base") -> Way:
+    """A way that verifies the drafts of the drafter that `make` makes."""
+    return Way(model, {"custom_generate": speculative_generate, "drafter": Late(make)})
+
+
+def families(models: PeerModels) -> dict[str, dict[str, Way]]:
+    """Family to setting to way, of all ways but plain decoding. `ours` and the peers were trained alike."""
+
+    def two_passes(model: str) -> dict[str, Way]:
+        masks = (2, K)
+        return {f"k={n}": drafted(lambda n=n: TwoPassDrafter(getattr(models, model), n), model) for n in masks}
+
+    return {
+        **PEERS,
+        "Medusa-style heads": {
+            f"k={n}": drafted(lambda n=n: MedusaDrafter(models.medusa, models.base, n)) for n in (1, 2, K)
+        },
+        "EAGLE-style head": {
+            f"k={n}": drafted(lambda n=n: EagleDrafter(models.eagle, models.base, n)) for n in (1, 2, 4)
+        },
+        "two passes": two_passes("equal"),
+        "ours, auto": {f"k={K}": mtp(model="equal")},
+        "ours, quadratic": {f"k={n}": mtp("quadratic", n, "equal") for n in (2, K)},
+        "two passes, adapter as shipped": two_passes("adapter"),
+        "ours as shipped, auto": {"k=8": mtp()},
+        "ours as shipped, quadratic": {f"k={n}": mtp("quadratic", n) for n in (2, K)},
+    }
+
+
+def refused_generators(models: PeerModels) -> dict[str, str]:
+    """What transformers' other candidate generators say to this model: they need weights that it does not have."""
+    options = {
+        "native MTP": {"use_mtp": True},
+        "DFlash": {"speculation_type": "dflash", "assistant_model": models.small_draft},
+    }
+    return {name: refusal(models, asked) for name, asked in options.items()}
+
+
+def refusal(models: PeerModels, options: dict) -> str:
+    """The error of `generate` with these options, or `"runs"`."""
+    ids_1T = torch.tensor([[models.tokenizer.bos_token_id]], device=models.base.device)
+    try:
+        models.base.generate(input_ids=ids_1T, max_new_tokens=4, do_sample=False, **options)
+    except Exception as error:  # whatever it is, it is what a user would see
+        return f"{type(error).__name__}: {error}"
+    return "runs"
