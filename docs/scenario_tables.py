@@ -28,10 +28,15 @@ def scenarios() -> str:
                 ]
             )
     head = ["scenario", "way", "tokens per pass", "speed by processor time", "by the clock", "same text"]
-    busy = ""
+    notes = [f"{machine(report)}."]
+    if not any("bit for bit" in one["runs"] for one in report["scenarios"]):
+        notes.append("Short answers, without the bit for bit mode (`--quick`).")
     if report["load_average"] > BUSY:
-        busy = f" Other programs were running (load average {report['load_average']:.0f}), so trust processor time."
-    return table(head, rows) + f"\n{machine(report)}.{busy}\n"
+        notes.append(
+            f"**Busy machine:** the load average was {report['load_average']:.0f}. Trust processor time rather than "
+            "the clock. `auto` measures what passes cost by the clock, so it chose worse than on an idle machine."
+        )
+    return table(head, rows) + "\n" + " ".join(notes) + "\n"
 
 
 def waits() -> str:
