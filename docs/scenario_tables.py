@@ -5,6 +5,7 @@ import textwrap
 from tables import load, machine, table
 
 WIDTH = 100
+MISSING = "Not measured yet.\n"
 BUSY = 0.75  # programs that run at the same time, on average
 
 
@@ -28,22 +29,27 @@ def scenarios() -> str:
                 ]
             )
     head = ["scenario", "way", "tokens per pass", "speed by processor time", "by the clock", "same text"]
-    busy = ""
+    notes = [f"{machine(report)}."]
+    if not any("bit for bit" in one["runs"] for one in report["scenarios"]):
+        notes.append("Short answers, without the bit for bit mode (`--quick`).")
     if report["load_average"] > BUSY:
-        busy = f" Other programs were running (load average {report['load_average']:.0f}), so trust processor time."
-    return table(head, rows) + f"\n{machine(report)}.{busy}\n"
+        notes.append(
+            f"**Busy machine:** the load average was {report['load_average']:.0f}. Trust processor time rather than "
+            "the clock. `auto` measures what passes cost by the clock, so it chose worse than on an idle machine."
+        )
+    return table(head, rows) + "\n" + " ".join(notes) + "\n"
 
 
-def waits() -> str:
-    """The time to the first token in the chat."""
-    runs = next(one for one in load("scenarios")["scenarios"] if one["scenario"] == "real-time chat")["runs"]
-    rows = [[name, f"{run['wait']:.2f} s"] for name, run in runs.items()]
-    return table(["way", "first token after (median of the turns)"], rows)
+def found(scenario: str) -> dict | None:
+    """The report of a scenario, if it was run."""
+    return next((one for one in load("scenarios")["scenarios"] if one["scenario"] == scenario), None)
 
 
 def text_of(scenario: str, only: int | None = None) -> str:
     """The prompts of a scenario and its answers by `mtp=True`, as a block."""
-    one = next(one for one in load("scenarios")["scenarios"] if one["scenario"] == scenario)
+    one = found(scenario)
+    if one is None:
+        return MISSING
     pairs = list(zip(one["prompts"], one["texts"], strict=True))[:only]
     parts = [f"> {wrapped(prompt)}\n\n{wrapped(text.strip())}" for prompt, text in pairs]
     return "```text\n" + "\n\n".join(parts) + "\n```\n"
@@ -56,7 +62,9 @@ def wrapped(text: str) -> str:
 
 def code_text() -> str:
     """Completed functions."""
-    one = next(one for one in load("scenarios")["scenarios"] if one["scenario"] == "code completion")
+    one = found("code completion")
+    if one is None:
+        return MISSING
     pairs = zip(one["prompts"], one["texts"], strict=True)
     return "```text\n" + "\n\n\n".join(f"{prompt}{text.rstrip()}" for prompt, text in pairs) + "\n```\n"
 

@@ -4,24 +4,24 @@
 python examples/scenarios/code_completion.py
 """
 
-from scenario import Answers, Scenario
+from scenario import Answers, Scenario, chat_text
 
 BEGINNINGS = [
-    'def is_palindrome(text: str) -> bool:\n    """Whether a text reads the same backwards, ignoring case."""\n',
-    'def count_words(text: str) -> dict[str, int]:\n    """How often each word occurs in a text."""\n',
-    'class Stack:\n    """A stack with push, pop, peek and is_empty."""\n\n    def __init__(self):\n',
+    'def count_words(text: str) -> dict[str, int]:\n    """How often each word occurs in a text."""',
+    'class Stack:\n    """A stack with push, pop, peek and is_empty."""\n\n    def __init__(self):',
 ]
-STOPS = ["\ndef ", "\nclass ", "\n#", "\nif ", "\nprint", "\n```"]  # the next thing at the left margin
+ASK = "Complete this Python code.\n\n"
+FENCE = "```python\n"
 
 
 def complete(model, tokenizer, new_tokens: int, **way) -> Answers:
-    """Completes one function after the other."""
+    """Completes one piece of code after the other. The answer begins with it, in a block that the stop string ends."""
     answers = Answers(BEGINNINGS, [])
     for beginning in BEGINNINGS:
-        inputs = tokenizer(beginning, return_tensors="pt").to(model.device)
-        output = model.generate(
-            **inputs, do_sample=False, max_new_tokens=new_tokens, stop_strings=STOPS, tokenizer=tokenizer, **way
-        )
+        text = chat_text(tokenizer, ASK + beginning) + FENCE + beginning
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "stop_strings": ["\n```"], "tokenizer": tokenizer}
+        output = model.generate(**inputs, **options, **way)
         answers.ids.append(output[0, inputs["input_ids"].shape[1] :].tolist())
     return answers
 

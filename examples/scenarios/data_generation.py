@@ -4,7 +4,7 @@
 python examples/scenarios/data_generation.py
 """
 
-from scenario import Answers, Scenario
+from scenario import Answers, Scenario, chat_text
 
 TOPICS = ["rain", "bread", "the moon", "bicycles", "honey bees", "volcanoes", "money", "libraries"]
 ASK = "Write one question that a child may ask about {topic}, and a short answer. Begin with 'Question:'."
@@ -13,9 +13,10 @@ ASK = "Write one question that a child may ask about {topic}, and a short answer
 def generate_data(model, tokenizer, new_tokens: int, **way) -> Answers:
     """Answers all prompts in one batch. Rows with more accepted drafts do not wait for the others."""
     prompts = [ASK.format(topic=topic) for topic in TOPICS]
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
+        model.device
+    )
     output = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, **way)
     row_passes = model.mtp_statistics.row_steps if way else None
     return Answers(prompts, output[:, inputs["input_ids"].shape[1] :].tolist(), row_passes=row_passes)

@@ -10,7 +10,6 @@ PROBLEMS = [
     "A baker makes 24 rolls in the morning and twice as many in the afternoon. She sells all but 9 of them for $2 "
     "each. How much money does she earn?",
     "A train travels 180 miles in 3 hours. How far does it travel in 7 hours at the same speed?",
-    "Tom has 5 boxes with 12 pencils each. He gives 18 pencils to his sister. How many pencils does he have left?",
 ]
 
 

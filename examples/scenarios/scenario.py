@@ -8,7 +8,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -95,7 +95,14 @@ class Scenario:
         report = self.report(*load(args.base, args.adapter, args.dtype), args.new_tokens, args.repeats)
         show(report)
 
-    def report(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int, repeats: int) -> dict:
+    def report(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        new_tokens: int,
+        repeats: int,
+        ways: Iterable[str] = tuple(WAYS),
+    ) -> dict:
         """The answers, and what every way took.
 
         Args:
@@ -103,9 +110,10 @@ class Scenario:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
             new_tokens (`int`): Most new tokens of an answer.
             repeats (`int`): Runs of each way, of which the fastest counts.
+            ways (`Iterable[str]`, *optional*, defaults to all): The ways to decode, plain decoding among them.
         """
         is_half = model.dtype.itemsize < 4  # otherwise the text is the same anyhow
-        names = [name for name in WAYS if name != "bit for bit" or self.bitwise and is_half]
+        names = [name for name in ways if name != "bit for bit" or self.bitwise and is_half]
         answers, runs = race(self.answer, model, tokenizer, new_tokens, names, repeats)
         return {
             "scenario": self.name,
@@ -181,7 +189,7 @@ def sum_up(answers: Answers, plain: list[list[int]], clocks: list[tuple[float, f
 def show(report: dict) -> None:
     """Prints a report."""
     for prompt, text in zip(report["prompts"], report["texts"], strict=True):
-        print(f"{prompt}\n{'-' * 60}\n{text.strip()}\n{'=' * 60}")
+        print(prompt, "-" * 60, text.strip("\n"), "=" * 60, sep="\n")
     runs, count = report["runs"], len(report["texts"])
     for name, result in runs.items():
         wait = "" if result["wait"] is None else f", first token after {result['wait']:.2f} s"
@@ -190,12 +198,12 @@ def show(report: dict) -> None:
             f"{name:12} {result['seconds']:6.1f} s ({speed:.2f}x), {result['tokens']} tokens, "
             f"{result['tokens_per_pass']:.2f} per pass, same text {result['same']}/{count}{wait}"
         )
-    if any(result["same"] < count for result in runs.values()):
+    if report["dtype"] != "float32" and any(result["same"] < count for result in runs.values()):
         print("Where a text differs, rounding has swapped two nearly equal tokens. It does not in float32.")
 
 
-def asked(tokenizer: PreTrainedTokenizerBase, *messages: str, system: str | None = None) -> BatchEncoding:
-    """A conversation as inputs of `generate`.
+def chat_text(tokenizer: PreTrainedTokenizerBase, *messages: str, system: str | None = None) -> str:
+    """A conversation as the text that the model continues.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): With a chat template.
@@ -204,6 +212,9 @@ def asked(tokenizer: PreTrainedTokenizerBase, *messages: str, system: str | None
     """
     roles = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(messages)]
     conversation = [*([{"role": "system", "content": system}] if system else []), *roles]
-    return tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+
+def asked(tokenizer: PreTrainedTokenizerBase, *messages: str, system: str | None = None) -> BatchEncoding:
+    """A conversation as inputs of `generate`. Arguments are those of [`chat_text`]."""
+    return tokenizer(chat_text(tokenizer, *messages, system=system), return_tensors="pt", add_special_tokens=False)
