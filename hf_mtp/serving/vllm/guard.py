@@ -1,0 +1,131 @@
+"""What vLLM and the settings of the engine must be: anything else is refused before the model is loaded."""
+
+import inspect
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+from vllm.v1.worker.gpu_model_runner import ExecuteModelState
+
+from .adapter import ExportedAdapter
+from .arguments import ADAPTER
+
+TESTED = ("0.32",)
+ANY_VERSION = "hf_mtp_any_version"
+
+# Methods of Model Runner V1 that `MaskRunner` overrides, with the parameters that it gives or reads by name.
+METHODS = {
+    "add_lora": "lora_request",
+    "execute_model": "scheduler_output intermediate_tensors",
+    "_update_states": "scheduler_output",
+    "_calc_spec_decode_metadata": "num_draft_tokens cu_num_scheduled_tokens",
+    "_sample": "logits spec_decode_metadata",
+    "set_active_loras": "input_batch num_scheduled_tokens num_sampled_tokens mapping_type",
+    "_determine_batch_execution_and_padding": "num_tokens num_reqs num_scheduled_tokens_np max_num_scheduled_tokens "
+    "use_cascade_attn allow_microbatching force_eager force_uniform_decode force_has_lora force_num_active_loras "
+    "num_encoder_reqs",
+    "_preprocess": "scheduler_output num_input_tokens intermediate_tensors",
+    "propose_draft_token_ids": "scheduler_output sampled_token_ids sampling_metadata hidden_states "
+    "sample_hidden_states aux_hidden_states spec_decode_metadata common_attn_metadata slot_mappings",
+    "_input_fits_in_drafter": "common_attn_metadata",
+}
+# Fields that it reads.
+FIELDS = {
+    SchedulerOutput: "num_scheduled_tokens total_num_scheduled_tokens scheduled_spec_decode_tokens scheduled_new_reqs "
+    "scheduled_cached_reqs num_spec_tokens_to_schedule",
+    NewRequestData: "req_id prompt_token_ids num_computed_tokens block_ids sampling_params",
+    CachedRequestData: "req_ids num_computed_tokens num_output_tokens new_block_ids resumed_req_ids",
+    CachedRequestState: "block_ids prompt_token_ids sampling_params",
+    ExecuteModelState: "scheduler_output",
+}
+
+
+def check_signatures(runner: type, settings: dict) -> None:
+    """Checks the release of vLLM and what is overridden of it.
+
+    Args:
+        runner (`type`): The class of the platform's model runner.
+        settings (`dict`): The engine's `additional_config`.
+
+    Raises:
+        RuntimeError: This release was not tested, or differs in a method or field that is needed.
+    """
+    changed = [
+        name
+        for name, known in METHODS.items()
+        if list(inspect.signature(getattr(runner, name)).parameters)[1:] != known.split()
+    ] + [
+        f"{cls.__name__}.{name}" for cls, names in FIELDS.items() for name in names.split() if name not in _fields(cls)
+    ]
+    known = f"hf_mtp was tested with vLLM {', '.join(f'{version}.*' for version in TESTED)}"
+    if changed:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} differs in {', '.join(changed)}. {known}. Install one of these, or a newer "
+            "hf_mtp."
+        )
+    if not vllm.__version__.startswith(tuple(f"{version}." for version in TESTED)) and not settings.get(ANY_VERSION):
+        raise RuntimeError(
+            f"{known}, but this is {vllm.__version__}. What hf_mtp overrides looks alike. Run the tests in "
+            f'tests/with_vllm with this release, then add "{ANY_VERSION}": true to additional_config.'
+        )
+
+
+def check_config(config: VllmConfig) -> None:
+    """Checks the settings of the engine, and the adapter against its base.
+
+    Args:
+        config (`VllmConfig`): The settings.
+
+    Raises:
+        ValueError: One is not supported.
+    """
+    speculative, lora = config.speculative_config, config.lora_config
+    if speculative is None or lora is None or ADAPTER not in config.additional_config:
+        raise ValueError(
+            "hf_mtp needs speculative_config, enable_lora and additional_config. Start vLLM with all of "
+            "hf_mtp.serving.vllm.arguments.engine_arguments(folder), or with hf-mtp serve --engine vllm."
+        )
+    for found, what, remedy in _not_supported(config):
+        if found:
+            raise ValueError(f"hf_mtp does not support {what} in vLLM. {remedy}")
+    adapter = ExportedAdapter.read(config.additional_config[ADAPTER])
+    if lora.max_lora_rank < adapter.rank:
+        raise ValueError(
+            f"The adapter in {adapter.folder} has rank {adapter.rank}, but max_lora_rank is "
+            f"{lora.max_lora_rank}. Raise it."
+        )
+    if not 1 <= speculative.num_speculative_tokens <= adapter.k:
+        raise ValueError(
+            f"num_speculative_tokens is {speculative.num_speculative_tokens}, but the adapter in {adapter.folder} has "
+            f"{adapter.k} masks. Choose 1 to {adapter.k}."
+        )
+    model = config.model_config
+    if (adapter.vocab_size, adapter.hidden_size) != (model.get_vocab_size(), model.get_hidden_size()):
+        raise ValueError(
+            f"The adapter in {adapter.folder} belongs to a base with {adapter.vocab_size} tokens and hidden states of "
+            f"{adapter.hidden_size}, but {model.model} has {model.get_vocab_size()} and {model.get_hidden_size()}. "
+            f"Serve its own base: {adapter.base}."
+        )
+
+
+def _not_supported(config: VllmConfig) -> list[tuple[bool, str, str]]:
+    model, parallel = config.model_config, config.parallel_config
+    return [
+        (config.use_v2_model_runner, "Model Runner V2", "Set VLLM_USE_V2_MODEL_RUNNER=0."),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism", "Use tensor parallelism."),
+        (parallel.decode_context_parallel_size > 1, "context parallelism", "Use tensor parallelism."),
+        (config.scheduler_config.async_scheduling, "asynchronous scheduling", "Set async_scheduling to False."),
+        (model.enable_prompt_embeds, "embeddings as prompts", "Leave enable_prompt_embeds out."),
+        (model.is_hybrid or model.is_attention_free, "bases with recurrent layers", "Use hf-mtp serve without vLLM."),
+        (model.is_encoder_decoder, "encoder-decoder bases", "Use a causal language model."),
+        (
+            config.lora_config.max_loras < 2,
+            "max_loras=1",
+            "Set it to 2: on CPUs vLLM applies the last LoRA slot to rows without LoRA, so it must stay empty.",
+        ),
+    ]
+
+
+def _fields(cls: type) -> set[str]:
+    return set(getattr(cls, "_fields", ())) | set(getattr(cls, "__dataclass_fields__", ()))

@@ -1,0 +1,72 @@
+"""vLLM's scheduler, which also keeps room for masks: slots of the cache, and columns of the batch."""
+
+import torch
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+
+class MaskScheduler(Scheduler):
+    """The class that vLLM loads as `scheduler_cls`. Arguments as in vLLM's `Scheduler`.
+
+    Raises:
+        ValueError: The batch has no room for masks.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        masks = self.num_spec_tokens * self.max_num_running_reqs
+        self.num_lookahead_tokens = self.num_spec_tokens
+        if masks >= self.max_num_scheduled_tokens:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_scheduled_tokens} leaves no room for text beside "
+                f"{self.num_spec_tokens} masks for each of max_num_seqs={self.max_num_running_reqs} requests. Raise "
+                "max_num_batched_tokens, or lower max_num_seqs."
+            )
+        self.max_num_scheduled_tokens -= masks
+        if self.dynamic_sd_lookup is None:  # else vLLM pads requests with drafts that are no tokens
+            self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
+        self.greedy_only = current_platform.is_cpu() and not verifies_samples()
+
+    def schedule(self, *args, **kwargs) -> SchedulerOutput:
+        """The next pass. Arguments and result are those of vLLM's own.
+
+        Where the backend cannot verify drafts of requests that sample, nothing is drafted while there are any.
+        """
+        plain = self.greedy_only and any(_samples(request) for request in self.requests.values())
+        if plain:
+            for request in self.running:
+                request.spec_token_ids = []
+        output = super().schedule(*args, **kwargs)
+        if plain:
+            output.num_spec_tokens_to_schedule = 0
+        return output
+
+    def add_request(self, request: Request) -> None:
+        """Takes a request.
+
+        Args:
+            request (`Request`): The request.
+
+        Raises:
+            ValueError: It has a LoRA of its own.
+        """
+        if request.lora_request is not None:
+            raise ValueError(
+                f"Request {request.request_id} asks for the LoRA {request.lora_request.lora_name!r}, but hf_mtp needs "
+                "vLLM's LoRA for its masks. Start another engine for it."
+            )
+        super().add_request(request)
+
+
+def verifies_samples() -> bool:
+    """Whether the backend gives each draft the temperature of its request: that of vLLM 0.32 for CPUs does not."""
+    value_B, ends_B = torch.tensor([0.25, 0.5]), torch.tensor([1, 3], dtype=torch.int32)
+    return expand_batch_to_tokens(value_B, ends_B, 3).tolist() == [0.25, 0.5, 0.5]
+
+
+def _samples(request: Request) -> bool:
+    return request.sampling_params is not None and request.sampling_params.sampling_type != SamplingType.GREEDY
