@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from .adapter.config import GatedLoraConfig
-from .base.inspection import device_of, input_device
+from .base.inspection import input_device
 from .model import GatedLoraModel
 
 _STORE = "_mtp_attached_adapters"  # the attribute of a base that holds its adapters
@@ -69,7 +69,7 @@ class AttachedAdapters:
             if key not in self._models:
                 self._models[key] = _attach(base, adapter, revision=revision, **hub)
             model = self._models[key]
-            if device_of(model.lora_mask_embeddings[model.active_adapters[0]]) != input_device(base):
+            if model.masks_device != input_device(base):
                 model.to(input_device(base))  # the base was moved, and left the adapter behind
             return model
 

@@ -24,7 +24,7 @@ layout: tree mask_plan blocks attention
 base: files autocast caches inspection embedding head rope randomness sizes tiny distributed lora_layers
 cache: column_attention rows rollback sequence protocol
 adapter: peft_type loading config base_identity custom_generate card hub
-adapter: prepared gate parameters stacked sampler mask_input tuner
+adapter: prepared gate parameters stacked sampler noise_tokens mask_input tuner
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
 data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
@@ -33,6 +33,7 @@ decoding.drafters: base acceptance ngrams masks
 decoding.schedule: costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained attached
+export: files fit plain_lora vllm uno
 serving: text rules request metrics engine limits manager handlers middleware server
 evaluation: measures decoded support compare plotting
 evaluation.metrics.tokens_per_pass: tokens_per_pass app
@@ -45,7 +46,7 @@ training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
-cli: verb lists session generate chat serve train regenerate check push verify evaluate probe main
+cli: verb lists session generate chat serve train regenerate check push export verify evaluate probe main
 : regenerate
 """
 MODULES = [
@@ -58,6 +59,7 @@ MODULES = [
 PURE = {
     *(f"layout.{name}" for name in ("tree", "mask_plan", "blocks", "attention")),
     *(f"objective.{name}" for name in ("losses", "simulation")),
+    "adapter.noise_tokens",
     "adapter.sampler",
     "base.autocast",
     "decoding.noise",

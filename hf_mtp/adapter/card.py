@@ -153,7 +153,7 @@ def render_model_card(
             loading=loading.format(repo=repo, base=base, subfolder=subfolder),
             without_import=_WITHOUT_IMPORT.format(repo=repo) if needs_no_import else "",
             most=config.k + 1,
-            k=config.k,
+            k=f"{config.k}, noise tokens of the vocabulary" if config.masks == "noise" else config.k,
             r=config.r,
             sampler="yes" if config.sampler else "no",
             recipe=config.recipe or "not recorded",

@@ -21,6 +21,7 @@ _CHANGE_THE_BASE = {
 # Initialisations that keep the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ ...) rewrite them.
 _KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+MASKS = ("learned", "noise")
 
 
 def _require_positive_int(name: str, value: object, meaning: str) -> None:
@@ -43,6 +44,10 @@ class GatedLoraConfig(LoraConfig):
             Numerator of the LoRA scale, `lora_alpha / r`.
         target_modules (`str | list[str]`, *optional*, defaults to `"all-linear"`):
             Layers that get a gated LoRA.
+        masks (`"learned"` or `"noise"`, *optional*, defaults to `"learned"`):
+            What masks are embedded as: embeddings of their own, or tokens of the vocabulary that mean nothing, as in
+            [Uno](https://huggingface.co/papers/2609.04010). With `"noise"` and without a sampler head, an adapter can
+            be exported to Uno's format.
         sampler (`bool`, *optional*, defaults to `True`):
             Whether drafts come from a sampler head that sees the draft before. Without it, each draft is what the
             unembedding makes of its mask alone.
@@ -84,6 +89,9 @@ class GatedLoraConfig(LoraConfig):
         default="all-linear", metadata={"help": "Layers that get a gated LoRA."}
     )
     k: int = field(default=8, metadata={"help": "Number of mask tokens, that is, of tokens drafted per forward pass."})
+    masks: str = field(
+        default="learned", metadata={"help": "What masks are embedded as: 'learned' embeddings or 'noise' tokens."}
+    )
     sampler: bool = field(
         default=True, metadata={"help": "Whether drafts come from a sampler head that sees the draft before."}
     )
@@ -119,11 +127,16 @@ class GatedLoraConfig(LoraConfig):
         """Checks the fields again, because anybody may set them after the config was made.
 
         Raises:
-            ValueError: `k` or `r` is not a positive integer, `save_dtype` is unknown, or a field would change the
-                output of regular tokens.
+            ValueError: `k` or `r` is not a positive integer, `masks` or `save_dtype` is unknown, or a field would
+                change the output of regular tokens.
         """
         _require_positive_int("k", self.k, "the number of mask tokens")
         _require_positive_int("r", self.r, "the rank of the LoRA matrices")
+        if self.masks not in MASKS:
+            raise ValueError(
+                f"`masks` must be 'learned', for embeddings of their own, or 'noise', for tokens of the vocabulary; "
+                f"got {self.masks!r}."
+            )
         if self.save_dtype not in (None, *SAVE_DTYPES):
             raise ValueError(
                 f"`save_dtype` must be one of {', '.join(map(repr, SAVE_DTYPES))}, or None for the type that weights "

@@ -35,6 +35,7 @@ class MaskInput:
     head: PredictionHead
     lora_mask_embeddings: nn.ModuleDict
     lora_sampler_heads: nn.ModuleDict
+    noise_tokens: nn.ModuleDict
 
     @property
     def vocab_size(self) -> int:
@@ -56,7 +57,18 @@ class MaskInput:
 
     def mask_embeddings(self, index_BM: torch.LongTensor) -> torch.Tensor:
         """`(B, M, E)`: what the active adapter embeds masks `index_BM` as."""
-        return self.lora_mask_embeddings[self.active_adapters[0]](index_BM)
+        name = self.active_adapters[0]
+        if name in self.noise_tokens:
+            return self.model.get_input_embeddings()(self.noise_tokens[name](index_BM))
+        return self.lora_mask_embeddings[name](index_BM)
+
+    @property
+    def masks_device(self) -> torch.device:
+        """Where the active adapter keeps its mask embeddings or noise tokens."""
+        name = self.active_adapters[0]
+        if name in self.noise_tokens:
+            return self.noise_tokens[name].ids.device
+        return device_of(self.lora_mask_embeddings[name])
 
     def unembedding(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The base's prediction head, `(..., D)` to `(..., V)`. Its result is where the rest of ours computes."""
@@ -122,17 +134,22 @@ class MaskInput:
         embedding, decoder = model.get_input_embeddings(), decoder_of(model)
         around = [part for part in model.modules() if part is not model and decoder in part.modules()]
         return [
-            embedding.register_forward_pre_hook(self._embed_regular_ids),
+            embedding.register_forward_pre_hook(self._embed_own_ids),
             embedding.register_forward_hook(self._append_mask_embeddings),
             *(part.register_forward_pre_hook(self._hide_mask_ids, with_kwargs=True) for part in around),
             decoder.register_forward_hook(self._keep_last_states),
             self.register_forward_pre_hook(self._hold_unembedding),
         ]
 
-    def _embed_regular_ids(self, embedding: nn.Module, args: tuple) -> tuple | None:
-        """Forward pre-hook: the base embeds regular ids only; it has no row for a mask."""
+    def _embed_own_ids(self, embedding: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook: the base embeds regular ids, and noise tokens. It has no row for other masks."""
         columns = self.gate.columns
-        return None if columns is None else (args[0][:, : columns.first], *args[1:])
+        if columns is None:
+            return None
+        ids = args[0][:, : columns.first]
+        if columns.adapter in self.noise_tokens:
+            ids = torch.cat([ids, self.noise_tokens[columns.adapter](columns.index)], dim=1)
+        return ids, *args[1:]
 
     def _hide_mask_ids(self, part: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Forward pre-hook: the base's code, which may have other tables of ids, gets an ordinary id for each mask."""
@@ -148,7 +165,7 @@ class MaskInput:
     def _append_mask_embeddings(self, embedding: nn.Module, args: tuple, regular: torch.Tensor) -> torch.Tensor | None:
         """Forward hook: the masks' own embeddings follow."""
         columns = self.gate.columns
-        if columns is None:
+        if columns is None or columns.adapter in self.noise_tokens:
             return None
         masks = self.lora_mask_embeddings[columns.adapter](columns.index).to(regular.dtype)
         return concatenate([regular, masks], dim=1)

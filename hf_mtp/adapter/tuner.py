@@ -22,6 +22,7 @@ from .config import GatedLoraConfig
 from .gate import Gate, gate_lora_layer, refuse_merge
 from .loading import refuse_to_save, refuse_weights_unlike
 from .mask_input import MaskInput
+from .noise_tokens import NoiseTokens
 from .parameters import gate_parameter
 from .sampler import SamplerHead
 from .stacked import IN_FILES, IN_TREE, branch, has_adapters, innermost, refuse_parameters, renamed, run_beside
@@ -89,6 +90,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         """Makes what all adapters of this model share."""
         self.gate, self.head = Gate(), head
         self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
+        self.noise_tokens = nn.ModuleDict()
         self.lora_layers = nn.Module() if is_stacked else None
         self._hooks = self._hook_base(model)
 
@@ -130,20 +132,26 @@ class GatedLoraTuner(MaskInput, LoraModel):
             hook.remove()
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
-        """Mask embeddings drawn like the base's own token embeddings, and the sampler head, both in float32."""
-        embedding = self.model.get_input_embeddings()
-        size = weight_shape(embedding)[1]
-        masks = nn.Embedding(config.k, size)
+        """Mask embeddings or noise tokens, and the sampler head, in float32."""
+        size = weight_shape(self.model.get_input_embeddings())[1]
+        if config.masks == "noise":
+            self.noise_tokens[adapter_name] = NoiseTokens(config.k, self.vocab_size)
+        else:
+            self.lora_mask_embeddings[adapter_name] = self._new_mask_embeddings(config.k, size)
+        if config.sampler:
+            self.lora_sampler_heads[adapter_name] = SamplerHead(
+                size, config.base_hidden_size, config.sampler_residual, config.sampler_recurrent
+            )
+
+    def _new_mask_embeddings(self, k: int, size: int) -> nn.Embedding:
+        """Mask embeddings drawn like the base's own token embeddings."""
+        embedding, masks = self.model.get_input_embeddings(), nn.Embedding(k, size)
         if masks.weight.device.type != "meta" and embedding.weight.device.type != "meta":
             with whole_weight(embedding) as table:
                 sample = table.detach()[:: max(1, len(table) // 4096)].float().cpu()
             nn.init.normal_(masks.weight)
             masks.weight.data.mul_(sample.std(dim=0)).add_(sample.mean(dim=0))
-        self.lora_mask_embeddings[adapter_name] = masks
-        if config.sampler:
-            self.lora_sampler_heads[adapter_name] = SamplerHead(
-                size, config.base_hidden_size, config.sampler_residual, config.sampler_recurrent
-            )
+        return masks
 
     def _heads(self, adapter_name: str) -> list[nn.Module]:
         """The mask embeddings and the sampler head of an adapter, as far as it has them."""
@@ -153,6 +161,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
     def _sync_heads(self) -> None:
         """Places the heads and lets gradients into those of active adapters that are not for inference."""
         device = input_device(self.model)
+        if device.type != "meta":
+            self.noise_tokens.to(device)
         for name, config in self.peft_config.items():
             for head in self._heads(name):
                 head.requires_grad_(name in self.active_adapters and not config.inference_mode)
@@ -205,7 +215,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         del self.peft_config[adapter_name]
         remaining = functional.delete_adapter(self._tree, adapter_name, self.prefix, self.tuner_layer_cls)
         self.active_adapter = remaining or []
-        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads):
+        for heads in (self.lora_mask_embeddings, self.lora_sampler_heads, self.noise_tokens):
             heads.pop(adapter_name) if adapter_name in heads else None
         self._sync_heads()
 

@@ -8,6 +8,7 @@ from .. import __version__
 from .chat import chat
 from .check import check
 from .evaluate import evaluate
+from .export import export
 from .generate import generate
 from .probe import probe
 from .push import push
@@ -44,7 +45,7 @@ def options(
 # The fields of a trainer's config are parsed by TRL.
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-for _verb in (generate, chat, serve, verify, evaluate, probe, regenerate, check, push):
+for _verb in (generate, chat, serve, verify, evaluate, probe, regenerate, check, push, export):
     app.command()(_verb)
 app.command(context_settings=ANY_OPTION)(train)
 

@@ -18,6 +18,7 @@ FIELDS = (
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
+    "masks",
     "sampler",
     "sampler_residual",
     "base_hidden_size",

@@ -1,0 +1,78 @@
+"""The files of an adapter, read without its base, and new folders that appear complete or not at all."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+
+from ..adapter.config import GatedLoraConfig
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter's folder or repository holds.
+
+    Args:
+        name (`str`): Where it came from.
+        config ([`GatedLoraConfig`]): The adapter.
+        weights (`dict[str, torch.Tensor]`): Its tensors by their names in the file, on the CPU.
+    """
+
+    name: str
+    config: GatedLoraConfig
+    weights: dict[str, torch.Tensor]
+
+
+def read_adapter(name: str) -> AdapterFiles:
+    """Reads the files of one of our adapters.
+
+    Args:
+        name (`str`): Hub id or folder.
+
+    Raises:
+        ValueError: There is no adapter, it is none of ours, or its file is a pickle or truncated.
+    """
+    kind = PeftConfig.from_pretrained(name)
+    if not isinstance(kind, GatedLoraConfig):
+        raise ValueError(
+            f"{name} is an adapter of type {getattr(kind.peft_type, 'value', kind.peft_type)!r}, but only adapters of "
+            "hf_mtp ('GATED_LORA') can be exported. If it is one of Uno's, convert it by `hf-mtp export --from uno` first."
+        )
+    config = GatedLoraConfig.from_pretrained(name)
+    # The sampler head has the name of the adapter in the file.
+    weights = {
+        re.sub(r"(?<=lora_sampler_heads\.)[^.]+", "default", key): tensor
+        for key, tensor in load_peft_weights(name, device="cpu").items()
+    }
+    return AdapterFiles(name, config, weights)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Within, a hidden folder to write to. It gets the name `folder` at the end, unless the body raises.
+
+    Args:
+        folder (`str` or `Path`): Must be empty or missing.
+
+    Raises:
+        FileExistsError: It is a file, or a folder that holds something.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder, and nothing is written over. Name another folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
+        draft = Path(parent, folder.name)
+        draft.mkdir()
+        yield draft
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
