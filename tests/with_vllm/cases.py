@@ -12,7 +12,6 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +20,7 @@ from tiny_training import trainer
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.decoding.drafters.masks import MaskDrafter
+from hf_mtp.export.vllm import export_vllm
 
 K, NEW_TOKENS, LENGTHS = 4, 40, (3, 18, 30, 45, 70)
 BASE_STEPS, ADAPTER_STEPS = 200, 80
@@ -62,7 +62,7 @@ def make(folder: Path, architecture: str) -> None:
     tiny_tokenizer(SIZES["vocab_size"]).save_pretrained(folder / "base")
     model = trained(base, folder)
     model.save_pretrained(folder / "adapter")
-    export(folder / "adapter", folder / "exported", str(folder / "base"))
+    export_vllm(str(folder / "adapter"), folder / "exported", str(folder / "base"))
     rows = [reference(model, base, prompt(length)) for length in LENGTHS]
     document = {"k": K, "new_tokens": NEW_TOKENS, "rows": rows, "sampling": enumeration(base, rows[1]["prompt"])}
     (folder / "reference.json").write_text(json.dumps(document))
@@ -160,27 +160,6 @@ def enumeration(base, ids: list[int], depth: int = 3, top_k: int = 4, temperatur
         }
     options = {"top_k": top_k, "temperature": temperature, "max_tokens": depth}
     return {"prompt": ids, "options": options, "probabilities": [[list(start), p] for start, p in level.items()]}
-
-
-def export(adapter: Path, folder: Path, base: str) -> None:
-    """Writes what vLLM reads."""
-    folder.mkdir(exist_ok=True)
-    weights, config = (
-        load_file(adapter / "adapter_model.safetensors"),
-        json.loads((adapter / "adapter_config.json").read_text()),
-    )
-    lora = {name: tensor for name, tensor in weights.items() if name.endswith((".lora_A.weight", ".lora_B.weight"))}
-    save_file(lora, folder / "adapter_model.safetensors")
-    own = {}
-    for name in weights.keys() - lora.keys():
-        own["mask_embeddings" if "mask_embeddings" in name else f"sampler.{name.split('.default.')[1]}"] = weights[
-            name
-        ]
-    names = ("k", "sampler", "sampler_residual", "sampler_recurrent", "base_hidden_size", "base_vocab_size")
-    save_file(own, folder / "mtp.safetensors", {"format_version": "1", **{name: str(config[name]) for name in names}})
-    names = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-    plain = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    (folder / "adapter_config.json").write_text(json.dumps({**plain, **{name: config[name] for name in names}}))
 
 
 if __name__ == "__main__":

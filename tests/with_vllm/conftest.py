@@ -4,43 +4,39 @@ The variable HF_MTP_PYTHON names the Python of the project's own environment, wh
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(HERE.parents[1]),
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
+os.environ.update(ENVIRONMENT)  # before vLLM is imported
+
+import engine  # noqa: E402
+import pytest  # noqa: E402
 
 
-def run_task(task: dict, **environment) -> dict:
-    """What an engine makes of a task."""
-    done = subprocess.run(
-        [sys.executable, HERE / "engine.py"],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENVIRONMENT, **environment},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def refusal_of(task: dict, **environment) -> str:
-    """What an engine says that cannot start or run."""
-    with pytest.raises(AssertionError) as caught:
-        run_task(task, **environment)
-    return str(caught.value)
+def run_task(task: dict) -> dict | str:
+    """What comes out of a task, or what the engine said before it failed. The process is a copy of this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "outcome.json"
+        process = multiprocessing.get_context("fork").Process(target=engine.run, args=(task, output))
+        process.start()
+        process.join(600)
+        process.kill()
+        return json.loads(output.read_text()) if output.exists() else Path(f"{output}.log").read_text()
 
 
 class Case:
@@ -85,11 +81,23 @@ def case(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run():
-    """[`run_task`]."""
-    return run_task
+    """A function that runs a task."""
+
+    def outcome(task: dict) -> dict:
+        result = run_task(task)
+        assert isinstance(result, dict), result[-8000:]
+        return result
+
+    return outcome
 
 
 @pytest.fixture(scope="session")
 def refusal():
-    """[`refusal_of`]."""
-    return refusal_of
+    """A function that runs a task which cannot be run, and returns what the engine says."""
+
+    def said(task: dict) -> str:
+        result = run_task(task)
+        assert isinstance(result, str)
+        return result
+
+    return said

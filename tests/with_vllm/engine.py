@@ -1,5 +1,4 @@
-"""Runs one engine, in an environment with vLLM. Reads a task as JSON from stdin, and prints what came out as its last
-line. Each task has a process of its own, because vLLM keeps state that is process-wide.
+"""Runs one engine in a process of its own, because vLLM keeps state that is process-wide.
 
 A task has `arguments` of vLLM's LLM, and `groups` of requests that are sent together. Optional are `adapter` (the
 folder of an exported adapter), `strategy`, `k`, and `patches`: functions below that break or mend something.
@@ -9,6 +8,21 @@ import json
 import os
 import sys
 import time
+import traceback
+from pathlib import Path
+
+import torch
+import vllm
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from hf_mtp.decoding.schedule.costs import PassCosts
+from hf_mtp.serving.vllm import guard
+from hf_mtp.serving.vllm.arguments import engine_arguments
+from hf_mtp.serving.vllm.runner import MaskRunner
 
 SMALL = {
     "dtype": "float32",
@@ -25,8 +39,6 @@ SMALL = {
 
 def correct_temperatures():
     """What `expand_batch_to_tokens` says that it does. In vLLM 0.32 on a CPU it returns memory that nobody wrote."""
-    import torch
-    from vllm.v1.sample import rejection_sampler
 
     def expand(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
         counts = torch.diff(cu_num_tokens.long(), prepend=cu_num_tokens.new_zeros(1).long())
@@ -38,30 +50,21 @@ def correct_temperatures():
 
 def newer_release():
     """Another release with the same methods."""
-    import vllm
-
     vllm.__version__ = "0.33.1"
 
 
 def other_method():
     """The same release with another method."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
     GPUModelRunner._preprocess = lambda self, scheduler_output, padded: None
 
 
 def no_guard():
     """Starts with what the guard refuses."""
-    from hf_mtp.serving.vllm import guard
-
-    guard._not_supported = lambda config: []
+    guard.not_supported = lambda config: {}
 
 
 def ten_columns_free():
     """Passes of up to ten columns cost the same, and each further column as much as a pass."""
-    from hf_mtp.decoding.schedule.costs import PassCosts
-    from hf_mtp.serving.vllm.runner import MaskRunner
-
     points = [(1, 1.0), (10, 1.0), (20, 11.0)]
     MaskRunner.measure_costs = lambda self: setattr(self.mask_schedule, "costs", PassCosts(points, points))
 
@@ -90,9 +93,6 @@ class Log:
 
 
 def sampling(options: dict):
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
     regex = options.pop("regex", None)
     if regex:
         options["structured_outputs"] = StructuredOutputsParams(regex=regex)
@@ -114,17 +114,12 @@ def answer(output, log) -> dict:
     }
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def outcome(task: dict) -> dict:
+    """What comes out of a task: for each group, what each request got; for each pass, its requests and masks."""
     for name in task.get("patches", ()):
         globals()[name]()
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
-
     arguments = {**SMALL, **task["arguments"]}
     if "adapter" in task:
-        from hf_mtp.serving.vllm.arguments import engine_arguments
-
         own = engine_arguments(task["adapter"], task.get("k"), task.get("strategy", "linear"))
         arguments = {**own, **arguments}
     start = time.perf_counter()
@@ -140,9 +135,19 @@ def main() -> None:
         result["groups"].append([answer(output, log) for output in outputs])
     result["metrics"] = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     result["passes"] = log.passes if log else None
-    print(json.dumps(result))
+    return result
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    main()
+def run(task: dict, output: Path) -> None:
+    """Writes the outcome of a task as JSON, and what the engine says beside it."""
+    said = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    try:
+        output.write_text(json.dumps(outcome(task)))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the parent's own clean-up is not the child's

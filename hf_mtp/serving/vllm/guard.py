@@ -51,22 +51,17 @@ def check_signatures(runner: type, settings: dict) -> None:
     Raises:
         RuntimeError: This release was not tested, or differs in a method or field that is needed.
     """
-    changed = [
-        name
-        for name, known in METHODS.items()
-        if list(inspect.signature(getattr(runner, name)).parameters)[1:] != known.split()
-    ] + [
-        f"{cls.__name__}.{name}" for cls, names in FIELDS.items() for name in names.split() if name not in _fields(cls)
-    ]
-    known = f"hf_mtp was tested with vLLM {', '.join(f'{version}.*' for version in TESTED)}"
+    changed = [name for name, known in METHODS.items() if _parameters(runner, name) != known.split()]
+    for cls, names in FIELDS.items():
+        changed += [f"{cls.__name__}.{name}" for name in names.split() if name not in inspect.get_annotations(cls)]
+    tested = f"hf_mtp was tested with vLLM {', '.join(f'{version}.*' for version in TESTED)}"
     if changed:
         raise RuntimeError(
-            f"vLLM {vllm.__version__} differs in {', '.join(changed)}. {known}. Install one of these, or a newer "
-            "hf_mtp."
+            f"vLLM {vllm.__version__} differs in {', '.join(changed)}. {tested}. Install such a release."
         )
     if not vllm.__version__.startswith(tuple(f"{version}." for version in TESTED)) and not settings.get(ANY_VERSION):
         raise RuntimeError(
-            f"{known}, but this is {vllm.__version__}. What hf_mtp overrides looks alike. Run the tests in "
+            f"{tested}, but this is {vllm.__version__}. What hf_mtp overrides looks alike. Run the tests in "
             f'tests/with_vllm with this release, then add "{ANY_VERSION}": true to additional_config.'
         )
 
@@ -80,52 +75,50 @@ def check_config(config: VllmConfig) -> None:
     Raises:
         ValueError: One is not supported.
     """
-    speculative, lora = config.speculative_config, config.lora_config
-    if speculative is None or lora is None or ADAPTER not in config.additional_config:
+    if config.speculative_config is None or config.lora_config is None or ADAPTER not in config.additional_config:
         raise ValueError(
             "hf_mtp needs speculative_config, enable_lora and additional_config. Start vLLM with all of "
             "hf_mtp.serving.vllm.arguments.engine_arguments(folder), or with hf-mtp serve --engine vllm."
         )
-    for found, what, remedy in _not_supported(config):
+    for what, found in not_supported(config).items():
         if found:
-            raise ValueError(f"hf_mtp does not support {what} in vLLM. {remedy}")
+            raise ValueError(f"hf_mtp does not support {what} in vLLM.")
     adapter = ExportedAdapter.read(config.additional_config[ADAPTER])
-    if lora.max_lora_rank < adapter.rank:
-        raise ValueError(
-            f"The adapter in {adapter.folder} has rank {adapter.rank}, but max_lora_rank is "
-            f"{lora.max_lora_rank}. Raise it."
-        )
-    if not 1 <= speculative.num_speculative_tokens <= adapter.k:
-        raise ValueError(
-            f"num_speculative_tokens is {speculative.num_speculative_tokens}, but the adapter in {adapter.folder} has "
-            f"{adapter.k} masks. Choose 1 to {adapter.k}."
-        )
-    model = config.model_config
-    if (adapter.vocab_size, adapter.hidden_size) != (model.get_vocab_size(), model.get_hidden_size()):
-        raise ValueError(
-            f"The adapter in {adapter.folder} belongs to a base with {adapter.vocab_size} tokens and hidden states of "
-            f"{adapter.hidden_size}, but {model.model} has {model.get_vocab_size()} and {model.get_hidden_size()}. "
-            f"Serve its own base: {adapter.base}."
-        )
+    for problem, found in _misfits(config, adapter).items():
+        if found:
+            raise ValueError(f"The adapter in {adapter.folder} {problem}")
 
 
-def _not_supported(config: VllmConfig) -> list[tuple[bool, str, str]]:
+def not_supported(config: VllmConfig) -> dict[str, bool]:
+    """What cannot be served, and whether the settings ask for it.
+
+    Args:
+        config (`VllmConfig`): The settings.
+    """
     model, parallel = config.model_config, config.parallel_config
-    return [
-        (config.use_v2_model_runner, "Model Runner V2", "Set VLLM_USE_V2_MODEL_RUNNER=0."),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism", "Use tensor parallelism."),
-        (parallel.decode_context_parallel_size > 1, "context parallelism", "Use tensor parallelism."),
-        (config.scheduler_config.async_scheduling, "asynchronous scheduling", "Set async_scheduling to False."),
-        (model.enable_prompt_embeds, "embeddings as prompts", "Leave enable_prompt_embeds out."),
-        (model.is_hybrid or model.is_attention_free, "bases with recurrent layers", "Use hf-mtp serve without vLLM."),
-        (model.is_encoder_decoder, "encoder-decoder bases", "Use a causal language model."),
-        (
-            config.lora_config.max_loras < 2,
-            "max_loras=1",
-            "Set it to 2: on CPUs vLLM applies the last LoRA slot to rows without LoRA, so it must stay empty.",
-        ),
-    ]
+    return {
+        "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
+        "pipeline parallelism (use tensor parallelism)": parallel.pipeline_parallel_size > 1,
+        "context parallelism (use tensor parallelism)": parallel.decode_context_parallel_size > 1,
+        "asynchronous scheduling (set async_scheduling to False)": config.scheduler_config.async_scheduling,
+        "embeddings as prompts (leave enable_prompt_embeds out)": model.enable_prompt_embeds,
+        "bases with recurrent layers (use hf-mtp serve without vLLM)": model.is_hybrid or model.is_attention_free,
+        "encoder-decoder bases": model.is_encoder_decoder,
+        # On a CPU, vLLM applies the last slot to rows without LoRA.
+        "max_loras=1 (set it to 2, because the last LoRA slot must stay empty)": config.lora_config.max_loras < 2,
+    }
 
 
-def _fields(cls: type) -> set[str]:
-    return set(getattr(cls, "_fields", ())) | set(getattr(cls, "__dataclass_fields__", ()))
+def _misfits(config: VllmConfig, adapter: ExportedAdapter) -> dict[str, bool]:
+    rank, k = config.lora_config.max_lora_rank, config.speculative_config.num_speculative_tokens
+    model, size = config.model_config, f"{adapter.vocab_size} tokens and hidden states of {adapter.hidden_size}"
+    other = f"{model.get_vocab_size()} tokens and hidden states of {model.get_hidden_size()}"
+    return {
+        f"has rank {adapter.rank}, but max_lora_rank is {rank}. Raise it.": rank < adapter.rank,
+        f"has {adapter.k} masks, but num_speculative_tokens is {k}. Choose 1 to {adapter.k}.": not 1 <= k <= adapter.k,
+        f"belongs to a base with {size}, but {model.model} has {other}. Serve {adapter.base}.": size != other,
+    }
+
+
+def _parameters(runner: type, method: str) -> list[str]:
+    return list(inspect.signature(getattr(runner, method)).parameters)[1:]

@@ -80,12 +80,8 @@ class MaskRunner:
                 spec[req_id] = [*spec.get(req_id, ()), *[0] * masks]
                 scheduled[req_id] += masks
                 total += masks
-        return replace(
-            output,
-            num_scheduled_tokens=scheduled,
-            total_num_scheduled_tokens=total,
-            scheduled_spec_decode_tokens=spec,
-        )
+        changed = {"num_scheduled_tokens": scheduled, "total_num_scheduled_tokens": total}
+        return replace(output, scheduled_spec_decode_tokens=spec, **changed)
 
     def _room(self, output) -> Iterator[tuple[str, int]]:
         """Each request that reaches its end, and how many masks its cache has room for."""

@@ -49,18 +49,25 @@ class MaskSchedule:
             self.acceptance.count([(offered, accepted)])
 
     def _best(self, requests: int, others: int) -> int:
-        prices = [self._price(requests, others, masks) for masks in range(self.k + 1)]
+        prices = [self.price(requests, others, masks) for masks in range(self.k + 1)]
         best = min(range(self.k + 1), key=prices.__getitem__)
         return best if prices[best] < (1 - self.MARGIN) * prices[0] else 0
 
-    def _price(self, requests: int, others: int, masks: int) -> float:
-        """What a token costs in the long run.
+    def price(self, requests: int, others: int, masks: int) -> float:
+        """What a token costs in the long run, in passes over one token.
 
-        Masks hang on the last draft, so drafts follow a pass without drafts, or one that accepted all. Of all passes,
-        the share 1 / (2 - p) verifies drafts, where p is the probability that all of them are accepted.
+        Args:
+            requests (`int`), others (`int`): As in [`plan`].
+            masks (`int`): Masks of each request.
         """
-        survival = self.acceptance.survival[:masks]
-        verifying = 1 / (2 - survival[-1]) if masks else 0.0
-        tokens = 1 + verifying * sum(survival)
-        columns = others + requests * (1 + masks + verifying * masks)
+        tokens = 1 + self._verifying(masks) * sum(self.acceptance.survival[:masks])
+        columns = others + self.columns(requests, masks)
         return self.costs.of(columns, masks > 0) / (requests * tokens)
+
+    def columns(self, requests: int, masks: int) -> float:
+        """The mean columns of a pass: pending tokens, masks, and drafts where there are any."""
+        return requests * (1 + masks + self._verifying(masks) * masks)
+
+    def _verifying(self, masks: int) -> float:
+        """The share of passes that verify drafts. Drafts follow a pass that had none, or accepted all."""
+        return 1 / (2 - self.acceptance.survival[masks - 1]) if masks else 0.0
