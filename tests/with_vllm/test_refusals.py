@@ -56,7 +56,7 @@ def test_requests_with_a_lora_of_their_own(case, refusal):
 def supported(**changes):
     """Settings of an engine that `not_supported` has nothing to say about, but for the changes."""
     names = {
-        "parallel_config": {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1},
+        "parallel_config": {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1},
         "scheduler_config": {"async_scheduling": False},
         "lora_config": {"max_loras": 2},
         "model_config": {
@@ -64,10 +64,12 @@ def supported(**changes):
             "is_hybrid": False,
             "is_attention_free": False,
             "is_encoder_decoder": False,
+            "is_multimodal_model": False,
         },
     }
     parts = {part: SimpleNamespace(**{**fields, **changes.get(part, {})}) for part, fields in names.items()}
-    return SimpleNamespace(use_v2_model_runner=changes.get("use_v2_model_runner", False), **parts)
+    flags = {"use_v2_model_runner": False, "kv_transfer_config": None}
+    return SimpleNamespace(**{name: changes.get(name, value) for name, value in flags.items()}, **parts)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,10 @@ def supported(**changes):
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "context parallelism"),
         ({"scheduler_config": {"async_scheduling": True}}, "asynchronous scheduling"),
+        ({"parallel_config": {"data_parallel_size": 2}}, "data parallelism"),
         ({"model_config": {"is_hybrid": True}}, "bases with recurrent layers"),
+        ({"model_config": {"is_multimodal_model": True}}, "bases that read more than text"),
+        ({"kv_transfer_config": {}}, "transfer of caches"),
     ],
 )
 def test_what_is_not_supported(changes, words):

@@ -63,11 +63,9 @@ class ExportedAdapter:
             raise ValueError(f"{folder} has a recurrent sampler head, which hf_mtp does not compute in vLLM.")
         with _opened(Path(folder) / LORA) as file:
             modules = sorted({name.split(".")[-3] for name in file.keys()})
-        own = {
-            name: meta[f"sampler{suffix}"] == "True" for name, suffix in (("sampler", ""), ("residual", "_residual"))
-        }
-        sizes = {name: int(meta[f"base_{name}"]) for name in ("hidden_size", "vocab_size")}
-        return cls(folder, config["base_model_name_or_path"], int(meta["k"]), config["r"], modules, **own, **sizes)
+        flags = [meta[name] == "True" for name in ("sampler", "sampler_residual")]
+        sizes = [int(meta[name]) for name in ("base_hidden_size", "base_vocab_size")]
+        return cls(folder, config["base_model_name_or_path"], int(meta["k"]), config["r"], modules, *flags, *sizes)
 
     def weights(self, device: torch.device) -> tuple[dict[str, torch.Tensor], SamplerHead | None]:
         """Reads the weights.

@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 from .adapter import ExportedAdapter
 from .arguments import ADAPTER
 
-TESTED = ("0.32",)
+TESTED = "0.32."
 ANY_VERSION = "hf_mtp_any_version"
 
 # Methods of Model Runner V1 that `MaskRunner` overrides, with the parameters that it gives or reads by name.
@@ -54,12 +54,12 @@ def check_signatures(runner: type, settings: dict) -> None:
     changed = [name for name, known in METHODS.items() if _parameters(runner, name) != known.split()]
     for cls, names in FIELDS.items():
         changed += [f"{cls.__name__}.{name}" for name in names.split() if name not in inspect.get_annotations(cls)]
-    tested = f"hf_mtp was tested with vLLM {', '.join(f'{version}.*' for version in TESTED)}"
+    tested = f"hf_mtp was tested with vLLM {TESTED}*"
     if changed:
         raise RuntimeError(
             f"vLLM {vllm.__version__} differs in {', '.join(changed)}. {tested}. Install such a release."
         )
-    if not vllm.__version__.startswith(tuple(f"{version}." for version in TESTED)) and not settings.get(ANY_VERSION):
+    if not vllm.__version__.startswith(TESTED) and not settings.get(ANY_VERSION):
         raise RuntimeError(
             f"{tested}, but this is {vllm.__version__}. What hf_mtp overrides looks alike. Run the tests in "
             f'tests/with_vllm with this release, then add "{ANY_VERSION}": true to additional_config.'
@@ -104,6 +104,9 @@ def not_supported(config: VllmConfig) -> dict[str, bool]:
         "embeddings as prompts (leave enable_prompt_embeds out)": model.enable_prompt_embeds,
         "bases with recurrent layers (use hf-mtp serve without vLLM)": model.is_hybrid or model.is_attention_free,
         "encoder-decoder bases": model.is_encoder_decoder,
+        "bases that read more than text": model.is_multimodal_model,
+        "data parallelism (start several engines)": parallel.data_parallel_size > 1,
+        "transfer of caches between engines": config.kv_transfer_config is not None,
         # On a CPU, vLLM applies the last slot to rows without LoRA.
         "max_loras=1 (set it to 2, because the last LoRA slot must stay empty)": config.lora_config.max_loras < 2,
     }

@@ -72,9 +72,8 @@ class MaskRunner:
         room = dict(self._room(output))
         drawing = sum(1 + len(spec.get(req_id, ())) for req_id in room)
         requests, most = self.mask_schedule.plan(len(room), total - drawing)
-        most = min(most, output.num_spec_tokens_to_schedule)
         for req_id in list(room)[:requests]:
-            masks = min(most, room[req_id], self.max_num_tokens - total)
+            masks = min(most, output.num_spec_tokens_to_schedule, room[req_id], self.max_num_tokens - total)
             if masks > 0:
                 self.masks[req_id] = masks
                 spec[req_id] = [*spec.get(req_id, ()), *[0] * masks]
@@ -99,8 +98,7 @@ class MaskRunner:
         cached = output.scheduled_cached_reqs
         for index, req_id in enumerate(cached.req_ids):
             state, more = self.requests[req_id], cached.new_block_ids[index]
-            resumed = req_id in cached.resumed_req_ids
-            blocks = [0] * len(more) if resumed else [len(ids) for ids in state.block_ids]
+            blocks = [0] * len(more) if req_id in cached.resumed_req_ids else [len(ids) for ids in state.block_ids]
             blocks = [count + len(ids) for count, ids in zip(blocks, more, strict=True)] if more else blocks
             known = len(state.prompt_token_ids) + cached.num_output_tokens[index]
             yield req_id, known, cached.num_computed_tokens[index], blocks
@@ -182,21 +180,19 @@ class MaskRunner:
     @torch.inference_mode()
     def measure_costs(self) -> None:
         """Times passes of several sizes, attention left out. All ranks take the times of the first one."""
-        group = get_tp_group()
-        plain, masked = ([n for n in sizes if n <= self.max_num_tokens] for sizes in (PLAIN_COLUMNS, MASKED_COLUMNS))
-        self.mask_schedule.costs = measure_costs(self._run_columns, plain, masked, group.broadcast_object)
+        sizes = [sorted({min(n, self.max_num_tokens) for n in columns}) for columns in (PLAIN_COLUMNS, MASKED_COLUMNS)]
+        self.mask_schedule.costs = measure_costs(self._run_columns, *sizes, get_tp_group().broadcast_object)
 
     def _run_columns(self, columns: int, masks: bool) -> None:
         k = self.drafter.k
         requests = columns // (1 + 2 * k) or 1
-        count = min(requests * k, columns) if masks else 0
+        count = min(requests * k, columns - 1) if masks else 0
         lora = (0,) * (columns - count) + (LORA_ID,) * count
         mapping = LoRAMapping(lora, (0,) * (columns - count), is_prefill=not masks)
         self.lora_manager.set_active_adapters({self.mask_lora}, mapping)
+        inputs = {"positions": self.positions[:columns], "inputs_embeds": self.inputs_embeds.gpu[:columns]}
         with set_forward_context(None, self.vllm_config, num_tokens=columns):
-            hidden_ND = self.model(
-                input_ids=None, positions=self.positions[:columns], inputs_embeds=self.inputs_embeds.gpu[:columns]
-            )
+            hidden_ND = self.model(input_ids=None, **inputs)
         self.model.compute_logits(hidden_ND[: columns - count])
         if masks:
             pending_B = torch.zeros(requests, dtype=torch.long, device=self.device)

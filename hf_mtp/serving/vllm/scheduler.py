@@ -36,7 +36,8 @@ class MaskScheduler(Scheduler):
 
         Where the backend cannot verify drafts of requests that sample, nothing is drafted while there are any.
         """
-        plain = self.greedy_only and any(_samples(request) for request in self.requests.values())
+        kinds = {request.sampling_params.sampling_type for request in self.requests.values()}
+        plain = self.greedy_only and bool(kinds - {SamplingType.GREEDY})
         if plain:
             for request in self.running:
                 request.spec_token_ids = []
@@ -66,7 +67,3 @@ def verifies_samples() -> bool:
     """Whether the backend gives each draft the temperature of its request: that of vLLM 0.32 for CPUs does not."""
     value_B, ends_B = torch.tensor([0.25, 0.5]), torch.tensor([1, 3], dtype=torch.int32)
     return expand_batch_to_tokens(value_B, ends_B, 3).tolist() == [0.25, 0.5, 0.5]
-
-
-def _samples(request: Request) -> bool:
-    return request.sampling_params is not None and request.sampling_params.sampling_type != SamplingType.GREEDY
