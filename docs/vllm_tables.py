@@ -41,8 +41,8 @@ def vllm_load() -> str:
     rows = []
     for requests in REQUESTS:
         _, masks = schedule.plan(requests)
-        columns, price = schedule.columns(requests, masks), schedule.price(requests, 0, masks)
-        rows.append([str(requests), str(masks), f"{columns:.0f}", f"{schedule.price(requests, 0, 0) / price:.2f}"])
+        columns, price = schedule.columns(requests, masks), schedule.price(requests, masks)
+        rows.append([str(requests), str(masks), f"{columns:.0f}", f"{schedule.price(requests, 0) / price:.2f}"])
     head = ["requests", "masks of each", "columns of a pass", "tokens for the same cost, against no masks (modelled)"]
     costs = ", ".join(f"{columns}: {cost:.2f}" for columns, cost in schedule.costs.masked)
     plain = ", ".join(f"{columns}: {cost:.2f}" for columns, cost in schedule.costs.plain)

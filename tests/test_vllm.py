@@ -140,14 +140,6 @@ def test_masks_go_when_more_requests_run_and_come_back():
     assert made.plan(1) == (1, masks[0])
 
 
-def test_prompts_in_the_same_pass_count_as_columns():
-    made = schedule(FREE_TO_TEN)
-    assert made.plan(1, others=20)[1] <= made.plan(1)[1]
-    steep = PassCosts([(1, 1.0), (2, 2.0)], [(1, 1.0), (2, 2.0)])
-    assert schedule(steep).plan(1)[1] == 0
-    assert schedule(steep).plan(1, others=200)[1] > 0  # beside a long prompt, few more columns matter little
-
-
 def test_masks_that_are_never_right_are_tried_now_and_then_by_one_request():
     made = schedule(PassCosts([(1, 1.0), (2, 1.2)], [(1, 1.0), (2, 1.2)]), accepted=0)
     plans = [made.plan(16) for _ in range(2 * MaskSchedule.REST)]
@@ -165,7 +157,7 @@ def test_the_price_of_a_token_is_that_of_many_passes():
         tokens, columns = tokens + 1 + right, columns + 1 + drafts + masks
         drafts = masks if right == drafts else 0
     made.costs = PassCosts([(1, 1.0), (2, 2.0)], [(1, 1.0), (2, 2.0)])  # a pass costs its columns
-    assert made.price(1, 0, masks) == pytest.approx(columns / tokens, rel=0.02)
+    assert made.price(1, masks) == pytest.approx(columns / tokens, rel=0.02)
 
 
 # ---------------------------------------------------------------- the command, and imports

@@ -143,6 +143,7 @@ def run(task: dict, output: Path) -> None:
     said = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)  # pytest has put its own there
     try:
         output.write_text(json.dumps(outcome(task)))
     except BaseException:

@@ -32,10 +32,10 @@ def assert_as_in_linear_decoding(case, group):
     assert tokens(group) == [row["tokens"] for row in case.rows]
     assert passes(group) == [row["steps"] for row in case.rows]
     for found, row in zip(drafts(group), case.rows, strict=True):
-        known = [each for each in row["drafts"] if each][: len(found)]
+        known = [each for each in row["drafts"] if each]
         # hf_mtp's own decoding drafts no more than the tokens that remain.
-        assert [each[: len(own)] for each, own in zip(found, known, strict=True)] == known
-        assert len(found) > 10
+        assert [each[: len(own)] for each, own in zip(found, known, strict=False)] == known[: len(found)]
+        assert 10 < len(found) <= len(known) + 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3_text"])
@@ -55,7 +55,7 @@ def test_tokens_are_those_of_plain_vllm_under_all_options(case, run):
             assert [answer[key] for answer in own] == [answer[key] for answer in theirs], name
         assert [answer["logprobs"] for answer in own] == [pytest.approx(a["logprobs"], abs=1e-4) for a in theirs], name
     assert sum(new > 1 for group in ours["groups"] for steps in passes(group) for new in steps) > 20
-    assert len({str(tokens(group)) for group in ours["groups"]}) == len(OPTIONS) - 1  # logprobs change no token
+    assert len({str(tokens(group)) for group in ours["groups"]}) == len(OPTIONS)  # each has an effect
 
 
 def test_one_by_one_and_from_the_prefix_cache(case, run):

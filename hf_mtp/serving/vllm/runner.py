@@ -70,8 +70,7 @@ class MaskRunner:
         scheduled, total = dict(output.num_scheduled_tokens), output.total_num_scheduled_tokens
         spec, self.masks = dict(output.scheduled_spec_decode_tokens), {}
         room = dict(self._room(output))
-        drawing = sum(1 + len(spec.get(req_id, ())) for req_id in room)
-        requests, most = self.mask_schedule.plan(len(room), total - drawing)
+        requests, most = self.mask_schedule.plan(len(room))
         for req_id in list(room)[:requests]:
             masks = min(most, output.num_spec_tokens_to_schedule, room[req_id], self.max_num_tokens - total)
             if masks > 0:

@@ -1,4 +1,4 @@
-"""How many masks requests get: as many as pay for themselves beside all other columns of the pass.
+"""How many masks requests get: as many as pay for themselves when so many requests share a pass.
 
 It is the rule of `mtp_strategy="auto"`, for chains of drafts: what a pass costs is measured once, and what masks bring
 is counted. No single pass is timed, so the ranks of a tensor-parallel group decide alike. Knows nothing of vLLM.
@@ -26,14 +26,13 @@ class MaskSchedule:
         self.k, self.costs = k, None
         self.acceptance, self.rested = MaskAcceptance(k), 0
 
-    def plan(self, requests: int, others: int = 0) -> tuple[int, int]:
+    def plan(self, requests: int) -> tuple[int, int]:
         """How many requests get masks in the next pass, and how many each.
 
         Args:
             requests (`int`): Requests that draw a token.
-            others (`int`): Columns of other requests, which read their prompts.
         """
-        masks = self._best(requests, others) if self.costs else self.k
+        masks = self._best(requests) if self.costs else self.k
         if masks or not requests:
             self.rested = 0
             return requests, masks
@@ -48,21 +47,19 @@ class MaskSchedule:
         if offered:
             self.acceptance.count([(offered, accepted)])
 
-    def _best(self, requests: int, others: int) -> int:
-        prices = [self.price(requests, others, masks) for masks in range(self.k + 1)]
+    def _best(self, requests: int) -> int:
+        prices = [self.price(requests, masks) for masks in range(self.k + 1)]
         best = min(range(self.k + 1), key=prices.__getitem__)
         return best if prices[best] < (1 - self.MARGIN) * prices[0] else 0
 
-    def price(self, requests: int, others: int, masks: int) -> float:
+    def price(self, requests: int, masks: int) -> float:
         """What a token costs in the long run, in passes over one token.
 
         Args:
-            requests (`int`), others (`int`): As in [`plan`].
-            masks (`int`): Masks of each request.
+            requests (`int`), masks (`int`): Requests in a pass, and masks of each.
         """
         tokens = 1 + self._verifying(masks) * sum(self.acceptance.survival[:masks])
-        columns = others + self.columns(requests, masks)
-        return self.costs.of(columns, masks > 0) / (requests * tokens)
+        return self.costs.of(self.columns(requests, masks), masks > 0) / (requests * tokens)
 
     def columns(self, requests: int, masks: int) -> float:
         """The mean columns of a pass: pending tokens, masks, and drafts where there are any."""
