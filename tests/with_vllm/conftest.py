@@ -45,7 +45,8 @@ class Case:
     def __init__(self, folder: Path):
         self.folder, self.reference = folder, json.loads((folder / "reference.json").read_text())
         self.rows, self.adapter, self.base = self.reference["rows"], str(folder / "exported"), str(folder / "base")
-        self.prompts = [row["prompt"] for row in self.rows]
+        self.prompts, self.k = [row["prompt"] for row in self.rows], self.reference["k"]
+        self.accepted = sum(new - 1 for row in self.rows for new in row["steps"])
 
     def task(self, *groups: dict, **more) -> dict:
         """A task for an engine with the adapter; each group has the prompts of the case, unless it has others."""

@@ -20,7 +20,12 @@ def tokens(group: list[dict]) -> list[list[int]]:
 
 
 def passes(group: list[dict]) -> list[list[int]]:
-    return [[new for new, _ in answer["passes"]] for answer in group]
+    """New tokens of each pass. The last pass may have drawn more than were wanted."""
+    steps = []
+    for answer in group:
+        *before, _ = (new for new, _ in answer["passes"])
+        steps.append([*before, len(answer["tokens"]) - sum(before)])
+    return steps
 
 
 def drafts(group: list[dict]) -> list[list[list[int]]]:
@@ -103,9 +108,8 @@ def test_two_processes(case, run):
     case = case()
     result = run(case.task({}, arguments={"tensor_parallel_size": 2, "kv_cache_memory_bytes": 16 << 20}))
     assert tokens(result["groups"][0]) == [row["tokens"] for row in case.rows]
-    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] == sum(
-        new - 1 for row in case.rows for new in row["steps"]
-    )
+    accepted, known = result["metrics"]["vllm:spec_decode_num_accepted_tokens"], case.accepted
+    assert known <= accepted <= known + case.k * len(case.rows)  # vLLM also counts drafts past the last token
 
 
 def test_an_open_gate_is_seen(case, run):

@@ -30,7 +30,7 @@ def test_other_releases_of_vllm(case, refusal, patch, words):
     [
         ({"max_loras": 1}, "max_loras=1"),
         ({"max_lora_rank": 1}, "has rank 8, but max_lora_rank is 1"),
-        ({"max_num_batched_tokens": 32}, "leaves no room for text beside 4 masks for each of max_num_seqs=8"),
+        ({"max_num_batched_tokens": 32}, "increasing max_num_batched_tokens"),
         ({"num_gpu_blocks_override": 2}, "KV cache"),
         ({"enable_prompt_embeds": True}, "embeddings as prompts"),
     ],

@@ -77,7 +77,7 @@ def test_concurrent_clients_get_their_own_answers(case, server):
     accepted = [
         line for line in metrics.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total{")
     ]
-    assert float(accepted[0].split()[-1]) == 5 * sum(new - 1 for row in case().rows for new in row["steps"])
+    assert float(accepted[0].split()[-1]) >= 5 * case().accepted
 
 
 def test_grammars_and_what_is_refused(case, server):

@@ -10,23 +10,13 @@ from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
 
 class MaskScheduler(Scheduler):
-    """The class that vLLM loads as `scheduler_cls`. Arguments as in vLLM's `Scheduler`.
-
-    Raises:
-        ValueError: The batch has no room for masks.
-    """
+    """The class that vLLM loads as `scheduler_cls`. Arguments as in vLLM's `Scheduler`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        masks = self.num_spec_tokens * self.max_num_running_reqs
         self.num_lookahead_tokens = self.num_spec_tokens
-        if masks >= self.max_num_scheduled_tokens:
-            raise ValueError(
-                f"max_num_batched_tokens={self.max_num_scheduled_tokens} leaves no room for text beside "
-                f"{self.num_spec_tokens} masks for each of max_num_seqs={self.max_num_running_reqs} requests. Raise "
-                "max_num_batched_tokens, or lower max_num_seqs."
-            )
-        self.max_num_scheduled_tokens -= masks
+        # vLLM has made sure that more than this is left: room for a token and the drafts of each request.
+        self.max_num_scheduled_tokens -= self.num_spec_tokens * self.max_num_running_reqs
         if self.dynamic_sd_lookup is None:  # else vLLM pads requests with drafts that are no tokens
             self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.max_num_running_reqs + 1)
         self.greedy_only = current_platform.is_cpu() and not verifies_samples()
