@@ -6,11 +6,12 @@
 
 Run it with the Python of hf_mtp. `make test-vllm` makes the other one. In float32, greedy, all prompts in one batch.
 Engines with and without masks take turns. Each starts several times, and the shortest start counts: in seconds of the
-clock and of the processor. The last line is one JSON document.
+clock and of the processor, without imports. The last line is one JSON document.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -75,12 +76,12 @@ def own_decoding(args: argparse.Namespace) -> list[dict]:
 
 
 def in_vllm(args: argparse.Namespace, task: dict) -> dict:
-    """The outcome of [`engine`] in a process with vLLM."""
+    """The outcomes of [`engines`] in a process with vLLM."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "task.json"
         path.write_text(json.dumps(task))
         paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": str(args.threads)}
-        command = [args.vllm_python, __file__, "engine", str(path)]
+        command = [args.vllm_python, __file__, "engines", str(path)]
         subprocess.run(command, check=True, env={**os.environ, **ENGINE, **paths}, stdout=subprocess.DEVNULL)
         return json.loads(path.read_text())
 
@@ -96,11 +97,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         export_vllm(args.adapter, Path(folder) / "adapter", args.base)
         task = {"base": args.base, "folder": f"{folder}/adapter", "new_tokens": args.new_tokens}
-        runs = {way: [] for way in WAYS}
-        for turn in range(args.rounds):
-            for way in WAYS:
-                prompts = [row["prompt"] for row in rows] if turn == 0 else []
-                runs[way].append(in_vllm(args, {**task, "way": way, "prompts": prompts}))
+        runs = in_vllm(args, {**task, "rounds": args.rounds, "prompts": [row["prompt"] for row in rows]})
     first = {way: of_way[0] for way, of_way in runs.items()}
     report = {
         "machine": {**describe_machine(), "threads": args.threads},
@@ -157,15 +154,35 @@ def code_lines(folder: Path) -> int:
 # ---------------------------------------------------------------- in vLLM's environment
 
 
-def engine(path: Path) -> None:
-    """Runs an engine, and writes its outcome over the task."""
+def engines(path: Path) -> None:
+    """Runs each engine in a copy of this process, because vLLM keeps state that is process-wide.
+
+    Writes the outcomes over the task, by way. Only the first engine of each way gets the prompts.
+    """
+    import vllm  # noqa: F401 - once for all
+
+    task = json.loads(path.read_text())
+    runs = {way: [] for way in WAYS}
+    for turn in range(task["rounds"]):
+        for way in WAYS:
+            prompts = task["prompts"] if turn == 0 else []
+            child = multiprocessing.get_context("fork").Process(
+                target=engine, args=({**task, "prompts": prompts}, way, path)
+            )
+            child.start()
+            child.join()
+            runs[way].append(json.loads(path.read_text()))
+    path.write_text(json.dumps(runs))
+
+
+def engine(task: dict, way: str, path: Path) -> None:
+    """Runs an engine, and writes its outcome."""
     import vllm
 
     from hf_mtp.serving.vllm.arguments import engine_arguments
 
-    task = json.loads(path.read_text())
-    masked = task["way"] != "plain"
-    own = engine_arguments(task["folder"], strategy=task["way"]) if masked else {}
+    masked = way != "plain"
+    own = engine_arguments(task["folder"], strategy=way) if masked else {}
     start, processor = time.perf_counter(), time.process_time()
     llm = vllm.LLM(**{**own, **SIZES, "model": task["base"]})
     outcome = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
@@ -197,7 +214,7 @@ def count_passes(runner, outcome: dict) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["engine"]:
-        engine(Path(sys.argv[2]))
+    if sys.argv[1:2] == ["engines"]:
+        engines(Path(sys.argv[2]))
     else:
         main()

@@ -69,7 +69,7 @@ def test_one_by_one_and_from_the_prefix_cache(case, run):
     groups = run(case.task(*alone, {}, arguments={"enable_prefix_caching": True}))["groups"]
     assert_as_in_linear_decoding(case, [answer for group in groups[:-1] for answer in group])
     assert tokens(groups[-1]) == [row["tokens"] for row in case.rows]
-    assert sum(answer["cached"] for answer in groups[-1]) >= 128
+    assert sum(answer["cached"] for answer in groups[-1]) == 32 + 64  # whole blocks of the longest prompts
 
 
 def test_prompts_in_parts(case, run):
