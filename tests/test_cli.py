@@ -363,6 +363,9 @@ def test_train_writes_an_adapter(adapter, tmp_path):
     out = str(tmp_path / "out")
     assert f"hf-mtp generate {out}" in run("train", *options, "--output_dir", out, "--k", "3").stdout
     assert load_model(out).base_model.active_mtp_config.k == 3
+    run("train", *options, "--output_dir", f"{out}-noise", "--masks", "noise", "--no_sampler")
+    config = load_model(f"{out}-noise").base_model.active_mtp_config
+    assert (config.k, config.masks, config.sampler) == (2, "noise", False)
 
 
 def test_train_refuses_unknown_fields_and_lists_known_ones(adapter):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import sampled_text
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -184,9 +185,7 @@ def test_names_shapes_and_metadata_of_the_vllm_folder(bases, tmp_path):
     }
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "vllm"))
     assert {tensor.dtype for tensor in (*theirs.values(), *reader.tensors.values())} == {torch.bfloat16}
-    assert theirs == {
-        name: tensor for name, tensor in ours.items() if ".lora_" in name and "base_model.model" in name
-    } or all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
     assert len(theirs) == 2 * 2 * 7
     config = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
@@ -226,10 +225,10 @@ def test_ranks_and_scales_of_their_own(config, bases, tmp_path):
 # ---------------------------------------------------------------- Uno
 
 
-def uno_adapter(folder: Path, base: str | None, seed: int = 3, **fields) -> dict[str, torch.Tensor]:
+def uno_adapter(folder: Path, base: str | None, architecture: str = "llama", **fields) -> dict[str, torch.Tensor]:
     """An adapter of Uno's published layout for a tiny base: what PEFT's own LoRA saves, with their config."""
     config = LoraConfig(r=4, lora_alpha=64, target_modules=UNO_FIELDS["target_modules"])
-    model = randomised(get_peft_model(tiny_base("llama"), config), seed)
+    model = randomised(get_peft_model(tiny_base(architecture), config), seed=3)
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     written = {**UNO_FIELDS, "base_model_name_or_path": base, **fields}
@@ -246,7 +245,9 @@ def test_to_uno_and_back(architecture, bases, tmp_path):
     assert fields.keys() - UNO_FIELDS.keys() == {"use_dora", "use_rslora"}
     assert not fields["use_dora"] and not fields["use_rslora"]
     import_uno(str(tmp_path / "uno"), tmp_path / "back", k=K)
-    assert load_file(tmp_path / "back" / "adapter_model.safetensors").keys()
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "back"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
     back = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float64)
     torch.testing.assert_close(mask_states(back, prompt()), mask_states(model, prompt()))
     config = back.active_peft_config
@@ -254,26 +255,28 @@ def test_to_uno_and_back(architecture, bases, tmp_path):
     assert "noise tokens" in (tmp_path / "back" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("where", ["", "adapter"])
-def test_an_adapter_of_unos_decodes_exactly(where, bases, tmp_path):
-    base, theirs = bases(), tmp_path / "theirs"
+@pytest.mark.parametrize(
+    ("architecture", "where"),
+    [("llama", ""), ("llama", "adapter"), ("qwen3", ""), ("mistral", ""), ("gemma3_text", "")],
+)
+def test_an_adapter_of_unos_decodes_exactly(architecture, where, bases, tmp_path):
+    base, theirs = bases(architecture), tmp_path / "theirs"
     (theirs / where).mkdir(parents=True, exist_ok=True)
-    weights = uno_adapter(theirs / where, base)
+    weights = uno_adapter(theirs / where, base, architecture)
     import_uno(str(theirs), tmp_path / "ours", k=4)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64).eval()
     layer = model.base_model.gated_layers()["model.layers.1.mlp.down_proj"]
-    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
-    assert torch.equal(
-        layer.lora_B["default"].weight,
-        weights[name].double() if layer.lora_B["default"].weight.dtype == torch.float64 else weights[name],
-    )
+    down_proj = weights["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"]
+    torch.testing.assert_close(layer.lora_B["default"].weight.detach(), down_proj, check_dtype=False)
     assert layer.scaling["default"] == 64 / 4
     expected = generate(load_base(base), prompt())
     assert torch.equal(generate(model, prompt()), expected)
     for strategy in ("quadratic", "linear", "auto"):
         assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy=strategy), expected)
-    assert model.mtp_statistics.forward_passes
-    ungated = PeftModel.from_pretrained(load_base(base), theirs / where)  # what the card of such an adapter shows
+    seeded = {"do_sample": True, "generator": torch.Generator().manual_seed(5), "mtp": True, "max_new_tokens": 16}
+    sampled = model.generate(prompt(), **seeded)[0, prompt().shape[1] :].tolist()
+    assert sampled == sampled_text(load_base(base), prompt(), 5, 0, 16)
+    ungated = PeftModel.from_pretrained(load_base(base), theirs / where)  # as the cards of such adapters show
     assert not torch.equal(generate(ungated, prompt()), expected)
 
 
@@ -311,11 +314,9 @@ def test_what_the_target_cannot_hold(what, bases, tmp_path):
 
 
 def test_target_parameters(bases, tmp_path):
-    base = bases("mixtral")
-    name = next(name for name, p in load_base(base).named_parameters() if p.dim() == 3)
-    saved(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=[name])
+    upgraded("mixtral", K, target_parameters=["mlp.experts.down_proj"]).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"has `target_parameters=.*Only plain LoRA on linear layers"):
-        export_vllm(str(tmp_path / "adapter"), tmp_path / "out")
+        export_vllm(str(tmp_path / "adapter"), tmp_path / "out", base=bases("mixtral"))
 
 
 def test_layers_that_uno_does_not_know(bases, tmp_path):
@@ -335,7 +336,7 @@ def test_another_base(bases, tmp_path):
     for export in (export_vllm, export_uno):
         with pytest.raises(ValueError, match="trained for a base of vocabulary size 97, but .* has 50"):
             export(str(tmp_path / "adapter"), tmp_path / "out", base=small)
-        with pytest.raises(ValueError, match="adapter does not fit .*wrong shape for 8 tensor"):
+        with pytest.raises(ValueError, match="adapter does not fit .*wrong shape for 6 tensor"):
             export(str(tmp_path / "adapter"), tmp_path / "out", base=wider)
     with pytest.raises(ValueError, match="uno does not fit .*lack 14 tensor"):
         import_uno(str(tmp_path / "uno"), tmp_path / "out", base=longer)
@@ -448,6 +449,6 @@ def test_wrong_usage(bases, tmp_path):
     assert "Say either --to (vllm or uno) or --from (uno)" in run("export", bases(), out, code=2).output
     assert "either" in run("export", bases(), out, "--to", "uno", "--from", "uno", code=2).output
     assert "tensorrt" in run("export", bases(), out, "--to", "tensorrt", code=2).output
-    assert "Leave out --k" in run("export", bases(), out, "--to", "uno", "--k", "2", code=2).output
+    assert "Uno's files do not say" in run("export", bases(), out, "--to", "uno", "--k", "2", code=2).output
     saved(bases(), tmp_path / "learned")
     assert "Error: " in run("export", str(tmp_path / "learned"), out, "--to", "uno", code=1).output

@@ -20,7 +20,8 @@ class UpgradeArguments:
         dataset (`str`): Hub id, folder, or JSON Lines file.
         dataset_config (`str`, *optional*): Its configuration, if it has several.
         split (`str`): Its split.
-        k (`int`), r (`int`), lora_alpha (`int`, *optional*): Those of [`GatedLoraConfig`].
+        k (`int`), r (`int`), lora_alpha (`int`, *optional*), masks (`str`), sampler (`bool`): Those of
+            [`GatedLoraConfig`].
         dtype (`str`): Dtype of the base.
     """
 
@@ -31,6 +32,8 @@ class UpgradeArguments:
     k: int = field(default=8, metadata={"help": "Mask tokens, and so the most drafts per forward pass."})
     r: int = field(default=128, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA. By default GatedLoraConfig's."})
+    masks: str = field(default="learned", metadata={"help": "What masks are embedded as: 'learned' or 'noise'."})
+    sampler: bool = field(default=True, metadata={"help": "Whether drafts come from a sampler head."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the base, such as bfloat16."})
 
 
@@ -41,8 +44,8 @@ def train(
 ) -> None:
     """Train an adapter. Every field of MTPConfig, which is an SFTConfig, is a flag, and --config names a YAML file.
 
-    --model and --dataset are needed. --k, --r and --lora_alpha are those of GatedLoraConfig. Several GPUs: `accelerate
-    launch -m hf_mtp.cli.train`. --resume_from_checkpoint goes on after an interruption.
+    --model and --dataset are needed. --k, --r, --lora_alpha, --masks and --no_sampler are those of GatedLoraConfig.
+    Several GPUs: `accelerate launch -m hf_mtp.cli.train`. --resume_from_checkpoint goes on after an interruption.
 
     Example:
 
@@ -69,8 +72,9 @@ def train(
         raise typer.BadParameter(str(error)) from error
     base = load_model(asked.model, asked.dtype, device="cpu")
     scale = {} if asked.lora_alpha is None else {"lora_alpha": asked.lora_alpha}
+    upgrade = GatedLoraConfig(k=asked.k, r=asked.r, masks=asked.masks, sampler=asked.sampler, **scale)
     trainer = MTPTrainer(
-        model=get_peft_model(base, GatedLoraConfig(k=asked.k, r=asked.r, **scale)),
+        model=get_peft_model(base, upgrade),
         args=config,
         train_dataset=load_rows(asked.dataset, asked.dataset_config, asked.split),
         processing_class=load_tokenizer(asked.model, base),

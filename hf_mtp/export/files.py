@@ -42,7 +42,7 @@ def read_adapter(name: str) -> AdapterFiles:
     if not isinstance(kind, GatedLoraConfig):
         raise ValueError(
             f"{name} is an adapter of type {getattr(kind.peft_type, 'value', kind.peft_type)!r}, but only adapters of "
-            "hf_mtp ('GATED_LORA') can be exported. If it is one of Uno's, convert it by `hf-mtp export --from uno` first."
+            "hf_mtp ('GATED_LORA') can be exported. Convert one of Uno's by `hf-mtp export --from uno` first."
         )
     config = GatedLoraConfig.from_pretrained(name)
     # The sampler head has the name of the adapter in the file.
