@@ -33,7 +33,7 @@ class Server:
         self.process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
 
     def wait(self) -> None:
-        for _ in range(600):
+        for _ in range(1800):
             assert self.process.poll() is None, self.log.read_text()[-6000:]
             try:
                 return self.get("/health")
