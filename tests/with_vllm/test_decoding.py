@@ -6,7 +6,7 @@ import pytest
 OPTIONS = {
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4},
     "bad words": {"bad_words": ["w20", "w31"]},
-    "grammar": {"regex": "(w1[0-9]|w2[0-9])( (w3[0-9]|w4[0-9])){2,6}", "ignore_eos": False},
+    "grammar": {"regex": "(w1[0-9]|w2[0-9])(w3[0-9]|w4[0-9]){2,6}", "ignore_eos": False},
     "stop string": {"stop": ["w44", "w70"]},
     "stop token": {"stop_token_ids": [30, 60]},
     "allowed tokens": {"allowed_token_ids": list(range(20, 60))},

@@ -82,7 +82,7 @@ def test_concurrent_clients_get_their_own_answers(case, server):
 
 def test_grammars_and_what_is_refused(case, server):
     prompt = case().prompts[0]
-    answer = server.complete(prompt, structured_outputs={"regex": "w1[0-9] w2[0-9]"}, ignore_eos=False)
+    answer = server.complete(prompt, structured_outputs={"regex": "w1[0-9]w2[0-9]"}, ignore_eos=False)
     assert answer["text"].split()[0][:2] == "w1" and answer["finish_reason"] == "stop"
     for refused in ({"min_p": 0.1}, {"prompt_embeds": "AAAA", "prompt": None}, {"model": "other"}):
         with pytest.raises(urllib.error.HTTPError) as error:
