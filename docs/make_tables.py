@@ -5,7 +5,7 @@
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
-another one of tables, that makes it. A number of a sentence stands between
+another *_tables.py, that makes it. A number of a sentence stands between
 `<!-- value: PATH as FORM -->` and `<!-- end -->`. PATH and FORM are arguments of `value` in tables.py.
 """
 
@@ -17,16 +17,11 @@ import evaluation_tables
 import peer_tables
 import scenario_tables
 import smollm2_tables
+import vllm_tables
 from tables import load, machine, table, value
 
 DOCS = Path(__file__).parent
-PAGES = (
-    DOCS.parent / "README.md",
-    *(
-        DOCS / f"{page}.md"
-        for page in ("benchmarks", "comparison", "demo", "evaluation", "training", "support", "scenarios")
-    ),
-)
+PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (.+?) as (.+?) -->)[^<]*(<!-- end -->)")
 SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
@@ -373,7 +368,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables)
+        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables, vllm_tables)
         return ({key: made for module in modules for key, made in vars(module).items()} | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"

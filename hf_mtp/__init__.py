@@ -5,6 +5,7 @@ first use. The command `hf-mtp` registers the type when a verb runs, so that `hf
 """
 
 import importlib
+import importlib.util
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,7 +50,13 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if not sys.argv or Path(sys.argv[0]).name not in _COMMANDS:
+def _registers() -> bool:
+    """Whether PEFT learns of the adapter type now. In an engine such as vLLM there is no PEFT to tell."""
+    is_command = bool(sys.argv) and Path(sys.argv[0]).name in _COMMANDS
+    return not is_command and importlib.util.find_spec("peft") is not None
+
+
+if _registers():
     from .registration import register
 
     register()

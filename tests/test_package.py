@@ -35,6 +35,8 @@ decoding: statistics processors batch verification verifier loop prefill prompt 
 : model registration pretrained attached
 export: files fit plain_lora vllm uno
 serving: text rules request metrics engine limits manager handlers middleware server
+serving.vllm: adapter arguments schedule drafter scheduler runner guard worker
+serving: vllm_server
 evaluation: measures decoded support compare plotting
 evaluation.metrics.tokens_per_pass: tokens_per_pass app
 evaluation.metrics.acceptance_per_position: acceptance_per_position app

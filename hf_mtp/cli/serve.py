@@ -1,6 +1,8 @@
 """`hf-mtp serve`: an OpenAI-compatible server for an adapter."""
 
 import os
+import sys
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -9,6 +11,13 @@ from typer import Argument, Option
 from .verb import verb
 
 KEY = "HF_MTP_API_KEY"
+
+
+class Engine(str, Enum):
+    """What decodes."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
 
 
 @verb
@@ -25,6 +34,9 @@ def serve(
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str, Option(help="Device, such as cuda:0. By default an accelerator, if any.")] = "auto",
     log_level: Annotated[str, Option(help="Of uvicorn; info logs each request.")] = "warning",
+    engine: Annotated[Engine, Option(help="What decodes: this process, or vLLM.")] = Engine.TRANSFORMERS,
+    vllm_python: Annotated[str, Option(help="Python of an environment with vLLM.")] = sys.executable,
+    vllm_options: Annotated[list[str] | None, Argument(help="Further options of vLLM, after --.")] = None,
 ) -> None:
     """Serve an adapter to OpenAI clients. Requests are decoded in one batch, each with the base model's own text.
 
@@ -34,7 +46,16 @@ def serve(
     Example:
 
         hf-mtp serve me/my-model-mtp --port 8000
+        hf-mtp serve me/my-model-mtp --engine vllm --vllm-python vllm/bin/python -- --tensor-parallel-size 2
     """
+    if engine is Engine.VLLM:
+        from ..serving.vllm_server import VllmSettings, serve_with_vllm
+
+        key, options = os.environ.get(KEY), vllm_options or []
+        settings = VllmSettings(adapter, host, port, key, strategy, max_batch, dtype, vllm_python, options)
+        raise typer.Exit(serve_with_vllm(settings))
+    if vllm_options:
+        raise typer.BadParameter(f"{' '.join(vllm_options)} would be options of vLLM, which needs --engine vllm.")
     try:
         from ..serving.limits import Limits
         from ..serving.server import Server, ServerSettings
