@@ -74,7 +74,7 @@ def _connect(track: RaceTrack, inputs: list[gr.components.Component], outputs: l
         inputs,
         outputs,
         concurrency_limit=1,
-        trigger_mode="once",
+        trigger_mode="multiple",  # a press right after a stop counts, too; a disabled button prevents others
         show_progress="minimal",  # how many wait before
         **shared,
     )
