@@ -125,6 +125,17 @@ def test_stop_ends_the_race_and_the_next_one_runs(page_of):
     page.wait_for_function(FINISHED)
 
 
+def test_a_press_right_after_stop_counts(page_of):
+    page = page_of()
+    for _ in range(2):
+        page.get_by_role("button", name="Race").click()
+        page.wait_for_selector(".race-text.plain .own")
+        page.get_by_role("button", name="Stop").click()
+        page.wait_for_selector("#race-start:enabled")
+    page.get_by_role("button", name="Race").click()
+    page.wait_for_function(FINISHED)
+
+
 def test_closing_the_window_ends_the_race(page_of, browser, demo):
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)

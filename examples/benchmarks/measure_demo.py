@@ -161,11 +161,16 @@ def main() -> None:
     report["load_average"] = round(os.getloadavg()[0], 1)
     report["first_token"] = in_browser(demo, args)
     demo.stop()
+    _write(args.output, report)
     report["new_tokens"] = args.new_tokens
     report["seconds_in_race_over_alone"] = fairness(demo.track, args.rounds, args.new_tokens)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    _write(args.output, report)
     print(json.dumps(report))
+
+
+def _write(path: Path | None, report: dict) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from html import escape
 from .lane import Draft, LaneState, Pass
 from .race import Frame
 
-STRUCK_PASSES = 3  # the latest passes, whose rejected drafts are still shown
+STRUCK_PASSES = 1  # the latest passes, whose rejected drafts are still shown
+MOST_STRUCK = 6  # in the text; the list of passes has all
 PASSES_LISTED = 400
 
 PLAIN_TITLE, MTP_TITLE = "Plain decoding", "Multi-token prediction"
@@ -109,7 +110,8 @@ def _drawn_pass(done: Pass, shows_struck: bool) -> str:
     kept, own = done.tokens[: done.accepted], done.tokens[done.accepted :]
     text = "".join(_span("kept", token) for token in kept)
     if shows_struck:
-        text += "".join(f"<del>{_visible(draft.text)}</del>" for draft in done.drafts if not draft.is_accepted)
+        struck = [f"<del>{_visible(draft.text)}</del>" for draft in done.drafts if not draft.is_accepted]
+        text += "".join(struck[:MOST_STRUCK]) + ("<del>…</del>" if len(struck) > MOST_STRUCK else "")
     return text + "".join(_span("own", token) for token in own)
 
 

@@ -74,14 +74,16 @@ def _connect(track: RaceTrack, inputs: list[gr.components.Component], outputs: l
         inputs,
         outputs,
         concurrency_limit=1,
-        trigger_mode="once",
+        trigger_mode="multiple",  # a press right after a stop counts, too; a disabled button prevents others
         show_progress="minimal",  # how many wait before
         **shared,
     )
-    stopped = (_status(STOPPED), gr.update(interactive=True), gr.update(interactive=False))
-    stop.click(
-        lambda: stopped, None, [status, start, stop], cancels=racing, queue=False, show_progress="hidden", **shared
-    )
+
+    def halt() -> tuple:
+        track.wait_until_free()  # Gradio would cancel a race that is started before the last one has ended, too
+        return _status(STOPPED), gr.update(interactive=True), gr.update(interactive=False)
+
+    stop.click(halt, None, [status, start, stop], cancels=racing, queue=False, show_progress="hidden", **shared)
 
 
 def _prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:

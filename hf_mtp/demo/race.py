@@ -77,6 +77,7 @@ class RaceTrack:
         self.context = DecodingPass(model.base_model).positions_left(0)
         self.can_be_bitwise = self._can_be_bitwise()
         self._known: set[tuple] = set()
+        self._busy = threading.Lock()  # while a race runs
 
     def defaults(self, prompt: str, max_new_tokens: int) -> RaceSettings:
         """The settings that suit the model: bit for bit where the text could differ otherwise, if that is possible.
@@ -125,6 +126,19 @@ class RaceTrack:
         self.warm_up(settings)
         turns = Turns(2, SLOW_PAUSE if settings.slow else 0.0)
         lanes = [Lane(number, turns, self.tokenizer, prompt_1T[0].tolist()) for number in (PLAIN, MTP)]
+        with self._busy:
+            yield from self._run(settings, turns, lanes, seconds_between)
+
+    def wait_until_free(self, timeout: float = 10.0) -> None:
+        """Waits until no race runs, but not longer than a number of seconds.
+
+        Args:
+            timeout (`float`, *optional*, defaults to 10): That number.
+        """
+        if self._busy.acquire(timeout=timeout):
+            self._busy.release()
+
+    def _run(self, settings: RaceSettings, turns: Turns, lanes: list[Lane], seconds_between: float) -> Iterator[Frame]:
         calls = self.calls(settings, PlainStreamer(lanes[PLAIN]), MTPStreamer(lanes[MTP]))
         runners = [_Runner(lane, call) for lane, call in zip(lanes, calls, strict=True)]
         try:
