@@ -84,9 +84,10 @@ def test_grammars_and_what_is_refused(case, server):
     prompt = case().prompts[0]
     answer = server.complete(prompt, structured_outputs={"regex": "w1[0-9]w2[0-9]"}, ignore_eos=False)
     assert answer["text"].split()[0][:2] == "w1" and answer["finish_reason"] == "stop"
-    for refused in ({"min_p": 0.1}, {"prompt_embeds": "AAAA", "prompt": None}, {"model": "other"}):
+    sampling = {"min_p": 0.1, "temperature": 1.0}
+    for words, refused in ((prompt, sampling), (None, {"prompt_embeds": "AAAA"}), (prompt, {"model": "other"})):
         with pytest.raises(urllib.error.HTTPError) as error:
-            server.complete(prompt, **refused)
+            server.complete(words, **refused)
         assert 400 <= error.value.code < 500
     assert server.complete(prompt)["token_ids"] == case().rows[0]["tokens"]
 
