@@ -124,7 +124,7 @@ NOT_OURS = re.compile(
 TARGET, SETTING, VERSION = "a target, not a result", "a setting, not a result", "a version"
 ALLOWED = {
     "README.md": {
-        "106 minutes on a CPU core": "sums of examples/smollm2/training/*.json, not measured again",
+        "206 minutes on a CPU core": "sums of examples/smollm2/training/*.json, not measured again",
         "from PyPI (93 MB)": "the size of a download",
     },
     "docs/benchmarks.md": {
