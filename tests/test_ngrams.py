@@ -138,7 +138,7 @@ class EveryMatch(AdaptiveSchedule):
         found = [row if index % 2 == 0 else [] for index, row in enumerate(found)]
         rows = [self._candidates(row, [masks, found], proposals).best(99) for row in range(len(masks))]
         longest = max(len(row.tokens) for row in rows)
-        return drafts_of(rows, longest, device), [row.origins for row in rows]
+        return drafts_of(rows, longest, longest, device), [row.origins for row in rows]
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_no_table_is_made_or_saved(tmp_path):
 
 
 def test_unknown_kind_of_masks():
-    with pytest.raises(ValueError, match="`masks` must be 'learned'.* or 'noise'.*, got 'random'"):
+    with pytest.raises(ValueError, match="`masks` must be 'learned'.* or 'noise'.* got 'random'"):
         GatedLoraConfig(masks="random")
 
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from layouts import masked_states
 from tiny_models import CACHE, adapter_parameters, tiny_base, upgraded
 from transformers import CONFIG_MAPPING, DynamicCache
@@ -275,8 +276,16 @@ def test_autocast_changes_nothing_that_is_found_out(name):
     assert speculation_mode(model.get_base_model()) is MODES[name]
 
 
+@pytest.fixture
+def new_accelerator():
+    """accelerate keeps the precision of a process's first accelerator, whichever test made it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("name", ["llama", *OF_EACH_KIND])
-def test_autocast_within_the_forward_pass_changes_nothing_either(name):
+def test_autocast_within_the_forward_pass_changes_nothing_either(name, new_accelerator):
     base = model_of(name, torch.float32).get_base_model()
     wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(base)
     assert wrapped is base and "forward" in vars(base)
