@@ -16,7 +16,6 @@ from pathlib import Path
 import evaluation_tables
 import peer_tables
 import scenario_tables
-import serving_tables
 import smollm2_tables
 import vllm_tables
 from tables import load, machine, table, value
@@ -376,7 +375,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables, serving_tables, vllm_tables)
+        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables, vllm_tables)
         return ({key: made for module in modules for key, made in vars(module).items()} | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"

@@ -62,11 +62,3 @@ def _note(report: dict) -> str:
         f"\n{prompts} prompts of each kind, {report['new_tokens']} new tokens, {report['dtype']}, on {busy}; "
         f"{machine(report)}.\n"
     )
-
-
-def peers_in_float32() -> str:
-    """How many texts are those of plain decoding in float32."""
-    report = load("peers_float32")
-    names = [name for name in next(iter(report["domains"].values())) if name != "plain"]
-    rows = [[name, _same(report, name)] for name in names]
-    return table(["way", "same text as plain, float32"], rows) + _note(report)

@@ -266,16 +266,15 @@ def test_the_script_trains_measures_and_measures_again(run, monkeypatch):
     assert all(answer != "runs" for answer in report["refused"].values())
     monkeypatch.setattr(script("peers"), "train_missing", None)  # would raise if it were called
     assert run("--measure-only")["best"] == report["best"]
-    assert_tables(report, memory, run.folder, monkeypatch)
+    assert_table(report, memory, run.folder, monkeypatch)
 
 
-def assert_tables(report: dict, memory: dict, folder: Path, monkeypatch) -> None:
-    """The page's tables have every way."""
+def assert_table(report: dict, memory: dict, folder: Path, monkeypatch) -> None:
+    """The page's table has every way."""
     monkeypatch.setattr(script("tables"), "RESULTS", folder)
-    for name in ("peers_trained", "peers_float32"):
-        (folder / f"{name}.json").write_text(json.dumps(report | {"memory_mib": memory}))
-    for text in (script("peer_tables").trained_peers(), script("peer_tables").peers_in_float32()):
-        assert [line.split(" | ")[0] for line in text.splitlines()[2:-2]] == [f"| {name}" for name in report["best"]]
+    (folder / "peers_trained.json").write_text(json.dumps(report | {"memory_mib": memory}))
+    lines = script("peer_tables").trained_peers().splitlines()[2:-2]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {name}" for name in report["best"]]
 
 
 def test_nothing_is_measured_without_what_was_trained(run):
