@@ -28,6 +28,7 @@ from hf_mtp.evaluation.compare import describe_machine
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+EVERYWHERE = {"target_modules": ATTENTION + MLP, "layers_to_transform": None}
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ VARIANTS = {
     "as in train.py": Variant(),
     "another seed": Variant(seed=1),  # what differs by chance alone
     "responses of the data": Variant(texts="data"),
-    "attention only": Variant(adapter={"target_modules": ATTENTION}),
-    "MLP only": Variant(adapter={"target_modules": MLP}),
-    "upper half of the layers": Variant(adapter={"layers_to_transform": [*range(15, 30)]}),
+    "all linear layers": Variant(adapter=EVERYWHERE),
+    "attention only": Variant(adapter=EVERYWHERE | {"target_modules": ATTENTION}),
+    "MLP only": Variant(adapter=EVERYWHERE | {"target_modules": MLP}),
+    "upper half": Variant(adapter=EVERYWHERE | {"layers_to_transform": [*range(15, 30)]}),
     "r = 8": Variant(adapter={"r": 8, "lora_alpha": 16}),
     "r = 64": Variant(adapter={"r": 64, "lora_alpha": 128}),
     "k = 4": Variant(adapter={"k": 4}),

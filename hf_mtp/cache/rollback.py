@@ -81,16 +81,13 @@ class RollbackLayer(CacheLayerMixin):
         new_N = torch.arange(key_states.shape[2], device=key_states.device)
         column_BN = self.rows.length_B[:, None] + new_N
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
-            storage.scatter_(2, column_BN[:, None, :, None].expand_as(states), states)
+            _put(storage, column_BN, states.transpose(1, 2))
 
     def move(self, source_BP: torch.LongTensor, target_BP: torch.LongTensor) -> None:
         """Copies columns of the storage to others."""
         for storage in (self.keys, self.values):
-            source, target = (
-                column_BP.to(storage.device)[:, None, :, None].expand(-1, storage.shape[1], -1, storage.shape[3])
-                for column_BP in (source_BP, target_BP)
-            )
-            storage.scatter_(2, target, storage.gather(2, source))
+            row_B1, source, target = _rows_of(storage), source_BP.to(storage.device), target_BP.to(storage.device)
+            _put(storage, target, storage.transpose(1, 2)[row_B1, source])
 
     def _grow(self, columns: int) -> None:
         columns = max(columns, self.keys.shape[2] * 3 // 2, self.keys.shape[2] + SPARE_COLUMNS)
@@ -240,6 +237,16 @@ class RollbackCache(Cache):
         for index in layers:
             self.layers[index] = copy.copy(cache.layers[index])
         self.extra_inputs = extra_inputs
+
+
+def _put(storage: torch.Tensor, column_BN: torch.LongTensor, states_BNHD: torch.Tensor) -> None:
+    """Writes to columns of each row. On a CPU, `scatter_` would copy the whole storage."""
+    storage.transpose(1, 2).index_put_((_rows_of(storage), column_BN), states_BNHD)
+
+
+def _rows_of(storage: torch.Tensor) -> torch.LongTensor:
+    """`(B, 1)`: the numbers of the rows."""
+    return torch.arange(storage.shape[0], device=storage.device)[:, None]
 
 
 def _padded(storage: torch.Tensor, columns: int) -> torch.Tensor:

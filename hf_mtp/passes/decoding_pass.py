@@ -184,14 +184,9 @@ class DecodingPass:
     ) -> dict[str, object]:
         """The inputs of the model's forward pass. Arguments are those of `__call__`."""
         regular = regular_BT.shape[1]
-        wanted = logits_rows  # a number means the last columns
-        if 0 < layout.masks <= FEW_MASKS:
-            wanted += layout.masks
-        elif layout.masks:
-            wanted = torch.arange(regular - logits_rows, regular, device=regular_BT.device)
         inputs = {
             "position_ids": self._positions(layout, cache, regular, drafts=logits_rows - 1),
-            "logits_to_keep": wanted,
+            "logits_to_keep": self._logits_to_keep(regular, layout.masks, logits_rows, regular_BT.device),
             cache_name(self.known_arguments): cache,
             "use_cache": True,
         }
@@ -207,6 +202,19 @@ class DecodingPass:
         for name, value_B1 in cache.extra_inputs.items():
             inputs[name] = value_B1.expand(-1, regular + layout.masks, *value_B1.shape[2:])
         return accepted_inputs(inputs, self.known_arguments)
+
+    def _logits_to_keep(self, regular: int, masks: int, logits_rows: int, device: torch.device) -> int | torch.Tensor:
+        """The columns to compute logits for: a number, which means the last ones, or their indices.
+
+        The model cuts the last columns out of its states, and a slice of more columns is not contiguous. For such
+        states, `F.linear` copies the unembedding's weights once per row (`expand`, then `bmm`), which can take longer
+        than the rest of the pass. Indexing makes them contiguous.
+        """
+        few = masks if masks <= FEW_MASKS else 0
+        wanted = logits_rows + few
+        if wanted == regular + masks or self.bitwise:  # plain decoding takes a slice
+            return wanted
+        return torch.arange(regular - logits_rows, regular + few, device=device)
 
     def _attention_mask(self, layout: BlockLayout, cache: RollbackCache, regular: int):
         """The `attention_mask`. It is 2-D for padded prompts without masks, which takes less memory."""
