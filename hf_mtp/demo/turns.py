@@ -15,8 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from greenlet import getcurrent, greenlet
-
 
 class Turns:
     """Turns of some decoders, each named by a number.
@@ -32,7 +30,7 @@ class Turns:
     def __init__(self, count: int, pause: float = 0.0):
         self.pause, self.seconds = pause, [0.0] * count
         self._cancelled = threading.Event()
-        self._since = 0.0
+        self._since, self._parent = 0.0, None
 
     def run(self, decoders: list[Callable[[], None]]) -> None:
         """Runs decoders in their turns, until all have ended or [`cancel`] is called.
@@ -43,6 +41,9 @@ class Turns:
         Raises:
             Exception: A decoder raised it. The others were ended.
         """
+        from greenlet import getcurrent, greenlet  # of the extra `demo`, without which this module can be imported
+
+        self._parent = getcurrent()
         racing = {number: greenlet(decoder) for number, decoder in enumerate(decoders)}
         try:
             while racing and not self._cancelled.is_set():
@@ -64,7 +65,7 @@ class Turns:
 
     def end(self) -> None:
         """Ends a turn, and returns when the next one begins. The clock was stopped before."""
-        getcurrent().parent.switch()
+        self._parent.switch()
 
     def cancel(self) -> None:
         """Ends the race after the current pass. Any thread may call this."""
