@@ -10,10 +10,11 @@ VERSION = "0.1.0"
 PLOTS = ["matplotlib>=3.9"]  # training_curves.png; left out without
 # What the server parts of transformers need, and Prometheus' client.
 SERVE = ["fastapi>=0.115", "openai>=1.98", "prometheus-client>=0.21", "uvicorn>=0.30"]
-DEMO = ["gradio>=6.10"]
+GREENLET = "greenlet>=3.2"
+DEMO = ["gradio>=6.10", GREENLET]
 QUICKSTART = [*PLOTS, "gguf>=0.17", "rich>=13.9"]  # gguf: SmolLM2 comes as a GGUF file
 RUFF = "ruff==0.17.6"
-TEST = [*QUICKSTART, *SERVE, "pytest>=8.4", "pytest-xdist>=3.6", RUFF]  # the quickstart is tested too
+TEST = [*QUICKSTART, *SERVE, GREENLET, "pytest>=8.4", "pytest-xdist>=3.6", RUFF]  # quickstart and races are tested too
 # What PEFT's own tests import. Its package imports attr, too, but does not require attrs.
 TEST_PEFT = [*TEST, "attrs", "diffusers>=0.38", "parameterized>=0.9", "scipy>=1.14"]
 QUANTIZATION = ["bitsandbytes>=0.50", "optimum-quanto>=0.2.7", "torchao>=0.18"]  # their tests are skipped without

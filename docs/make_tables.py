@@ -16,6 +16,7 @@ from pathlib import Path
 import evaluation_tables
 import peer_tables
 import scenario_tables
+import serving_tables
 import smollm2_tables
 import vllm_tables
 from tables import load, machine, table, value
@@ -340,30 +341,6 @@ def refused() -> str:
     return table(["model type", "why"], rows)
 
 
-def demo() -> str:
-    """How soon the demo shows a token, and whether its races are fair."""
-    report = load("demo")
-    rows = [
-        [f"first token, {window} window: {what}", *(f"{times[name][of]:.2f} s" for of in ("least", "median", "most"))]
-        for window, times in report["first_token"].items()
-        for name, what in (("seconds", "after the press"), ("processor_seconds", "the server's processor time"))
-    ]
-    presses, ratio = report["first_token"]["wide"]["seconds"]["presses"], report.get("seconds_in_race_over_alone")
-    fairness = (
-        ""
-        if ratio is None
-        else (
-            f" In a race, each side's own clock showed {ratio['plain']:.2f} (plain) and {ratio['mtp']:.2f} times "
-            "(multi-token prediction) the seconds that it took alone."
-        )
-    )
-    about = (
-        f"\n{presses} presses each; the load of the 2 cores was {report['load_average']:.0f}.{fairness} "
-        f"{report['base']}, {report['dtype']}; {machine(report)}.\n"
-    )
-    return table(["", "least", "median", "most"], rows) + about
-
-
 def _support_name(row: dict) -> str:
     return f"`{row['model_type']}`" + (f" ({row['variant']})" if row["variant"] else "")
 
@@ -375,7 +352,7 @@ def _support_cell(result: str) -> str:
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables, vllm_tables)
+        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables, serving_tables, vllm_tables)
         return ({key: made for module in modules for key, made in vars(module).items()} | globals())[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"

@@ -44,3 +44,8 @@ def machine(report: dict) -> str:
     about = report["machine"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft", "trl"))
     return f"{about['processor']}, {about['threads']} threads, Python {about['python']}, {versions}"
+
+
+def aim(text: str, is_met: bool) -> str:
+    """A target, and whether a result meets it."""
+    return f"{text}: **{'met' if is_met else 'missed'}**"

@@ -10,12 +10,14 @@ from tiny_models import prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_mtp.decoding.streaming import DraftStreamer, DraftToken
-from hf_mtp.demo.drawing import draw_race, result_of
-from hf_mtp.demo.lane import END, Draft, Lane, LaneState, Pass, accepted_drafts
-from hf_mtp.demo.race import Frame, RaceTrack
-from hf_mtp.demo.settings import RaceSettings
-from hf_mtp.demo.turns import Cancelled, Turns
+pytest.importorskip("greenlet", reason="needs hf_mtp[demo]")
+
+from hf_mtp.decoding.streaming import DraftStreamer, DraftToken  # noqa: E402
+from hf_mtp.demo.drawing import draw_race, result_of  # noqa: E402
+from hf_mtp.demo.lane import END, Draft, Lane, LaneState, Pass, accepted_drafts  # noqa: E402
+from hf_mtp.demo.race import Frame, RaceTrack  # noqa: E402
+from hf_mtp.demo.settings import RaceSettings  # noqa: E402
+from hf_mtp.demo.turns import Turns  # noqa: E402
 
 WORDS = "w6 w9 w12"
 
@@ -48,59 +50,69 @@ class Clock:
 def test_the_side_whose_clock_shows_less_goes_on(costs, monkeypatch):
     clock = Clock()
     monkeypatch.setattr("hf_mtp.demo.turns.time", clock)
-    turns, computing, log = Turns(2), [], []
+    turns, log = Turns(2), []
 
     def decode(number: int) -> None:
-        turns.take(number)
         for _ in range(12):
-            computing.append(number)
-            assert computing == [number]  # nobody else computes meanwhile
-            before = list(turns.seconds)
+            log.append((number, list(turns.seconds)))
             clock.now += costs[number]
-            log.append((number, before))
             turns.stop_clock(number)
-            computing.remove(number)
-            turns.pass_on(number)
-        turns.leave(number)
+            clock.now += 100.0  # on no clock
+            turns.end()
 
-    threads = [threading.Thread(target=decode, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    # The last turn of a thread costs nothing here, and the clock starts anew with each turn.
+    turns.run([lambda: decode(0), lambda: decode(1)])
     assert turns.seconds == pytest.approx([12 * cost for cost in costs])
-    both = log[: min(12, len(log))]
-    assert all(before[number] <= before[1 - number] for number, before in both)
+    assert all(seconds[number] == min(seconds) for number, seconds in log[:12])
+    assert sorted(number for number, _ in log) == [0] * 12 + [1] * 12
 
 
 def test_a_pause_is_on_no_clock():
-    turns = Turns(1, pause=0.05)
-    turns.take(0)
-    shown = turns.stop_clock(0)
+    turns, shown = Turns(1, pause=0.05), []
+
+    def decode() -> None:
+        shown.append(turns.stop_clock(0))
+        turns.end()
+
     start = time.perf_counter()
-    turns.pass_on(0)
+    turns.run([decode])
     assert time.perf_counter() - start >= 0.05
-    assert turns.seconds == [shown]
+    assert turns.seconds == shown
 
 
-def test_cancel_wakes_threads_that_wait_and_that_pause():
-    turns, ended = Turns(2, pause=60), []
+def test_cancel_ends_all_decoders_wherever_they_are():
+    turns, ended = Turns(3, pause=60), []
 
     def decode(number: int) -> None:
-        with pytest.raises(Cancelled):
-            turns.take(number)
+        try:
             turns.stop_clock(number)
-            turns.pass_on(number)
-        ended.append(number)
+            turns.end()
+        finally:
+            ended.append(number)
 
-    threads = [threading.Thread(target=decode, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    turns.cancel()
-    for thread in threads:
-        thread.join(20)
-    assert sorted(ended) == [0, 1]
+    def first() -> None:
+        threading.Timer(0.1, turns.cancel).start()  # in the pause after this turn
+        decode(0)
+
+    turns.run([first, lambda: decode(1), lambda: decode(2)])
+    assert ended == [0]  # the others have not begun
+
+
+def test_an_error_of_one_decoder_ends_the_others():
+    turns, ended = Turns(2), []
+
+    def decode() -> None:
+        try:
+            turns.stop_clock(0)
+            turns.end()
+        finally:
+            ended.append(torch.is_grad_enabled())
+
+    def fail() -> None:
+        raise MemoryError("too long")
+
+    with pytest.raises(MemoryError, match="too long"):
+        turns.run([decode, fail])
+    assert ended == [True]
 
 
 # ---------------------------------------------------------------- drafts
@@ -200,16 +212,24 @@ def test_a_lane_counts_what_generate_counts(track):
     assert all(len(each.tokens) == 1 + each.accepted for each in frame.mtp.passes[:-1])
 
 
-def runners() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("hf_mtp race")]
+def test_one_thread_computes_both_sides_and_all_before(monkeypatch):
+    model, threads, forward = upgraded(tiny_base("llama"), 3), set(), torch.nn.Linear.forward
+
+    def recorded(self, *args):
+        threads.add(threading.current_thread().name)
+        return forward(self, *args)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", recorded)
+    last(RaceTrack(model, tiny_tokenizer()), max_new_tokens=4)
+    assert threads == {"hf_mtp race_0"}
 
 
 def test_closing_a_race_cancels_it_and_the_next_one_runs(track):
     race = track.run(RaceSettings(WORDS, 200, 3), 0.001)
     next(race)
-    assert runners()
+    assert track.is_racing
     race.close()
-    assert not runners()
+    assert not track.is_racing
     assert last(track).is_same_text
 
 
@@ -234,7 +254,7 @@ def test_what_goes_wrong_on_one_side_ends_the_race(track, monkeypatch):
     monkeypatch.setattr(Lane, "finish", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         last(track)
-    assert not runners()
+    assert not track.is_racing
 
 
 @pytest.mark.parametrize(

@@ -109,14 +109,14 @@ def test_drafts_appear_before_they_are_decided(page_of):
     page.wait_for_function("document.querySelector('#race-status').innerText.includes('Stopped')")
 
 
-def test_stop_ends_the_race_and_the_next_one_runs(page_of):
+def test_stop_ends_the_race_and_the_next_one_runs(page_of, demo):
     page = page_of()
     page.get_by_label("Slow motion").check()
     page.get_by_role("button", name="Race").click()
     page.wait_for_selector(".race-text.plain .own")
     page.get_by_role("button", name="Stop").click()
     page.wait_for_function("document.querySelector('#race-status').innerText.includes('Stopped')")
-    _wait_until_nobody_races()
+    _wait_until_nobody_races(demo)
     shown = texts(page)
     page.wait_for_timeout(1000)
     assert texts(page) == shown
@@ -144,12 +144,12 @@ def test_closing_the_window_ends_the_race(page_of, browser, demo):
     page.get_by_role("button", name="Race").click()
     page.wait_for_selector(".race-text.plain .own")
     page.close()
-    _wait_until_nobody_races()
+    _wait_until_nobody_races(demo)
 
 
-def _wait_until_nobody_races() -> None:
+def _wait_until_nobody_races(demo: Demo) -> None:
     end = time.monotonic() + PATIENCE / 1000
-    while any(thread.name.startswith("hf_mtp race") for thread in threading.enumerate()):
+    while demo.track.is_racing:
         assert time.monotonic() < end, "the race goes on"
         time.sleep(0.1)
 

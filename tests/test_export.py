@@ -222,6 +222,19 @@ def test_ranks_and_scales_of_their_own(config, bases, tmp_path):
         assert_same_effects(plain, model)
 
 
+@pytest.mark.parametrize("modules", [["q_proj", "o_proj", "gate_proj", "up_proj"], ["v_proj"]])
+def test_lora_on_some_layers_and_projections(modules, bases, tmp_path):
+    model = saved(bases(), tmp_path / "adapter", target_modules=modules, layers_to_transform=[1], **NOISE)
+    assert {name.split(".")[2] for name in model.base_model.gated_layers()} == {"1"}
+    for name, export in (("vllm", export_vllm), ("uno", export_uno)):
+        export(str(tmp_path / "adapter"), tmp_path / name)
+        plain = PeftModel.from_pretrained(load_base(bases()), tmp_path / name, autocast_adapter_dtype=False)
+        assert_same_effects(plain, model)
+    import_uno(str(tmp_path / "uno"), tmp_path / "back", k=K)
+    back = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float64)
+    torch.testing.assert_close(mask_states(back, prompt()), mask_states(model, prompt()))
+
+
 # ---------------------------------------------------------------- Uno
 
 

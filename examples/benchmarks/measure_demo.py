@@ -12,25 +12,27 @@ Needs `pip install hf_mtp[demo] playwright` and a Chromium. Two measurements:
   divided by seconds alone.
 
 `--screenshots FOLDER` also writes a picture of each window in the middle of a race. The last line of the output is one
-JSON document, which is also written to `--output`.
+JSON document. `--output` is written after each part.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
+from report import finish, save
 
 from hf_mtp.demo.app import Demo, DemoSettings
 from hf_mtp.demo.page import PROMPTS
 from hf_mtp.demo.race import RaceTrack
 from hf_mtp.demo.settings import RaceSettings
 from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.evaluation.runner import adapter_fingerprint
 
 WINDOWS = {"wide": (1280, 900, "light"), "narrow": (390, 844, "dark")}
 PATIENCE = 600_000  # milliseconds
@@ -94,8 +96,11 @@ def _summary(values: list[float]) -> dict:
     }
 
 
-def fairness(track: RaceTrack, rounds: int, new_tokens: int) -> dict:
-    """By side: seconds by its clock in a race, divided by seconds alone. The least of the rounds counts for each."""
+def fairness(track: RaceTrack, rounds: int, new_tokens: int) -> Iterator[dict]:
+    """By side: seconds by its clock in a race, divided by seconds alone; the median of the prompts so far.
+
+    The least of the rounds counts for each prompt.
+    """
     ratios: dict[str, list[float]] = {"plain": [], "mtp": []}
     for prompt in PROMPTS:
         settings = RaceSettings(prompt, new_tokens, track.k, bitwise=track.defaults("", 1).bitwise)
@@ -109,7 +114,7 @@ def fairness(track: RaceTrack, rounds: int, new_tokens: int) -> dict:
         for side, values in ratios.items():
             values.append(min(raced[side]) / min(alone[side]))
             print(f"{side}: {values[-1]:.2f} times as long in the race, by its own clock", flush=True)
-    return {side: round(statistics.median(values), 3) for side, values in ratios.items()}
+        yield {side: round(statistics.median(values), 3) for side, values in ratios.items()}
 
 
 def _alone(track: RaceTrack, settings: RaceSettings) -> dict[str, float]:
@@ -117,7 +122,7 @@ def _alone(track: RaceTrack, settings: RaceSettings) -> dict[str, float]:
     seconds = {}
     for side, call in zip(("plain", "mtp"), track.calls(settings), strict=True):
         start = time.perf_counter()
-        call()
+        track.compute(call)
         seconds[side] = time.perf_counter() - start
     return seconds
 
@@ -154,23 +159,25 @@ def in_browser(demo: Demo, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse_args()
+    print("Loading the model.", flush=True)
     demo = Demo(DemoSettings(args.base, args.adapter, port=0))
     threading.Thread(target=demo.run, daemon=True).start()
-    dtype = str(demo.track.model.dtype).removeprefix("torch.")
-    report = {"base": demo.name, "dtype": dtype, "machine": describe_machine()}
-    report["load_average"] = round(os.getloadavg()[0], 1)
-    report["first_token"] = in_browser(demo, args)
+    model = demo.track.model
+    report = {
+        "base": demo.name,
+        "adapter": adapter_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "machine": describe_machine(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "first_token": in_browser(demo, args),
+        "new_tokens": args.new_tokens,
+    }
     demo.stop()
-    _write(args.output, report)
-    report["new_tokens"] = args.new_tokens
-    report["seconds_in_race_over_alone"] = fairness(demo.track, args.rounds, args.new_tokens)
-    _write(args.output, report)
-    print(json.dumps(report))
-
-
-def _write(path: Path | None, report: dict) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    save(report, args.output)
+    for ratios in fairness(demo.track, args.rounds, args.new_tokens):
+        report["seconds_in_race_over_alone"] = ratios
+        save(report, args.output)
+    finish(report, args.output)
 
 
 if __name__ == "__main__":

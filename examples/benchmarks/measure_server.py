@@ -12,12 +12,13 @@ The server is a process of its own. Three measurements:
 The processor's time of the server per token is there for machines that are busy with other things.
 
 Every response is compared with that of `generate(mtp=False)`. Prompts are JSON Lines, each with a `prompt`: a text or
-messages. The last line of the output is one JSON document, which is also written to `--output`.
+messages. The last line of the output is one JSON document. `--output` is written after each measurement.
 """
 
 import argparse
 import concurrent.futures
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -28,9 +29,10 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import openai
-import torch
+from report import finish, save
 
 from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.evaluation.runner import adapter_fingerprint
 from hf_mtp.pretrained import load_model, load_tokenizer
 
 
@@ -57,6 +59,7 @@ class Bench:
         lines = args.prompts.read_text(encoding="utf-8").splitlines()
         self.chats = dict(_chat(json.loads(line)["prompt"]) for line in lines[: args.count])
         self.prompts = [*self.chats]
+        print(f"Loading the model, and decoding {len(self.prompts)} prompts plainly.", flush=True)
         self.model = load_model(args.adapter, args.dtype).eval()
         self.tokenizer = load_tokenizer(args.adapter, self.model)
         self.plain = {prompt: self.generate(prompt, mtp=False) for prompt in self.prompts}
@@ -99,7 +102,7 @@ class Bench:
         seconds = {"in_process": [], "one_client": []}
         for call in (self.generate, self.ask):
             call(self.prompts[0])  # warm-up
-        for prompt in self.prompts:
+        for number, prompt in enumerate(self.prompts, start=1):
             for way, call in (("in_process", self.generate), ("one_client", self.ask)):
                 times = []
                 for _ in range(self.args.rounds):
@@ -107,6 +110,8 @@ class Bench:
                     call(prompt)
                     times.append(time.perf_counter() - start)
                 seconds[way].append(min(times))
+            own, served = (values[-1] for values in seconds.values())
+            print(f"prompt {number}: {own:.2f} s in this process, {served:.2f} s by a client", flush=True)
         ratios = [served / own for own, served in zip(seconds["in_process"], seconds["one_client"], strict=True)]
         return {
             **{f"{way}_seconds": statistics.median(values) for way, values in seconds.items()},
@@ -115,6 +120,7 @@ class Bench:
 
     def load(self, clients: int) -> dict:
         """Tokens per second of so many clients, and how many responses were not plain decoding's."""
+        print(f"{clients} at a time for {self.args.seconds:.0f} s.", flush=True)
         end = time.perf_counter() + self.args.seconds
         start, before = time.perf_counter(), self._counts()
 
@@ -178,30 +184,34 @@ def main() -> None:
     """Runs the measurements."""
     args = parse_args()
     bench = Bench(args)
+    report = {
+        "adapter": adapter_fingerprint(bench.model),
+        "parameters": sum(parameter.numel() for parameter in bench.model.get_base_model().parameters()),
+        "new_tokens": args.new_tokens,
+        "prompts": len(bench.prompts),
+        "dtype": str(bench.model.dtype).removeprefix("torch."),
+        "machine": describe_machine(),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
     try:
-        result = {
-            "adapter": Path(args.adapter).name,
-            "new_tokens": args.new_tokens,
-            "prompts": len(bench.prompts),
-            "dtype": str(bench.model.dtype),
-            "machine": describe_machine(),
-            "threads": torch.get_num_threads(),
-            "overhead": bench.overhead(),
-            "loads": [bench.load(1), bench.load(args.clients)],
-        }
+        report["overhead"] = bench.overhead()
+        report["loads"] = []
+        for clients in (1, args.clients):
+            save(report, args.output)
+            report["loads"].append(bench.load(clients))
+            print(summary(report["loads"][-1]), flush=True)
     finally:
         bench.stop()
-    one, many = result["loads"]
-    result["gain"] = many["tokens_per_second"] / one["tokens_per_second"]
-    print(f"overhead at one client: {result['overhead']['overhead']:.1%}")
-    for load in result["loads"]:
-        print(
-            f"{load['clients']} clients: {load['tokens_per_second']:.1f} tokens/s, {load['requests']} requests, "
-            f"{load['failures']} failures, {load['other_than_plain']} other texts than plain decoding's"
-        )
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    print(f"overhead at one client: {report['overhead']['overhead']:.1%}")
+    finish(report, args.output)
+
+
+def summary(load: dict) -> str:
+    """One line on a load."""
+    return (
+        f"{load['clients']} clients: {load['tokens_per_second']:.1f} tokens/s, {load['requests']} requests, "
+        f"{load['failures']} failures, {load['other_than_plain']} other texts than plain decoding's"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 Run it with the Python of hf_mtp. `make test-vllm` makes the other one. In float32, greedy, all prompts in one batch.
 Engines with and without masks take turns. Each starts several times, and the shortest start counts: in seconds of the
 clock and of the processor, without imports. The last line is one JSON document.
+`--output` is written after each round.
 """
 
 import argparse
@@ -50,11 +51,13 @@ def parse_args() -> argparse.Namespace:
 # ---------------------------------------------------------------- in hf_mtp's environment
 
 
-def own_decoding(args: argparse.Namespace) -> list[dict]:
-    """Prompts, tokens of plain decoding, and passes of linear decoding."""
+def own_decoding(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Prompts, tokens of plain decoding, and passes of linear decoding; and the fingerprint of the adapter."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_mtp.evaluation.runner import adapter_fingerprint
 
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
@@ -72,11 +75,12 @@ def own_decoding(args: argparse.Namespace) -> list[dict]:
         linear = model.generate(**options, mtp=True, mtp_strategy="linear")[0, start:].tolist()
         steps = model.base_model.mtp_statistics.steps
         rows.append({"prompt": ids["input_ids"][0].tolist(), "plain": plain, "linear": linear, "steps": steps})
-    return rows
+        print(f"hf_mtp, prompt {len(rows)}: {len(steps)} passes", flush=True)
+    return rows, adapter_fingerprint(model)
 
 
 def in_vllm(args: argparse.Namespace, task: dict) -> dict:
-    """The outcomes of [`engines`] in a process with vLLM."""
+    """The outcomes of [`engines`], by way, from a process with vLLM."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "task.json"
         path.write_text(json.dumps(task))
@@ -87,42 +91,58 @@ def in_vllm(args: argparse.Namespace, task: dict) -> dict:
 
 
 def main() -> None:
-    from report import finish
+    from report import finish, save
 
-    from hf_mtp.evaluation.compare import describe_machine
     from hf_mtp.export.vllm import export_vllm
 
     args = parse_args()
-    rows = own_decoding(args)
+    rows, adapter = own_decoding(args)
+    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         export_vllm(args.adapter, Path(folder) / "adapter", args.base)
         task = {"base": args.base, "folder": f"{folder}/adapter", "new_tokens": args.new_tokens}
-        runs = in_vllm(args, {**task, "rounds": args.rounds, "prompts": [row["prompt"] for row in rows]})
-    first = {way: of_way[0] for way, of_way in runs.items()}
-    report = {
+        for number in range(args.rounds):
+            prompts = [row["prompt"] for row in rows] if number == 0 else []
+            for way, outcome in in_vllm(args, {**task, "prompts": prompts}).items():
+                runs[way].append(outcome)
+                print(f"vLLM, round {number + 1}, {way}: started in {outcome['seconds']:.1f} s", flush=True)
+            report = {"adapter": adapter, **report_of(args, rows, runs)}
+            save(report, args.output)
+    finish(report, args.output)
+
+
+def report_of(args: argparse.Namespace, rows: list[dict], runs: dict[str, list[dict]]) -> dict:
+    """What was measured so far. Only the first engines decoded the prompts."""
+    from hf_mtp.evaluation.compare import describe_machine
+
+    plain, linear, auto = (runs[way][0] for way in WAYS)
+    pairs = {
+        "vLLM without hf_mtp": (linear, plain["tokens"]),
+        "hf_mtp, plain": (linear, [row["plain"] for row in rows]),
+        "hf_mtp, linear": (linear, [row["linear"] for row in rows]),
+        "vLLM, auto": (auto, plain["tokens"]),
+    }
+    return {
         "machine": {**describe_machine(), "threads": args.threads},
-        "vllm": first["plain"]["version"],
+        "load_average": round(os.getloadavg()[0], 1),
+        "vllm": plain["version"],
         "prompts": len(rows),
         "new_tokens": args.new_tokens,
         "identical": {
-            "vLLM without hf_mtp": sum(
-                a == b for a, b in zip(first["linear"]["tokens"], first["plain"]["tokens"], strict=True)
-            ),
-            "hf_mtp, plain": sum(a == row["plain"] for a, row in zip(first["linear"]["tokens"], rows, strict=True)),
-            "hf_mtp, linear": sum(a == row["linear"] for a, row in zip(first["linear"]["tokens"], rows, strict=True)),
-            "vLLM, auto": sum(a == b for a, b in zip(first["auto"]["tokens"], first["plain"]["tokens"], strict=True)),
+            name: sum(one == two for one, two in zip(outcome["tokens"], tokens, strict=True))
+            for name, (outcome, tokens) in pairs.items()
         },
-        "passes": {"vLLM": sum(first["linear"]["passes"].values()), "hf_mtp": sum(len(row["steps"]) for row in rows)},
+        "passes": {"vLLM": sum(linear["passes"].values()), "hf_mtp": sum(len(row["steps"]) for row in rows)},
         "start": {
             way: {clock: min(run[clock] for run in of_way) for clock in ("seconds", "processor_seconds")}
             for way, of_way in runs.items()
         },
-        "costs": first["auto"]["costs"],
-        "k": first["linear"]["k"],
-        "rates": first["linear"]["rates"],
+        "rounds": len(runs["plain"]),
+        "costs": auto["costs"],
+        "k": linear["k"],
+        "rates": linear["rates"],
         "code_lines": code_lines(Path(__file__).parents[2] / "hf_mtp" / "serving" / "vllm"),
     }
-    finish(report, args.output)
 
 
 def code_lines(folder: Path) -> int:
@@ -155,24 +175,21 @@ def code_lines(folder: Path) -> int:
 
 
 def engines(path: Path) -> None:
-    """Runs each engine in a copy of this process, because vLLM keeps state that is process-wide.
+    """Runs an engine of each way in a copy of this process, because vLLM keeps state that is process-wide.
 
-    Writes the outcomes over the task, by way. Only the first engine of each way gets the prompts.
+    Writes the outcomes over the task, by way.
     """
     import vllm  # noqa: F401 - once for all
 
-    task = json.loads(path.read_text())
-    runs = {way: [] for way in WAYS}
-    for turn in range(task["rounds"]):
-        for way in WAYS:
-            prompts = task["prompts"] if turn == 0 else []
-            child = multiprocessing.get_context("fork").Process(
-                target=engine, args=({**task, "prompts": prompts}, way, path)
-            )
-            child.start()
-            child.join()
-            runs[way].append(json.loads(path.read_text()))
-    path.write_text(json.dumps(runs))
+    task, outcomes = json.loads(path.read_text()), {}
+    for way in WAYS:
+        child = multiprocessing.get_context("fork").Process(target=engine, args=(task, way, path))
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit(f"The engine of the way {way!r} ended with {child.exitcode}; its output is above.")
+        outcomes[way] = json.loads(path.read_text())
+    path.write_text(json.dumps(outcomes))
 
 
 def engine(task: dict, way: str, path: Path) -> None:

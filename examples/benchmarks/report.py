@@ -4,9 +4,14 @@ import json
 from pathlib import Path
 
 
-def finish(report: dict, output: Path | None) -> None:
-    """Writes the report as JSON and prints it as one line."""
+def save(report: dict, output: Path | None) -> None:
+    """Writes the report as JSON, if a file is wanted. Long benchmarks do so after each part."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def finish(report: dict, output: Path | None) -> None:
+    """Writes the report and prints it as one line."""
+    save(report, output)
     print(json.dumps(report))

@@ -80,7 +80,10 @@ class Demo:
 
     def run(self) -> None:
         """Shows the page until Ctrl-C, SIGTERM or [`stop`]."""
-        self._uvicorn.run(sockets=[self.socket])
+        try:
+            self._uvicorn.run(sockets=[self.socket])
+        finally:
+            self.track.stop()
 
     def stop(self) -> None:
         """Asks the server to stop. Any thread may call it."""

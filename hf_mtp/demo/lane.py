@@ -130,7 +130,7 @@ class Lane:
         coming = self.texts.of_drafts([*self.prompt_ids, *ids][-CONTEXT:], offered)
         passes = (*state.passes, Pass(texts, drafts))
         self.state = LaneState(passes, forward_passes, coming, seconds, ids)
-        self.turns.pass_on(self.number)
+        self.turns.end()
 
     def finish(self) -> None:
         """Records that the text is complete."""

@@ -1,11 +1,12 @@
 """Races plain decoding against `generate(mtp=True)` on one prompt, in turns.
 
-Plain decoding runs the base's own `generate` on a copy of its modules that shares the weights and has no adapter.
+Plain decoding runs the base's own `generate` on a copy of its modules that shares the weights and has no adapter. One
+thread computes everything that the model computes: the reason is in `turns.py`.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from ..passes.decoding_pass import DecodingPass
 from .lane import Lane, LaneState, MTPStreamer, PlainStreamer
 from .plain_sampling import mtp_options, plain_options
 from .settings import SLOW_PAUSE, RaceSettings, refuse_unless_fits
-from .turns import Cancelled, Turns
+from .turns import Turns
 
 PLAIN, MTP = 0, 1
 WARM_UP_PROMPT, WARM_UP_TOKENS = "The", 8
@@ -74,10 +75,24 @@ class RaceTrack:
         self.model, self.tokenizer = model, tokenizer
         self.base: PreTrainedModel = same_weights(model).unload().eval()
         self.k: int = model.base_model.active_mtp_config.k
-        self.context = DecodingPass(model.base_model).positions_left(0)
-        self.can_be_bitwise = self._can_be_bitwise()
+        self._computer = ThreadPoolExecutor(1, "hf_mtp race")
         self._known: set[tuple] = set()
         self._busy = threading.Lock()  # while a race runs
+        self._turns = Turns(0)  # of the latest race
+        self.context: int = self.compute(lambda: DecodingPass(model.base_model).positions_left(0))
+        self.can_be_bitwise: bool = self.compute(self._can_be_bitwise)
+
+    def compute(self, call: Callable):
+        """What a call returns, in the thread that computes everything here.
+
+        Args:
+            call (`Callable`): A function without arguments.
+        """
+        return self._computer.submit(call).result()
+
+    def stop(self) -> None:
+        """Ends a race after the current pass. Any thread may call this."""
+        self._turns.cancel()
 
     def defaults(self, prompt: str, max_new_tokens: int) -> RaceSettings:
         """The settings that suit the model: bit for bit where the text could differ otherwise, if that is possible.
@@ -99,15 +114,17 @@ class RaceTrack:
             NotImplementedError: The model does not allow the strategy, or bit-for-bit decoding.
         """
         key = settings.strategy, settings.k, settings.bitwise
-        if key in self._known:
-            return
+        if key not in self._known:
+            self.compute(lambda: self._warm_up(settings))
+            self._known.add(key)
+
+    def _warm_up(self, settings: RaceSettings) -> None:
         ids_1T = self.prompt_ids(WARM_UP_PROMPT)
         self.base.generate(**_inputs(ids_1T), do_sample=False, max_new_tokens=2)
         options = {"do_sample": False, "max_new_tokens": WARM_UP_TOKENS, "return_dict_in_generate": True}
         output = self.model.generate(**_inputs(ids_1T), **_mtp(settings), **options)
         if not isinstance(output, MTPGenerateOutput):
             raise ValueError("This model decodes plainly, one token per pass, so there is nothing to race.")
-        self._known.add(key)
 
     def run(self, settings: RaceSettings, seconds_between: float = 0.12) -> Iterator[Frame]:
         """Runs a race, and yields frames until both sides are finished. Closing the iterator cancels the race.
@@ -127,7 +144,26 @@ class RaceTrack:
         turns = Turns(2, SLOW_PAUSE if settings.slow else 0.0)
         lanes = [Lane(number, turns, self.tokenizer, prompt_1T[0].tolist()) for number in (PLAIN, MTP)]
         with self._busy:
-            yield from self._run(settings, turns, lanes, seconds_between)
+            self._turns = turns
+            race = self._computer.submit(self._race, settings, turns, lanes)
+            try:
+                yield from _frames(race, lanes, seconds_between)
+            finally:
+                turns.cancel()
+                wait([race])
+            race.result()  # raises what it raised
+            yield _frame(lanes)
+
+    @torch.no_grad()  # `generate` would switch gradients on again for the other side when it ends
+    def _race(self, settings: RaceSettings, turns: Turns, lanes: list[Lane]) -> None:
+        """Decodes both sides in turns."""
+        calls = self.calls(settings, PlainStreamer(lanes[PLAIN]), MTPStreamer(lanes[MTP]))
+        turns.run([_decoder(lane, call) for lane, call in zip(lanes, calls, strict=True)])
+
+    @property
+    def is_racing(self) -> bool:
+        """Whether a race runs."""
+        return self._busy.locked()
 
     def wait_until_free(self, timeout: float = 10.0) -> None:
         """Waits until no race runs, but not longer than a number of seconds.
@@ -137,22 +173,6 @@ class RaceTrack:
         """
         if self._busy.acquire(timeout=timeout):
             self._busy.release()
-
-    def _run(self, settings: RaceSettings, turns: Turns, lanes: list[Lane], seconds_between: float) -> Iterator[Frame]:
-        calls = self.calls(settings, PlainStreamer(lanes[PLAIN]), MTPStreamer(lanes[MTP]))
-        runners = [_Runner(lane, call) for lane, call in zip(lanes, calls, strict=True)]
-        try:
-            while any(runner.is_alive() for runner in runners):
-                yield _frame(lanes)
-                _wait(runners, seconds_between)
-        finally:
-            turns.cancel()
-            for runner in runners:
-                runner.join()
-        for runner in runners:
-            if runner.error is not None:
-                raise runner.error
-        yield _frame(lanes)
 
     def prompt_ids(self, prompt: str) -> torch.LongTensor:
         """`(1, T)`: a conversation that begins with a prompt, or the prompt itself if the model does not chat.
@@ -194,27 +214,14 @@ class RaceTrack:
         return True
 
 
-class _Runner(threading.Thread):
-    """Runs the decoder of a lane in its turns."""
+def _decoder(lane: Lane, call: Callable) -> Callable[[], None]:
+    """A call of `generate` that tells its lane of the end."""
 
-    def __init__(self, lane: Lane, decode: Callable):
-        super().__init__(name=f"hf_mtp race {lane.number}", daemon=True)
-        self.lane, self.decode, self.error = lane, decode, None
-        self.start()
+    def decode() -> None:
+        call()
+        lane.finish()
 
-    def run(self) -> None:
-        turns, number = self.lane.turns, self.lane.number
-        try:
-            turns.take(number)
-            self.decode()
-            self.lane.finish()
-        except Cancelled:
-            pass
-        except Exception as error:
-            self.error = error
-            turns.cancel()
-        finally:
-            turns.leave(number)
+    return decode
 
 
 def _mtp(settings: RaceSettings) -> dict:
@@ -234,8 +241,8 @@ def _frame(lanes: list[Lane]) -> Frame:
     return Frame(lanes[PLAIN].state, lanes[MTP].state)
 
 
-def _wait(runners: list[_Runner], seconds: float) -> None:
-    """Waits, but not longer than the race lasts."""
-    end = time.perf_counter() + seconds
-    for runner in runners:
-        runner.join(max(0.0, end - time.perf_counter()))
+def _frames(race: Future, lanes: list[Lane], seconds_between: float) -> Iterator[Frame]:
+    """Frames while a race runs."""
+    while not race.done():
+        yield _frame(lanes)
+        wait([race], seconds_between)

@@ -37,11 +37,14 @@ class PlainLora:
         lora_alpha (`float`): Numerator of the scale, `lora_alpha / r`.
         weights (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): A `(r, D)` and B `(E, r)` of each layer, by its name
             in the base.
+        layers_to_transform, layers_pattern: As in [`~peft.LoraConfig`]: which layers have it, if not all.
     """
 
     r: int
     lora_alpha: float
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
     @property
     def target_modules(self) -> list[str]:
@@ -79,8 +82,10 @@ def plain_lora(files: AdapterFiles, model: PeftModel) -> PlainLora:
         missing = r - len(A_rD)
         weights[name] = F.pad(A_rD, (0, 0, 0, missing)), F.pad(B_Er, (0, missing))
     if not (config.rank_pattern or config.alpha_pattern or config.use_rslora):
-        return PlainLora(config.r, config.lora_alpha, weights)  # the very numbers
-    return PlainLora(r, r * next(iter(scales.values())) if is_uniform else r, weights)
+        r, lora_alpha = config.r, config.lora_alpha  # the very numbers
+    else:
+        lora_alpha = r * next(iter(scales.values())) if is_uniform else r
+    return PlainLora(r, lora_alpha, weights, config.layers_to_transform, config.layers_pattern)
 
 
 def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> None:
@@ -98,8 +103,8 @@ def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> N
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
+        "layers_pattern": lora.layers_pattern,
+        "layers_to_transform": lora.layers_to_transform,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,

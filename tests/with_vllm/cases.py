@@ -1,4 +1,5 @@
 """Makes a case for the tests of the vLLM integration: `python tests/with_vllm/cases.py FOLDER ARCHITECTURE`.
+With `-partial` behind the architecture, only some layers have a LoRA.
 
 A case is a tiny base, an adapter, its export, and what hf_mtp's linear decoding makes of some prompts. It is made in
 hf_mtp's own environment.
@@ -40,6 +41,8 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+# LoRA on some layers only, and there on a part of what vLLM packs into one matrix product.
+PARTIAL_LORA = {"target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj"], "layers_to_transform": [1]}
 ARCHITECTURES = {
     "llama": {},
     "qwen3": {},
@@ -52,15 +55,16 @@ ARCHITECTURES = {
 }
 
 
-def make(folder: Path, architecture: str) -> None:
+def make(folder: Path, name: str) -> None:
     """Writes `base`, `adapter`, `exported` and `reference.json`."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    architecture, _, is_partial = name.partition("-")
     config = AutoConfig.for_model(architecture, **{**SIZES, **ARCHITECTURES[architecture]})
     base = counting(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     base.save_pretrained(folder / "base")
     tiny_tokenizer(SIZES["vocab_size"]).save_pretrained(folder / "base")
-    model = trained(base, folder)
+    model = trained(base, folder, **(PARTIAL_LORA if is_partial else {}))
     model.save_pretrained(folder / "adapter")
     export_vllm(str(folder / "adapter"), folder / "exported", str(folder / "base"))
     rows = [reference(model, base, prompt(length)) for length in LENGTHS]
@@ -107,9 +111,9 @@ def greedy(model, ids: list[int], **kwargs) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
-def trained(base, folder: Path):
+def trained(base, folder: Path, **config):
     """An adapter that is sometimes right: it has seen some texts of the base."""
-    model = get_peft_model(base, GatedLoraConfig(k=K, r=8, lora_alpha=16))
+    model = get_peft_model(base, GatedLoraConfig(k=K, r=8, lora_alpha=16, **config))
     data = Dataset.from_list([{"input_ids": row} for row in counts(64, 48, 7).tolist()])
     options = {
         "max_steps": ADAPTER_STEPS,

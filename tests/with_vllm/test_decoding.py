@@ -43,7 +43,7 @@ def assert_as_in_linear_decoding(case, group):
         assert 10 < len(found) <= len(known) + 1
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama", "llama-partial", "qwen3", "mistral", "gemma3_text"])
 def test_tokens_passes_and_drafts_are_those_of_linear_decoding(case, run, architecture):
     case = case(architecture)
     (together,) = run(case.task({}))["groups"]
@@ -104,8 +104,9 @@ def test_until_the_context_is_full(case, run):
     assert [len(answer["tokens"]) for answer in own] == [96 - len(ids) for ids in case.prompts]
 
 
-def test_two_processes(case, run):
-    case = case()
+@pytest.mark.parametrize("architecture", ["llama", "llama-partial"])
+def test_two_processes(case, run, architecture):
+    case = case(architecture)
     result = run(case.task({}, arguments={"tensor_parallel_size": 2, "kv_cache_memory_bytes": 16 << 20}))
     assert tokens(result["groups"][0]) == [row["tokens"] for row in case.rows]
     accepted, known = result["metrics"]["vllm:spec_decode_num_accepted_tokens"], case.accepted

@@ -21,6 +21,8 @@ from .schedule import MaskSchedule
 
 LORA_ID = 1
 PLAIN_COLUMNS, MASKED_COLUMNS = (4, 16, 64, 256), (9, 17, 65, 257)  # of the passes that are timed at the start
+# On a CPU, vLLM gathers the LoRA's weights anew for each row: larger passes with masks take seconds, and never pay.
+MOST_MASKED_ON_CPU = 65
 
 
 class MaskRunner:
@@ -179,7 +181,10 @@ class MaskRunner:
     @torch.inference_mode()
     def measure_costs(self) -> None:
         """Times passes of several sizes, attention left out. All ranks take the times of the first one."""
-        sizes = [sorted({min(n, self.max_num_tokens) for n in columns}) for columns in (PLAIN_COLUMNS, MASKED_COLUMNS)]
+        most = self.max_num_tokens
+        most_masked = min(most, MOST_MASKED_ON_CPU) if self.device.type == "cpu" else most
+        limits = ((PLAIN_COLUMNS, most), (MASKED_COLUMNS, most_masked))
+        sizes = [sorted({min(n, limit) for n in columns}) for columns, limit in limits]
         self.mask_schedule.costs = measure_costs(self._run_columns, *sizes, get_tp_group().broadcast_object)
 
     def _run_columns(self, columns: int, masks: bool) -> None:
