@@ -37,11 +37,13 @@ class PlainLora:
         lora_alpha (`float`): Numerator of the scale, `lora_alpha / r`.
         weights (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): A `(r, D)` and B `(E, r)` of each layer, by its name
             in the base.
+        exclude_modules (`list[str]`): Names of the base's layers that have none, although others of their kind do.
     """
 
     r: int
     lora_alpha: float
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    exclude_modules: list[str]
 
     @property
     def target_modules(self) -> list[str]:
@@ -70,6 +72,9 @@ def plain_lora(files: AdapterFiles, model: PeftModel) -> PlainLora:
             )
     scales = {name: layer.scaling["default"] for name, layer in layers.items()}
     r = max(layer.r["default"] for layer in layers.values())
+    kinds = {name.rpartition(".")[2] for name in layers}
+    names = {name for name, _ in model.get_base_model().named_modules() if name.rpartition(".")[2] in kinds}
+    without = sorted(names - layers.keys())
     is_uniform = len(set(scales.values())) == 1
     weights = {}
     for name, scale in scales.items():
@@ -79,8 +84,8 @@ def plain_lora(files: AdapterFiles, model: PeftModel) -> PlainLora:
         missing = r - len(A_rD)
         weights[name] = F.pad(A_rD, (0, 0, 0, missing)), F.pad(B_Er, (0, missing))
     if not (config.rank_pattern or config.alpha_pattern or config.use_rslora):
-        return PlainLora(config.r, config.lora_alpha, weights)  # the very numbers
-    return PlainLora(r, r * next(iter(scales.values())) if is_uniform else r, weights)
+        return PlainLora(config.r, config.lora_alpha, weights, without)  # the very numbers
+    return PlainLora(r, r * next(iter(scales.values())) if is_uniform else r, weights, without)
 
 
 def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> None:
@@ -95,6 +100,7 @@ def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> N
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
+        "exclude_modules": lora.exclude_modules or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
