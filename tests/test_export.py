@@ -5,6 +5,7 @@ The engines themselves are not run here. Readers in this file know nothing but t
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,21 @@ def test_lora_on_some_layers_and_projections(modules, bases, tmp_path):
 
 
 # ---------------------------------------------------------------- Uno
+
+
+@pytest.mark.parametrize("some", [{"layers_to_transform": [1]}, {"exclude_modules": ["model.layers.0.mlp.up_proj"]}])
+def test_layers_of_a_kind_that_have_none(some, bases, tmp_path):
+    """Readers would otherwise expect weights in every layer of these kinds."""
+    kinds = {"target_modules": ["q_proj", "up_proj"], **some}
+    model = saved(bases(), tmp_path / "ours", **kinds, **NOISE)
+    for target in ("vllm", "uno"):
+        folder = {"vllm": export_vllm, "uno": export_uno}[target](str(tmp_path / "ours"), tmp_path / target)
+        with warnings.catch_warnings(action="error", category=UserWarning):  # of missing weights
+            plain = PeftModel.from_pretrained(load_base(bases()), folder, autocast_adapter_dtype=False)
+        assert_same_effects(plain, model)
+    import_uno(str(tmp_path / "uno"), tmp_path / "back", k=K)
+    back = PeftModel.from_pretrained(load_base(bases()), tmp_path / "back", autocast_adapter_dtype=False)
+    assert back.base_model.gated_layers().keys() == model.base_model.gated_layers().keys()
 
 
 def uno_adapter(folder: Path, base: str | None, architecture: str = "llama", **fields) -> dict[str, torch.Tensor]:

@@ -46,6 +46,40 @@ def test_embeddings_that_are_offloaded(tmp_path):
     assert_exact(base)
 
 
+def with_a_layer_on_disk(folder):
+    tiny_base("llama").save_pretrained(folder / "base")
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "base",
+        device_map={**places, "model.layers.1": "disk"},
+        offload_folder=folder / "weights",
+        dtype=torch.float32,
+    ).eval()
+
+
+def test_an_upgrade_of_layers_that_are_offloaded(tmp_path):
+    """PEFT's own LoRA is then on the meta device, where it holds nothing."""
+    assert_exact(with_a_layer_on_disk(tmp_path))
+    config = {"k": 3, "r": 4, "lora_alpha": 8}
+    model = randomised(get_peft_model(with_a_layer_on_disk(tmp_path), GatedLoraConfig(**config))).eval()
+    there, masked = upgraded(**config), torch.cat([prompt(), torch.arange(VOCAB, VOCAB + 3)[None]], dim=1)
+    torch.testing.assert_close(model(masked).logits, there(masked).logits)
+
+
+def test_dora_over_layers_that_are_offloaded_is_refused(tmp_path):
+    """DoRA computes with the base's own weights. PEFT fails there with a message about meta tensors."""
+    with pytest.raises(ValueError, match="DoRA.*`model.layers.1.self_attn.q_proj` are offloaded.*use_dora=False"):
+        get_peft_model(with_a_layer_on_disk(tmp_path), GatedLoraConfig(k=3, r=4, use_dora=True))
+    model = upgraded("llama", use_dora=True)
+    expected = generate(model, prompt(), mtp=True)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="those of a layer are offloaded"):
+        generate(model, prompt(), mtp=True)
+    assert torch.equal(generate(model, prompt()), expected)
+
+
 def above_another(base):
     users = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4))
     return randomised(get_peft_model(users, GatedLoraConfig(k=3, r=4), adapter_name="mtp")).eval()

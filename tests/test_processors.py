@@ -149,6 +149,34 @@ def test_stop_strings(end, rows, strategy):
     )
 
 
+def test_stop_strings_of_the_users_own_criterion_take_precedence():
+    model, tokenizer = upgraded("llama", k=3), tiny_tokenizer(97)
+    plain = model.generate(prompt(), max_new_tokens=20, do_sample=False)
+    never = StopStringCriteria(tokenizer, f"w{next(token for token in range(10, 97) if token not in plain)}")
+    asked = {"stop_strings": f"w{plain[0, 14].item()}", "tokenizer": tokenizer, "stopping_criteria": [never]}
+    for mtp in (False, True):
+        assert torch.equal(model.generate(prompt(), max_new_tokens=20, do_sample=False, **asked, mtp=mtp), plain)
+
+
+@pytest.mark.parametrize("end", [None, END])
+def test_rows_of_chains_cannot_be_in_step(end):
+    """Rows of these models are decoded one after the other, and what looks at a whole batch would see one row."""
+    model = upgraded(tiny_base("bloom", vocab_size=SMALL), k=3)
+    inputs = padded((9, 5), SMALL) | {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end}
+    for asked in (
+        {"logits_processor": LogitsProcessorList([Custom()])},
+        {"stopping_criteria": StoppingCriteriaList([Harness(2)])},
+        {"guidance_scale": 1.5},
+    ):
+        with pytest.raises(NotImplementedError, match="may look at a whole batch. Pass one sequence at a time"):
+            model.generate(**inputs, **asked, mtp=True)
+        alone = {"input_ids": inputs["input_ids"][:1], "max_new_tokens": 12, "do_sample": False}
+        if "stopping_criteria" not in asked:
+            assert torch.equal(model.generate(**alone, **asked, mtp=True), model.generate(**alone, **asked))
+    known = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2}
+    assert torch.equal(model.generate(**inputs, **known, mtp=True), model.generate(**inputs, **known))
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_limit_of_the_users_takes_precedence(strategy, model):
     inputs = padded((9, 5), SMALL) | {"max_new_tokens": 30, "do_sample": False, "mtp": True, "mtp_strategy": strategy}

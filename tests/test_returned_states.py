@@ -101,3 +101,19 @@ def test_rows_of_chains_without_their_padding(architecture):
             start = 3 if token == 0 else 0
             assert not layer[1, :start].any()
             torch.testing.assert_close(layer[1, start:], of_layer[0], rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("architecture", ["bloom", "qwen3_next"])
+def test_padding_of_all_rows_of_chains_counts(architecture, rows):
+    model, mask = model_of(architecture).float(), torch.ones(2, 11, dtype=torch.long)
+    mask[0, :3], mask[1, :5] = 0, 0
+    options = {"input_ids": ids(2)[:rows] * mask[:rows], "attention_mask": mask[:rows]}
+    plain, output = generate(model, **options), generate(model, **options, mtp=True, mtp_strategy="linear")
+    for name in ("hidden_states", "attentions"):
+        pairs = zip(getattr(output, name), getattr(plain, name), strict=True)
+        shapes = [[[state.shape for state in layers] for layers in pair] for pair in pairs]
+        assert all(found == expected for found, expected in shapes)
+    start = slice(5, None)
+    for pair in zip(output.attentions[1], plain.attentions[1], strict=True):
+        torch.testing.assert_close(*(weights[..., start] for weights in pair), rtol=1e-3, atol=5e-5)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 
@@ -139,6 +140,7 @@ class GatedVariant(LoraVariant):
         if masks_x.dtype != lora_A.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             masks_x = masks_x.to(lora_A.weight.dtype)
         if self.inner is not None:
+            refuse_offloaded_dora(module, active_adapter, "a layer")
             masks_y.copy_(self.inner.forward(module, active_adapter=active_adapter, x=masks_x, result=masks_y.clone()))
             return result
         if module.training:
@@ -164,6 +166,21 @@ class GatedVariant(LoraVariant):
         return x[:, columns.first :]
 
     merge_safe = merge_unsafe = unmerge = refuse_merge
+
+
+def refuse_offloaded_dora(layer: LoraLayer, adapter_name: str, name: str) -> None:
+    """Raises [`GateError`] for DoRA over a base layer whose weights are there only while that layer runs.
+
+    Args:
+        layer ([`~peft.tuners.lora.LoraLayer`]): The layer.
+        adapter_name (`str`): Name of the adapter.
+        name (`str`): What the error calls the layer.
+    """
+    if adapter_name in layer.lora_magnitude_vector and has_offloaded_params(layer.get_base_layer()):
+        raise GateError(
+            f"The adapter uses DoRA, which computes with the base's own weights, but those of {name} are offloaded to "
+            "the CPU or to disk. Keep the layers on a device (`device_map`), or train an adapter with use_dora=False."
+        )
 
 
 def add_to_masks(layer: LoraLayer, columns: MaskColumns, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -235,6 +252,7 @@ def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) 
             "gated: its LoRA would act on regular tokens as well and change the base model's output. Target linear "
             "layers only (`target_modules='all-linear'`), or load the base in another quantization format."
         )
+    refuse_offloaded_dora(layer, adapter_name, f"`{name}`")
     if type(layer) is Linear:
         layer.__class__ = GatedLinear  # which only adds a way through
     if isinstance(layer, GatedLinear):

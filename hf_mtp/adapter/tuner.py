@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 import torch
+from accelerate.utils import align_module_device
 from peft import PeftModel, functional
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
@@ -110,9 +111,11 @@ class GatedLoraTuner(MaskInput, LoraModel):
             parent = branch(self.lora_layers, current_key.rpartition(".")[0])
             is_new = parent._modules.get(target_name) is None
             target = innermost(target) if is_new else getattr(parent, target_name)
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        # PEFT puts an adapter where the layer's weights are. Those that are offloaded are on the meta device.
+        with align_module_device(innermost(target)):
+            super()._create_and_replace(
+                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
         layer = getattr(parent, target_name)
         if isinstance(layer, ParamWrapper):
             gate_parameter(layer, self.gate)

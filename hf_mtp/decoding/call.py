@@ -36,7 +36,7 @@ from .prompt import Prompt
 from .schedule.adaptive import AdaptiveSchedule
 from .schedule.fixed import FixedSchedule
 from .sequence import Sequence, padded_ids, stacked_records
-from .states import attentions_as_shown, prepend_states
+from .states import attentions_as_shown, prepend_states, restore_padding
 from .statistics import MTPGenerateOutput, MTPStatistics
 from .streaming import RowStream
 from .verifier import Verifier
@@ -88,13 +88,12 @@ class GenerateCall:
         prompt = Prompt.of(self.tuner.model, input_ids, model_kwargs, getattr(generation_config, "_mask_length", None))
         new_tokens = most_new_tokens(stopping_criteria, input_ids.shape[1])
         columns = prompt.columns + new_tokens - 1
-        self._refuse(prompt, columns, generation_config)
-
-        sequences = self._sequences(input_ids, prompt, new_tokens, generation_config, logits_processor)
         pad_token = getattr(generation_config, "_pad_token_tensor", None)
         pad_token = 0 if pad_token is None else int(pad_token)
-        in_step = len(sequences) > 1 and self._changes_rope(columns)
-        verifier = Verifier(logits_processor, stopping_criteria, len(sequences), pad_token, in_step)
+        in_step = len(input_ids) > 1 and self._changes_rope(columns)
+        verifier = Verifier(logits_processor, stopping_criteria, len(input_ids), pad_token, in_step)
+        self._refuse(prompt, columns, generation_config, verifier)
+        sequences = self._sequences(input_ids, prompt, new_tokens, generation_config, logits_processor)
         stream, statistics = RowStream(self.streamer, sequences, pad_token), MTPStatistics()
         keeps_cache = is_users or bool(generation_config.return_dict_in_generate)
         for part in prompt.parts(together=self.mode is SpeculationMode.TREE):
@@ -103,6 +102,8 @@ class GenerateCall:
             self._decode(batch, verifier, stream, statistics, generation_config, keeps_cache)
         for row in sequences:
             prepend_states(row, prompt.extra.states, row.row)
+            if part is not prompt:
+                restore_padding(row)
         ids = padded_ids(sequences, pad_token)
         if keeps_cache and part is prompt:
             self._forward(generation_config).catch_up(cache, ids)
@@ -117,14 +118,14 @@ class GenerateCall:
             return ids
         return _output(ids, sequences, given if is_users else held, statistics)
 
-    def _refuse(self, prompt: Prompt, columns: int, config: GenerationConfig) -> None:
+    def _refuse(self, prompt: Prompt, columns: int, config: GenerationConfig, verifier: Verifier) -> None:
         refuse_cache(prompt.cache, columns)
         if _is_static(config):
             refuse_rope_switches(self.tuner.model.config, columns)
         if self.mode is not SpeculationMode.TREE:
             recomputes = self.mode is SpeculationMode.RECOMPUTE
-            changes_rope = self._changes_rope(columns)
-            refuse_for_sequences(prompt, _is_static(config), self.synced_gpus, recomputes, changes_rope)
+            in_step = verifier.keeps_rows_in_step, self._changes_rope(columns)
+            refuse_for_sequences(prompt, _is_static(config), self.synced_gpus, recomputes, *in_step)
         if self.bitwise:
             is_tree = self.mode is SpeculationMode.TREE
             refuse_bitwise(self.tuner.model, prompt, columns, _is_static(config), is_tree)

@@ -110,7 +110,7 @@ def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
 
 
 def refuse_for_sequences(
-    prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool, changes_rope: bool
+    prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool, in_step: bool, changes_rope: bool
 ) -> None:
     """Raises `NotImplementedError` for requests that need a model that allows trees.
 
@@ -119,6 +119,7 @@ def refuse_for_sequences(
         is_static (`bool`): Whether a static cache is requested.
         synced_gpus (`bool`, *optional*): As passed to `generate`.
         whole (`bool`): Whether the model must read each text from its start.
+        in_step (`bool`): Whether a processor or criterion must see all rows at the same length.
         changes_rope (`bool`): Whether the text may reach a length at which the rotary embeddings change.
     """
     batch = len(prompt.rows) > 1 or bool(prompt.start_B.any())
@@ -133,6 +134,7 @@ def refuse_for_sequences(
         (batch and prompt.read, "a batch that continues from a cache", "Pass one sequence at a time"),
         (batch and synced_gpus, "a batch with `synced_gpus`", "Pass one sequence at a time"),
         (batch and changes_rope, "a batch of texts as long as these", "Pass one sequence at a time"),
+        (in_step, "a processor or criterion that may look at a whole batch", "Pass one sequence at a time"),
     ):
         if asked:
             raise NotImplementedError(

@@ -212,5 +212,7 @@ def stop_strings_to_criteria(kwargs: dict, configs: list) -> None:
         kwargs["generation_config"].stop_strings = None
     if "generation_config" not in kwargs or configs[-1].stop_strings is not None:
         kwargs["stop_strings"] = None  # an argument overrides the model's config
-    criterion = StopStringCriteria(tokenizer, stop_strings)
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # else the user's takes precedence
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    kwargs["stopping_criteria"] = criteria

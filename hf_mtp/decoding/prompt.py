@@ -4,13 +4,12 @@ Shapes: B batch, T tokens that the model has not read, E embedding size.
 """
 
 import inspect
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from transformers import Cache, PreTrainedModel
 
-from ..base.caches import cache_name, tokens_by_layer
+from ..base.caches import cache_name, copied, tokens_by_layer
 from .prefill import OWN_ARGUMENTS, ExtraInputs, read_by_base
 
 
@@ -93,7 +92,7 @@ class Prompt:
             Prompt(
                 self.unread_BT[row : row + 1, start:],
                 torch.zeros_like(self.start_B[:1]),
-                deepcopy(self.cache),
+                copied(self.cache),
                 0,
                 [row],
                 self.offset_B[..., row : row + 1],

@@ -131,16 +131,9 @@ def stacked_records(sequences: list[Sequence], name: str) -> tuple | None:
 
 
 def _stack(rows: list):
-    """Stacks tensors, or tuples of tensors, over rows. Missing rows and padding at the left are zeros."""
+    """Stacks tensors, or tuples of tensors, over rows. Missing rows are zeros."""
     there = [row for row in rows if row is not None]
     if isinstance(there[0], tuple):
         layers = range(len(there[0]))
         return tuple(_stack([None if row is None else row[layer] for row in rows]) for layer in layers)
-    shape = [max(sizes) for sizes in zip(*(row.shape for row in there), strict=True)]
-    return torch.stack([there[0].new_zeros(shape) if row is None else _filled(row, shape) for row in rows])
-
-
-def _filled(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """Pads a tensor at its start to a shape. Rows that were decoded without their padding are shorter."""
-    before = [(size - own, 0) for size, own in zip(shape, tensor.shape, strict=True)]
-    return torch.nn.functional.pad(tensor, [length for pair in reversed(before) for length in pair])
+    return torch.stack([torch.zeros_like(there[0]) if row is None else row for row in rows])

@@ -34,6 +34,20 @@ def _joined(before: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     return torch.cat([before, last], dim=-2)
 
 
+def restore_padding(row: Sequence) -> None:
+    """Puts zeros where the padding of a row is that was decoded without it.
+
+    Args:
+        row ([`Sequence`]): The row.
+    """
+    for index, record in enumerate(row.records):
+        queries = 0 if index else row.padding
+        for name, columns in (("hidden_states", 0), ("attentions", row.padding)):
+            layers = getattr(record, name)
+            if layers is not None:
+                setattr(record, name, tuple(F.pad(state, (columns, 0, queries, 0)) for state in layers))
+
+
 def attentions_as_shown(attentions: tuple | None, cache: Cache | None) -> tuple | None:
     """Attention weights over the columns that the layers of a cache return.
 

@@ -37,14 +37,13 @@ class PlainLora:
         lora_alpha (`float`): Numerator of the scale, `lora_alpha / r`.
         weights (`dict[str, tuple[torch.Tensor, torch.Tensor]]`): A `(r, D)` and B `(E, r)` of each layer, by its name
             in the base.
-        layers_to_transform, layers_pattern: As in [`~peft.LoraConfig`]: which layers have it, if not all.
+        exclude_modules (`list[str]`): Names of the base's layers that have none, although others of their kind do.
     """
 
     r: int
     lora_alpha: float
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
+    exclude_modules: list[str]
 
     @property
     def target_modules(self) -> list[str]:
@@ -73,6 +72,9 @@ def plain_lora(files: AdapterFiles, model: PeftModel) -> PlainLora:
             )
     scales = {name: layer.scaling["default"] for name, layer in layers.items()}
     r = max(layer.r["default"] for layer in layers.values())
+    kinds = {name.rpartition(".")[2] for name in layers}
+    names = {name for name, _ in model.get_base_model().named_modules() if name.rpartition(".")[2] in kinds}
+    without = sorted(names - layers.keys())
     is_uniform = len(set(scales.values())) == 1
     weights = {}
     for name, scale in scales.items():
@@ -82,10 +84,8 @@ def plain_lora(files: AdapterFiles, model: PeftModel) -> PlainLora:
         missing = r - len(A_rD)
         weights[name] = F.pad(A_rD, (0, 0, 0, missing)), F.pad(B_Er, (0, missing))
     if not (config.rank_pattern or config.alpha_pattern or config.use_rslora):
-        r, lora_alpha = config.r, config.lora_alpha  # the very numbers
-    else:
-        lora_alpha = r * next(iter(scales.values())) if is_uniform else r
-    return PlainLora(r, lora_alpha, weights, config.layers_to_transform, config.layers_pattern)
+        return PlainLora(config.r, config.lora_alpha, weights, without)  # the very numbers
+    return PlainLora(r, r * next(iter(scales.values())) if is_uniform else r, weights, without)
 
 
 def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> None:
@@ -100,11 +100,12 @@ def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> N
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
+        "exclude_modules": lora.exclude_modules or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "layers_pattern": lora.layers_pattern,
-        "layers_to_transform": lora.layers_to_transform,
+        "layers_pattern": None,
+        "layers_to_transform": None,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,
