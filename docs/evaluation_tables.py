@@ -17,7 +17,7 @@ def verification() -> str:
             ties = sum(divergence["tie"] for divergence in one["divergences"])
             gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
             rows.append([report["dtype"], one["way"], f"{one['answers'] - len(units)} of {one['answers']}", gaps])
-    return table(["dtype", "way", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
+    return table(["dtype", "method", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
 
 
 def quality() -> str:

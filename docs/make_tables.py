@@ -95,7 +95,7 @@ def decoding() -> str:
     rows += decoding_rows("maths, untrained adapter", report["untrained"], report)
     for size, ways in report["batches"].items():
         rows += decoding_rows(f"maths, batch of {size}", ways, report)
-    head = ["text", "way", "speed", "tokens per pass", "identical to plain"]
+    head = ["text", "method", "speed", "tokens per pass", "identical to plain"]
     return table(head, rows) + f"\n{machine(report)}. k={report['arguments']['k']}, r={report['arguments']['r']}.\n"
 
 
@@ -170,7 +170,7 @@ def revisions() -> str:
         ]
         for way, row in report["ways"].items()
     ]
-    head = ["way", "before", "now", "before / now", "range", "same text"]
+    head = ["method", "before", "now", "before / now", "range", "same text"]
     return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
 
 
@@ -256,7 +256,7 @@ def training_cost() -> str:
         ]
         for row in report["ways"]
     ]
-    head = ["way", "trained positions per step", "a step", "1,000 positions", "peak memory"]
+    head = ["method", "trained positions per step", "a step", "1,000 positions", "peak memory"]
     return table(head, rows) + f"\n{machine(report)}.\n"
 
 
