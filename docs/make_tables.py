@@ -308,11 +308,11 @@ def support_counts() -> str:
         ("`auto` is quadratic", sum(row["strategy"] == "quadratic" for row in types)),
         ("`auto` is linear", sum(row["strategy"] == "linear" for row in types)),
         (
-            "`auto` is plain, `linear` reads the whole text again",
+            "`auto` is plain, `linear` recomputes the whole sequence",
             sum(row["mode"] == "recomputed chain" for row in types),
         ),
         ("plain only", sum(row["mode"] == "none" for row in types)),
-        ("refused", sum(row["strategy"] is None for row in types)),
+        ("not supported", sum(row["strategy"] is None for row in types)),
         ("all", len(types)),
         ("output differs from plain decoding anywhere", sum(not row["is_exact"] for row in report["rows"])),
     ]
