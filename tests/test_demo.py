@@ -331,7 +331,7 @@ def test_demo_refuses_a_used_port_and_what_is_no_adapter(folders):
     app = pytest.importorskip("hf_mtp.demo.app", reason="needs hf_mtp[demo]", exc_type=ImportError)
     with app.socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"Nothing can listen on port {port} of 127.0.0.1: .* --port"):
+        with pytest.raises(OSError, match=f"Cannot listen on port {port} of 127.0.0.1: .* --port"):
             app.Demo(app.DemoSettings(folders[1], port=port))
     with pytest.raises(ValueError, match="is a base model"):
         app.Demo(app.DemoSettings(folders[0], port=0))

@@ -221,7 +221,7 @@ def test_an_interrupt_before_the_first_prompt_is_over(model, tmp_path, monkeypat
     partial = interrupted(model, tmp_path, monkeypatch, after=0)
     assert not partial.complete and partial.domains == {} and load_results(tmp_path) == partial
     write_report(partial, tmp_path)
-    assert "Nothing was measured" in (tmp_path / "table.md").read_text()
+    assert "There are no results" in (tmp_path / "table.md").read_text()
     assert run(model, output=tmp_path).complete
 
 
@@ -247,7 +247,7 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(state, model, tm
     else:
         interrupted(model, tmp_path, monkeypatch, after=len(WAYS))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="another run: max_new_tokens was 12, now it is 13. Choose another"):
+    with pytest.raises(ValueError, match="a different run: max_new_tokens was 12, but is now 13. Choose another"):
         run(model, output=tmp_path, max_new_tokens=13)
     with pytest.raises(ValueError, match="another run: adapter was"):
         run(upgraded("llama", 3, seed=5), output=tmp_path)
@@ -263,8 +263,8 @@ def test_prompts_longer_than_the_context_are_left_out_and_said_so(model):
     prompts = suite_of_rows("long", [{"prompt": words(130)}, {"prompt": words(116)}, {"prompt": words(117)}])
     found = run(model, prompts)
     assert found.left_out == {
-        "1": "130 tokens and 12 new ones exceed the context of 128.",
-        "3": "117 tokens and 12 new ones exceed the context of 128.",
+        "1": "130 prompt tokens and 12 new tokens exceed the context of 128.",
+        "3": "117 prompt tokens and 12 new tokens exceed the context of 128.",
     }
     assert found.domains["all"]["plain"].prompts == 1 and found.settings.suite["prompts"] == 3
     with pytest.raises(ValueError, match="None of the 1 prompts can be answered.*exceed the context of 128.*shorter"):
@@ -280,7 +280,7 @@ def test_prompts_longer_than_the_context_are_left_out_and_said_so(model):
         ({"k": [4]}, "between 1 and 3"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, but got 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
-        ({"limit": 0}, "at least 1 prompt"),
+        ({"limit": 0}, "must be at least 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message, model):

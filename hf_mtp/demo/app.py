@@ -92,8 +92,8 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise OSError(
-            f"Nothing can listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another one with "
-            "--port, or stop the process that uses it."
+            f"Cannot listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another port with --port, "
+            "or stop the process that uses it."
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""Evaluation: `verify` proves that the output is unchanged, and `evaluate` measures what is gained.
+"""Evaluation: `verify` checks that the output is unchanged, and `evaluate` measures the speedup.
 
-`probe` measures what a model knows of the tokens after the next one.
+`probe` measures how well a model predicts tokens beyond the next one.
 """
 
 import importlib

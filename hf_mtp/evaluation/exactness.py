@@ -98,11 +98,11 @@ def verify(
     limit: int | None = 2,
     sampling: bool = True,
 ) -> VerifyReport:
-    """Checks that the output with `mtp=True` is that of plain decoding.
+    """Checks that `mtp=True` gives the same output as plain decoding.
 
-    Greedy answers are compared token by token. Sampled ones, too: plain decoding is given the same noise for each
-    output position, by a logits processor, so both must draw the same tokens. A two-sample test compares texts sampled
-    by the first strategy with texts that the base draws by its own random numbers.
+    Greedy answers are compared token by token, and so are samples: a logits processor adds the same noise for each
+    output position in plain decoding, so both must sample the same tokens. A two-sample test compares outputs sampled
+    with the first strategy with outputs that the base samples with its own random numbers.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.

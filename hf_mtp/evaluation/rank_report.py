@@ -1,4 +1,4 @@
-"""What people read of a probe: tables in Markdown, and the figures beside them."""
+"""The report of a probe: tables in Markdown, and figures."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def probe_page(results: ProbeResults) -> str:
         "How it was measured": probe_notes(results),
     }
     settings = results.settings
-    title = f"# What {settings.model} knows of the tokens after the next one, on {settings.suite['name']}\n"
+    title = f"# How well {settings.model} predicts tokens beyond the next one, on {settings.suite['name']}\n"
     return "\n".join([title, *(f"## {name}\n\n{text}\n" for name, text in sections.items())])
 
 

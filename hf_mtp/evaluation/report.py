@@ -14,7 +14,7 @@ def table_page(results: Results) -> str:
         results ([`Results`]): The results.
     """
     if not results.domains:
-        return "# Evaluation\n\nNothing was measured: the run was interrupted before its first prompt was finished.\n"
+        return "# Evaluation\n\nThere are no results: the run was interrupted before the first prompt was finished.\n"
     sections = {
         "Tokens per pass": tokens_table(results),
         "Speed by the wall clock": speed_table(results),
@@ -52,7 +52,7 @@ def acceptance_table(results: Results) -> str:
     ways = {way: row.acceptance_per_position for way, row in _overall(results).items()}
     drafting = {way: rates for way, rates in ways.items() if rates}
     if not drafting:
-        return "No way drafted a token."
+        return "No method drafted a token."
     positions = max(map(len, drafting.values()))
     rows = [
         [way, *(f"{rate:.2f}" for rate in rates), *[""] * (positions - len(rates))] for way, rates in drafting.items()
@@ -94,11 +94,11 @@ def notes(results: Results) -> str:
     """How the figures were measured, and what to know about them."""
     settings, adapter = results.settings, results.settings.adapter
     lines = [
-        "Greedy decoding, ended by the end token. Tokens per pass are new tokens divided by forward passes of the "
-        "base, pooled over answers: the token that the base adds to each pass (the bonus token), the end token and "
-        "the pass over the prompt are included, so plain decoding has 1. Speed is plain decoding's seconds divided "
-        "by the way's own: the median over prompts, and the quartiles. Every prompt was decoded in all ways in turn, "
-        "after a warm-up.",
+        "Greedy decoding until the end-of-sequence token. Tokens per pass are new tokens divided by forward passes "
+        "of the base, pooled over answers. They include the token that the base adds to each pass (the bonus "
+        "token), the end-of-sequence token and prefill, so plain decoding has 1. Speed is the seconds of plain "
+        "decoding divided by those of the method: the median over prompts, and the quartiles. Every prompt was "
+        "decoded with all methods in turn, after a warm-up.",
         f"{_count(results)} of {settings.suite['prompts']} prompts, at most {settings.max_new_tokens} new tokens, "
         f"batch {settings.batch_size}, {settings.dtype} on {settings.machine.get('accelerator', settings.device)}; "
         f"{machine_line(settings.machine)}. Adapter {adapter['fingerprint']}, k={adapter['k']}, r={adapter['r']}.",
@@ -149,11 +149,11 @@ def _count(results: Results) -> int:
 
 
 def _warnings(results: Results) -> list[str]:
-    found = [] if results.complete else ["**Partial:** the run was interrupted. The same command goes on with it."]
+    found = [] if results.complete else ["**Partial:** the run was interrupted. Run the same command to resume."]
     if results.load_average is not None and results.load_average > BUSY:
         found.append(
             f"**Busy machine:** other programs were running when it started (load average {results.load_average}). "
-            "Tokens per pass do not depend on it, but those of `auto` do, which decides by measured costs. Speeds are "
-            "ratios of neighbours in time: trust them only as far as their quartiles are close."
+            "This does not affect tokens per pass, except for `auto`, which uses measured costs. Each speedup "
+            "compares runs close in time: trust it only if its quartiles are close."
         )
     return found

@@ -37,11 +37,11 @@ def evaluate(
     limit: int | None = None,
     output: str | Path | None = None,
 ) -> Results:
-    """Measures tokens per pass and speed over domains, k and strategies, beside plain decoding and prompt lookup.
+    """Measures tokens per pass and speed over domains, k and strategies, against plain decoding and prompt lookup.
 
-    Decodes greedily, and ends at the end token. Each prompt is decoded in every way before the next one, and the ways
-    take turns in coming first, so a machine that gets slower does so for all of them. With `output`, every finished
-    prompt is kept: after an interrupt, the same call resumes.
+    Decodes greedily until the end-of-sequence token. Each prompt is decoded with every method before the next one, in
+    rotating order, so if the machine slows down, all methods are affected alike. With `output`, every finished prompt
+    is stored: after an interrupt, the same call resumes.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.

@@ -28,9 +28,9 @@ class ServerSettings:
     Args:
         adapter (`str`): Hub id or folder of the adapter. It is also the id of the model for clients.
         host (`str`), port (`int`): Where to listen; port 0 is any free one.
-        api_key (`str`, *optional*): Clients must send it. Without, anybody is answered.
+        api_key (`str`, *optional*): Key that clients must send. If `None`, no key is needed.
         strategy (`str`): As `mtp_strategy` of `generate`.
-        max_rows (`int`): Most requests that are decoded together.
+        max_rows (`int`): Maximum number of requests in the batch.
         limits ([`Limits`]): Of each request.
         dtype, device (`str`): Of the model.
         shutdown_seconds (`int`): How long running requests may take after Ctrl-C.
@@ -125,8 +125,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise OSError(
-            f"Nothing can listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another one with "
-            "--port, or stop the process that uses it."
+            f"Cannot listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another port with --port, "
+            "or stop the process that uses it."
         ) from error
     # asyncio does this for its own sockets only. Without, the end of a response waits 40 ms for an acknowledgement.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
