@@ -362,7 +362,7 @@ BAD = {
     "a temperature below 0": ({"temperature": -1}, "temperature"),
     "log probabilities": ({"logprobs": True}, "`logprobs=True` is not supported by this server"),
     "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format`"),
-    "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be a whole number"),
+    "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
     "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "part of type None"),

@@ -75,7 +75,7 @@ def test_a_bad_file_is_refused_with_the_reason(name, content, message, tmp_path)
 
 @pytest.mark.parametrize("name", ["qick", "missing.jsonl", "a/b/c"])
 def test_an_unknown_suite_is_refused_with_the_choices(name):
-    with pytest.raises(ValueError, match=f"no suite '{name}'.*'quick'.*spec-bench"):
+    with pytest.raises(ValueError, match=f"Unknown suite '{name}'.*'quick'.*spec-bench"):
         load_suite(name)
 
 
