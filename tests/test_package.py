@@ -41,7 +41,7 @@ evaluation: measures decoded support compare plotting
 evaluation.metrics.tokens_per_pass: tokens_per_pass app
 evaluation.metrics.acceptance_per_position: acceptance_per_position app
 evaluation.metrics.agreement: agreement app
-evaluation: ways benchmarks rows suites prompts divergence two_sample exactness
+evaluation: methods benchmarks rows suites prompts divergence two_sample exactness
 evaluation: results folder simulated runner report curves files
 evaluation: placeholders ranks probing rank_figures rank_report
 evaluation: harness

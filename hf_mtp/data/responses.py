@@ -17,7 +17,7 @@ from ..adapter.tuner import GatedLoraTuner
 from ..base.inspection import evaluation_mode
 from .answers import answer, end_tokens, pad_token
 from .prompts import form_of
-from .randomness import own_randomness
+from .randomness import fork_rng
 from .shard import Shard
 from .survey import context_length, survey
 
@@ -133,7 +133,7 @@ def regenerate_responses(
         done = shard.resume(batch_size)
         with evaluation_mode(model), _Progress(len(asked.order), done * batch_size, processes) as progress:
             for batch in batches[done:]:
-                with own_randomness(model, seed + batch[0]):
+                with fork_rng(model, seed + batch[0]):
                     answers = answer([rows[index] for index in batch], model, tokenizer, prompt_tokens, mtp, options)
                 shard.append([answer.row for answer in answers])
                 progress.add(len(batch), sum(answer.tokens for answer in answers))

@@ -1,8 +1,8 @@
 """The results of an evaluation as tables in Markdown: [`table_page`], and the section of a model card."""
 
 from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END
+from .methods import PLAIN, DecodingMethod
 from .results import ALL, Results, Summary
-from .ways import PLAIN, Way
 
 BUSY = 0.75  # processes that wait for a processor besides this one, on average
 
@@ -38,45 +38,55 @@ def card_section(results: Results) -> str:
 
 
 def tokens_table(results: Results) -> str:
-    """Tokens per pass by domain and way, pooled over answers."""
-    return _by_way(results, lambda row: f"{row.tokens_per_pass:.2f}", [PLAIN])
+    """Tokens per pass by domain and method, pooled over answers."""
+    return _by_method(results, lambda row: f"{row.tokens_per_pass:.2f}", [PLAIN])
 
 
 def speed_table(results: Results) -> str:
-    """Speed against plain decoding by domain and way: the median over prompts, and the quartiles."""
-    return _by_way(results, _speed, [PLAIN])
+    """Speed against plain decoding by domain and method: the median over prompts, and the quartiles."""
+    return _by_method(results, _speed, [PLAIN])
 
 
 def acceptance_table(results: Results) -> str:
     """How often the first, second ... draft of a pass was accepted, over all domains."""
-    ways = {way: row.acceptance_per_position for way, row in _overall(results).items()}
-    drafting = {way: rates for way, rates in ways.items() if rates}
+    methods = {method: row.acceptance_per_position for method, row in _overall(results).items()}
+    drafting = {method: rates for method, rates in methods.items() if rates}
     if not drafting:
         return "No method drafted a token."
     positions = max(map(len, drafting.values()))
     rows = [
-        [way, *(f"{rate:.2f}" for rate in rates), *[""] * (positions - len(rates))] for way, rates in drafting.items()
+        [method, *(f"{rate:.2f}" for rate in rates), *[""] * (positions - len(rates))]
+        for method, rates in drafting.items()
     ]
-    return markdown_table(["way", *map(str, range(1, positions + 1))], rows)
+    return markdown_table(["method", *map(str, range(1, positions + 1))], rows)
 
 
 def simulated_table(results: Results) -> str:
     """Tokens per pass that an evaluation in training computes from the same answers, beside the decoded ones."""
-    way = Way("quadratic", results.settings.adapter["k"]).name
+    method = DecodingMethod("quadratic", results.settings.adapter["k"]).name
     rows = []
     for domain, told in results.simulated.items():
-        decoded = results.domains[domain][way].tokens_per_pass
+        decoded = results.domains[domain][method].tokens_per_pass
         rows.append([domain, f"{told:.3f}", f"{decoded:.3f}", f"{100 * (told / decoded - 1):+.1f} %"])
-    return markdown_table(["domain", "simulated", way, "difference"], rows)
+    return markdown_table(["domain", "simulated", method, "difference"], rows)
 
 
 def full_table(results: Results) -> str:
-    """Every figure of every domain and way."""
-    head = ["domain", "way", "tokens per pass", "mean of means", "speed", "tokens/s", "same text", "repeated 4-grams"]
+    """Every figure of every domain and method."""
+    head = [
+        "domain",
+        "method",
+        "tokens per pass",
+        "mean of means",
+        "speed",
+        "tokens/s",
+        "same text",
+        "repeated 4-grams",
+    ]
     rows = [
         [
             domain,
-            way,
+            method,
             f"{row.tokens_per_pass:.2f}",
             f"{row.tokens_per_pass_mean:.2f}",
             _speed(row),
@@ -84,8 +94,8 @@ def full_table(results: Results) -> str:
             f"{row.identical}/{row.prompts}",
             f"{row.repeated_4grams:.2f}",
         ]
-        for domain, ways in results.domains.items()
-        for way, row in ways.items()
+        for domain, methods in results.domains.items()
+        for method, row in methods.items()
     ]
     return markdown_table(head, rows)
 
@@ -128,11 +138,11 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def _by_way(results: Results, cell, left_out: list[str]) -> str:
-    """A row for each domain, a column for each way."""
-    ways = [way for way in _overall(results) if way not in left_out]
-    rows = [[domain, *(cell(row[way]) for way in ways)] for domain, row in results.domains.items()]
-    return markdown_table(["domain", *ways], rows)
+def _by_method(results: Results, cell, left_out: list[str]) -> str:
+    """A row for each domain, a column for each method."""
+    methods = [method for method in _overall(results) if method not in left_out]
+    rows = [[domain, *(cell(row[method]) for method in methods)] for domain, row in results.domains.items()]
+    return markdown_table(["domain", *methods], rows)
 
 
 def _overall(results: Results) -> dict[str, Summary]:

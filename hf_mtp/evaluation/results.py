@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..base.files import write_whole
 from .measures import acceptance_per_position, quartiles, tokens_per_pass
-from .ways import PLAIN
+from .methods import PLAIN
 
 SCHEMA = "hf_mtp.evaluation/1"
 ALL = "all"  # the name of all domains together
