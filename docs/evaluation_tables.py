@@ -4,8 +4,8 @@ from tables import RESULTS, load, machine, table
 
 from hf_mtp.evaluation.rank_report import papers_claim, rank_table
 from hf_mtp.evaluation.ranks import load_probe
-from hf_mtp.evaluation.report import simulated_table, tokens_table
 from hf_mtp.evaluation.results import load_results
+from hf_mtp.evaluation.tables import simulated_table, tokens_table
 
 
 def verification() -> str:

@@ -213,7 +213,7 @@ def test_evaluate_completes_the_card(saved, prompts, tmp_path):
 
 def test_evaluate_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mtp.evaluation.curves.can_draw", lambda: False)
-    monkeypatch.setattr("hf_mtp.evaluation.files.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.report_files.can_draw", lambda: False)
     options = ("--suite", prompts, "--strategies", "linear", "--output", str(tmp_path / "out"), *SHORT)
     assert "no curves: matplotlib is not installed" in run("evaluate", saved[1], *options).stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "table.md"}

@@ -130,7 +130,7 @@ def test_mtp_k_out_of_range(mtp_k):
 
 
 def test_unknown_strategy():
-    with pytest.raises(ValueError, match="must be one of 'auto', 'quadratic', 'linear', got 'cubic'"):
+    with pytest.raises(ValueError, match="must be one of 'auto', 'quadratic', 'linear', but got 'cubic'"):
         generate(upgraded("llama"), prompt(), mtp=True, mtp_strategy="cubic")
 
 
@@ -231,7 +231,7 @@ def test_plain_lora_knows_no_mtp():
 
 def test_base_without_branches_names_the_way_out():
     with pytest.raises(
-        NotImplementedError, match="quadratic decoding of BloomForCausalLM.*mode 'chain' only.*mtp_strategy='auto'"
+        NotImplementedError, match="quadratic decoding of BloomForCausalLM.*mode is 'chain'.*mtp_strategy='auto'"
     ):
         generate(upgraded("bloom"), prompt(), mtp=True, mtp_strategy="quadratic")
 
@@ -365,5 +365,5 @@ def test_two_active_adapters_have_no_masks():
     model = upgraded("llama")
     model.add_adapter("second", GatedLoraConfig(k=2, r=2))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="2 are active: .*Choose one with `set_adapter`"):
+    with pytest.raises(ValueError, match="2 adapters are active: .*Choose one with `set_adapter`"):
         generate(model, prompt(), mtp=True)

@@ -15,9 +15,9 @@ from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
 from hf_mtp.evaluation import runner as runner_module
 from hf_mtp.evaluation.decoded import decode_rows
-from hf_mtp.evaluation.report import table_page
 from hf_mtp.evaluation.results import Answer, Call, Results, Settings, Summary, summarize_calls
 from hf_mtp.evaluation.suites import suite_of_rows
+from hf_mtp.evaluation.tables import table_page
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 12
@@ -317,7 +317,7 @@ def test_the_schema_is_checked(results, tmp_path):
         with pytest.raises(ValueError, match=message):
             load_results(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         load_results(tmp_path / "bad.json")
 
 
@@ -349,7 +349,7 @@ def test_a_busy_machine_and_what_was_left_out_are_shown(results, tmp_path):
 
 
 def test_without_matplotlib_there_is_the_table(results, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mtp.evaluation.files.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.report_files.can_draw", lambda: False)
     assert [path.name for path in write_report(results, tmp_path)] == ["table.md"]
 
 

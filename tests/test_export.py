@@ -449,6 +449,6 @@ def test_wrong_usage(bases, tmp_path):
     assert "Pass either --to (vllm or uno) or --from (uno)" in run("export", bases(), out, code=2).output
     assert "either" in run("export", bases(), out, "--to", "uno", "--from", "uno", code=2).output
     assert "tensorrt" in run("export", bases(), out, "--to", "tensorrt", code=2).output
-    assert "Uno's files do not say" in run("export", bases(), out, "--to", "uno", "--k", "2", code=2).output
+    assert "Uno's format does not contain" in run("export", bases(), out, "--to", "uno", "--k", "2", code=2).output
     saved(bases(), tmp_path / "learned")
     assert "Error: " in run("export", str(tmp_path / "learned"), out, "--to", "uno", code=1).output

@@ -42,7 +42,7 @@ evaluation.metrics.tokens_per_pass: tokens_per_pass app
 evaluation.metrics.acceptance_per_position: acceptance_per_position app
 evaluation.metrics.agreement: agreement app
 evaluation: methods benchmarks rows suites prompts divergence two_sample exactness
-evaluation: results folder simulated runner report curves files
+evaluation: documents results folder simulated runner tables curves report_files
 evaluation: placeholders ranks probing rank_figures rank_report
 evaluation: harness
 training.recovery: nonfinite compatibility checkpoint workers

@@ -286,7 +286,7 @@ def test_strange_files_are_refused(tmp_path):
     ("dataset", "options", "message"),
     [
         (Dataset.from_dict({"question": ["w9"]}), {}, "needs a column with prompts, .*but it has 'question'"),
-        (Dataset.from_dict({"messages": []}), {}, "has 0 rows"),
+        (Dataset.from_dict({"messages": []}), {}, "has 0 row"),
         (chats().to_iterable_dataset(), {}, "got IterableDataset: `Dataset.from_generator`"),
         (DatasetDict(train=chats()), {}, r"got DatasetDict: choose a split, \['train'\]"),
         (chats(), {"prompt_tokens": 4}, "column 'messages', and `prompt_tokens` is 4"),

@@ -48,11 +48,11 @@ def evaluate(
         hf-mtp evaluate Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --suite paper --limit 20
     """
     from ..evaluation.curves import can_draw
-    from ..evaluation.files import write_card_section, write_report
-    from ..evaluation.report import tokens_table
+    from ..evaluation.report_files import write_card_section, write_report
     from ..evaluation.results import FILE
     from ..evaluation.runner import evaluate as run
     from ..evaluation.suites import load_suite
+    from ..evaluation.tables import tokens_table
     from ..pretrained import load_upgraded
 
     wanted, prompts = numbers(k, "--k"), load_suite(suite, limit, data)

@@ -18,9 +18,9 @@ _LAZY = {
     "load_suite": ".suites",
     "probe": ".probing",
     "verify": ".exactness",
-    "write_card_section": ".files",
+    "write_card_section": ".report_files",
     "write_probe": ".rank_report",
-    "write_report": ".files",
+    "write_report": ".report_files",
 }
 
 __all__ = [

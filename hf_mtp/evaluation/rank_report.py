@@ -6,8 +6,8 @@ from ..base.files import write_whole
 from .curves import can_draw
 from .rank_figures import draw_ranks
 from .ranks import TOPS, ProbeResults
-from .report import machine_line, markdown_table
 from .results import ALL
+from .tables import machine_line, markdown_table
 
 TABLE = "probe.md"
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .results import ALL, fields_of, read_document, write_document
+from .documents import fields_of, read_document, write_document
+from .results import ALL
 
 SCHEMA = "hf_mtp.probe/1"
 FILE = "probe.json"

@@ -67,7 +67,7 @@ def _row(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}.") from error
+        raise ValueError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be a JSON object with columns, but got {type(row).__name__}.")
     return row

@@ -6,8 +6,8 @@ from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END, README, is_replacea
 from ..adapter.config import GatedLoraConfig
 from ..base.files import write_whole
 from .curves import can_draw, draw_curves
-from .report import card_section, table_page
 from .results import ALL, Results
+from .tables import card_section, table_page
 
 TABLE = "table.md"
 
