@@ -327,7 +327,7 @@ def test_the_report_has_tables_and_figures(results, tmp_path):
     for part in ("2 of 2 prompts", "threads", results.settings.adapter["fingerprint"], "Left out: newline."):
         assert part in page
     best = max(PLACEHOLDERS, key=lambda source: results.summaries[source]["all"].top_200)
-    assert f"at the best placeholder ({best}), {row['all'].top_10:.0%} among the likeliest 10 at {MASKS}" in page
+    assert f"at the best placeholder ({best}), {row['all'].top_10:.0%} in the top 10 at {MASKS}" in page
 
 
 def test_the_heatmap_has_the_medians_and_the_histogram_the_shares(results):

@@ -41,11 +41,11 @@ class Answer:
 
 @dataclass
 class Call:
-    """One call of `generate`: one prompt, or a batch of them, decoded in one way.
+    """One call of `generate`: one prompt, or a batch of them, decoded with one method.
 
     Args:
         domain (`str`): Domain of its prompts.
-        way (`str`): Name of the way to decode.
+        way (`str`): Name of the decoding method.
         seconds (`float`): Wall-clock time.
         forward_passes (`int`): Forward passes of the base, those over the prompts included.
         row_passes (`int`): The same, counted once for each row that had not ended.
@@ -66,7 +66,7 @@ class Call:
 
 @dataclass
 class Summary:
-    """All calls of one way on one domain.
+    """All calls of one method on one domain.
 
     Args:
         prompts (`int`): Number of answers.
@@ -75,9 +75,10 @@ class Summary:
         tokens_per_pass_mean (`float`): The mean over calls of each call's own ratio.
         seconds (`float`): Wall-clock time of all calls.
         tokens_per_second (`float`): New tokens divided by it.
-        speedup (`float`): Median over calls of plain decoding's seconds divided by this way's, of the same prompts.
+        speedup (`float`): Median over calls of the seconds of plain decoding divided by those of this method, for the
+            same prompts.
         speedup_low, speedup_high (`float`): Lower and upper quartile. A busy machine shows as a wide range.
-        speedup_in_total (`float`): Plain decoding's seconds divided by this way's, all calls together.
+        speedup_in_total (`float`): Total seconds of plain decoding divided by those of this method.
         identical (`int`): Answers equal to those of plain decoding.
         acceptance_per_position (`list[float]`): How often the first, second ... draft of a pass was accepted.
         repeated_4grams (`float`): Mean share of repeated 4-grams.
@@ -109,7 +110,7 @@ class Settings:
         dtype (`str`): Dtype of the base's weights.
         device (`str`): Device of the base's embeddings.
         suite (`dict`): `name`, `fingerprint` and number of `prompts`.
-        ways (`list[dict]`): `name`, `strategy` and `k` of each way to decode.
+        ways (`list[dict]`): `name`, `strategy` and `k` of each decoding method.
         batch_size (`int`): Most prompts of a call.
         max_new_tokens (`int`): Most new tokens of an answer.
         machine (`dict`): Processor, threads, accelerator, Python and versions of libraries.
@@ -133,12 +134,12 @@ class Results:
     Args:
         settings ([`Settings`]): What was measured.
         complete (`bool`): Whether all prompts were answered. `False` after an interrupt.
-        warm_up (`dict[str, float]`): Seconds of each way's first, unmeasured call, which has one-time costs.
-        left_out (`dict[str, str]`): Ways and prompts that could not be measured, and why.
+        warm_up (`dict[str, float]`): Seconds of the warm-up call of each method, which has one-time costs.
+        left_out (`dict[str, str]`): Methods and prompts that could not be measured, and why.
         seconds (`float`): Wall-clock time of the whole run, the warm-up not included.
         load_average (`float`, *optional*): Processes that were waiting for a processor at the start of the run, by the
             system's one-minute average.
-        domains (`dict[str, dict[str, Summary]]`): Summaries by domain and way. The domain `"all"` has all of them.
+        domains (`dict[str, dict[str, Summary]]`): Summaries by domain and method. The domain `"all"` has all of them.
         simulated (`dict[str, float]`): By domain, the tokens per pass that an evaluation in training computes from the
             same answers, for quadratic decoding with the adapter's k. Empty if that way was not measured.
         calls (`list[Call]`): Every call of `generate`.
@@ -172,7 +173,7 @@ def load_results(path: Path) -> Results:
         path (`Path`): The file, or its folder.
 
     Raises:
-        ValueError: It is no JSON, has another schema, or a field is missing or unknown.
+        ValueError: It is not valid JSON, has another schema, or a field is missing or unknown.
         OSError: There is no such file.
     """
     path = path / FILE if path.is_dir() else path
@@ -199,10 +200,10 @@ def call_of(content: dict) -> Call:
 
 
 def summarize_calls(calls: list[Call]) -> dict[str, dict[str, Summary]]:
-    """Summaries by domain and way, with `"all"` for all domains together if there are several.
+    """Summaries by domain and method, with `"all"` for all domains together if there are several.
 
     Args:
-        calls (`list[Call]`): For the same prompts in every way; each way's in the same order.
+        calls (`list[Call]`): For the same prompts with every method; those of each method in the same order.
     """
     domains = list(dict.fromkeys(call.domain for call in calls))
     ways = list(dict.fromkeys(call.way for call in calls))
