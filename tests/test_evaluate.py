@@ -249,9 +249,9 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(state, model, tm
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="a different run: max_new_tokens was 12, but is now 13. Choose another"):
         run(model, output=tmp_path, max_new_tokens=13)
-    with pytest.raises(ValueError, match="another run: adapter was"):
+    with pytest.raises(ValueError, match="a different run: adapter was"):
         run(upgraded("llama", 3, seed=5), output=tmp_path)
-    with pytest.raises(ValueError, match="another run: suite was"):
+    with pytest.raises(ValueError, match="a different run: suite was"):
         run(model, suite(3), output=tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -255,7 +255,7 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(model, tmp_path)
     before = (tmp_path / "probe.json").read_bytes()
     with pytest.raises(ValueError, match="a different run: max_new_tokens was 10, but is now 11. Choose another"):
         run(model, output=tmp_path, max_new_tokens=11)
-    with pytest.raises(ValueError, match="another run: adapter was"):
+    with pytest.raises(ValueError, match="a different run: adapter was"):
         run(tiny_base("llama"), output=tmp_path)
     assert (tmp_path / "probe.json").read_bytes() == before
     assert run(model, output=tmp_path).texts == first.texts
