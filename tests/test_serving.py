@@ -361,7 +361,7 @@ BAD = {
     "too many tokens": ({"max_tokens": 65}, "`max_tokens` must be an integer from 1 to 64"),
     "a temperature below 0": ({"temperature": -1}, "temperature"),
     "log probabilities": ({"logprobs": True}, "`logprobs=True` is not supported by this server"),
-    "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format`"),
+    "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format="),
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
