@@ -4,8 +4,8 @@ from tables import RESULTS, load, machine, table
 
 from hf_mtp.evaluation.rank_report import papers_claim, rank_table
 from hf_mtp.evaluation.ranks import load_probe
-from hf_mtp.evaluation.report import simulated_table, tokens_table
 from hf_mtp.evaluation.results import load_results
+from hf_mtp.evaluation.tables import simulated_table, tokens_table
 
 
 def verification() -> str:
@@ -17,7 +17,7 @@ def verification() -> str:
             ties = sum(divergence["tie"] for divergence in one["divergences"])
             gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
             rows.append([report["dtype"], one["way"], f"{one['answers'] - len(units)} of {one['answers']}", gaps])
-    return table(["dtype", "way", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
+    return table(["dtype", "method", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
 
 
 def quality() -> str:

@@ -96,7 +96,7 @@ def decoding() -> str:
     rows += decoding_rows("maths, untrained adapter", report["untrained"], report)
     for size, ways in report["batches"].items():
         rows += decoding_rows(f"maths, batch of {size}", ways, report)
-    head = ["text", "way", "speed", "tokens per pass", "identical to plain"]
+    head = ["text", "method", "speed", "tokens per pass", "identical to plain"]
     return table(head, rows) + f"\n{machine(report)}. k={report['arguments']['k']}, r={report['arguments']['r']}.\n"
 
 
@@ -171,7 +171,7 @@ def revisions() -> str:
         ]
         for way, row in report["ways"].items()
     ]
-    head = ["way", "before", "now", "before / now", "range", "same text"]
+    head = ["method", "before", "now", "before / now", "range", "same text"]
     return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
 
 
@@ -257,7 +257,7 @@ def training_cost() -> str:
         ]
         for row in report["ways"]
     ]
-    head = ["way", "trained positions per step", "a step", "1,000 positions", "peak memory"]
+    head = ["method", "trained positions per step", "a step", "1,000 positions", "peak memory"]
     return table(head, rows) + f"\n{machine(report)}.\n"
 
 
@@ -309,11 +309,11 @@ def support_counts() -> str:
         ("`auto` is quadratic", sum(row["strategy"] == "quadratic" for row in types)),
         ("`auto` is linear", sum(row["strategy"] == "linear" for row in types)),
         (
-            "`auto` is plain, `linear` reads the whole text again",
+            "`auto` is plain, `linear` recomputes the whole sequence",
             sum(row["mode"] == "recomputed chain" for row in types),
         ),
         ("plain only", sum(row["mode"] == "none" for row in types)),
-        ("refused", sum(row["strategy"] is None for row in types)),
+        ("not supported", sum(row["strategy"] is None for row in types)),
         ("all", len(types)),
         ("output differs from plain decoding anywhere", sum(not row["is_exact"] for row in report["rows"])),
     ]

@@ -34,7 +34,7 @@ def trained_peers() -> str:
                     _memory(report["memory_mib"], name),
                 ]
             )
-    head = ["way", "setting", *(NAMES[domain] for domain in report["domains"]), "same text"]
+    head = ["method", "setting", *(NAMES[domain] for domain in report["domains"]), "same text"]
     head += ["trained parameters", "minutes", "memory"]
     return table(head, rows) + _note(report)
 

@@ -28,7 +28,7 @@ def scenarios() -> str:
                     f"{run['same']}/{count}",
                 ]
             )
-    head = ["scenario", "way", "tokens per pass", "speed by processor time", "by the clock", "same text"]
+    head = ["scenario", "method", "tokens per pass", "speedup by CPU time", "by wall clock", "same text"]
     notes = [f"{machine(report)}."]
     if not any("bit for bit" in one["runs"] for one in report["scenarios"]):
         notes.append("Short answers, without the bit for bit mode (`--quick`).")

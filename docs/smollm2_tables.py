@@ -69,7 +69,7 @@ def smollm2_ways() -> str:
         for name, row in ways.items()
         if not name.startswith("plain")
     ]
-    return table(["text", "way", "speed", "tokens per pass", "same text as plain"], rows) + note(report)
+    return table(["text", "method", "speed", "tokens per pass", "same text as plain"], rows) + note(report)
 
 
 def divergences() -> str:
@@ -81,7 +81,7 @@ def divergences() -> str:
         for name, gaps in found.items()
         if name != "plain"
     ]
-    head = ["way", "texts that differ", "largest gap at the first difference, units of rounding"]
+    head = ["method", "texts that differ", "largest gap at the first difference, units of rounding"]
     return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
 
 
@@ -104,7 +104,7 @@ def peers() -> str:
         tried = sum(name.startswith(f"{family}: ") for name in report["ways"])
         speeds = (ways[f"{family}: {best}"]["speedup"] for ways in report["domains"].values())
         rows.append([family, best, str(tried), *(f"{speed:.2f}x" for speed in speeds)])
-    head = ["way", "best setting", "settings tried", *(NAMES[domain] for domain in report["domains"])]
+    head = ["method", "best setting", "settings tried", *(NAMES[domain] for domain in report["domains"])]
     return table(head, rows) + note(report)
 
 

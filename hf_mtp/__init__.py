@@ -1,7 +1,8 @@
 """Multi-token prediction for the causal language models of transformers, with unchanged output.
 
-Importing the package registers its adapter type with PEFT, which imports torch. Names that need more are imported on
-first use. The command `hf-mtp` registers the type when a verb runs, so that `hf-mtp --help` need not wait for torch.
+Importing the package registers its adapter type with PEFT, which imports torch. Names that need more packages are
+imported on first use. The command `hf-mtp` registers the type only when a subcommand runs, so `hf-mtp --help` does not
+import torch.
 """
 
 import importlib
@@ -51,7 +52,7 @@ def __getattr__(name: str):
 
 
 def _registers() -> bool:
-    """Whether PEFT learns of the adapter type now. In an engine such as vLLM there is no PEFT to tell."""
+    """Whether to register the adapter type with PEFT now. Inside an engine such as vLLM, PEFT is not installed."""
     is_command = bool(sys.argv) and Path(sys.argv[0]).name in _COMMANDS
     return not is_command and importlib.util.find_spec("peft") is not None
 

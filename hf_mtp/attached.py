@@ -1,4 +1,4 @@
-"""Adapters beside a base that its owner goes on to use as it is: `base.generate(custom_generate=adapter)`."""
+"""Attaches adapters to a base model without modifying it: `attach(base, adapter)` and `custom_generate`."""
 
 import inspect
 from collections.abc import Iterator
@@ -23,15 +23,16 @@ _FOR_LOADING = ("token", "cache_dir", "force_download", "local_files_only")
 _FOR_FINDING = (*_FOR_LOADING, "revision", "proxies", "repo_type", "subfolder")
 
 
-# The bases that decode with an adapter in this thread: what their `generate` is called for is transformers' part.
+# The bases that are decoding with an adapter in this thread. Nested calls of their `generate` are transformers' own.
 _decoding: ContextVar[tuple[PreTrainedModel, ...]] = ContextVar("decoding", default=())
 
 
 def attach(base: PreTrainedModel, adapter: str, revision: str | None = None, **hub) -> None:
-    """Makes `base.generate` decode with an adapter, for code that is given a base and calls its `generate`.
+    """Makes `base.generate` decode with an adapter, for code that takes a base model and calls its `generate`.
 
-    Layers, parameters, names and files of the base stay as they are: it can be trained, get a LoRA and be saved as
-    before. `mtp=False` in a call or in its generation config gives plain decoding, and `del base.generate` ends it.
+    The layers, parameters, names and saved files of the base do not change: it can be trained, get a LoRA and be saved
+    as before. `mtp=False` in a call or in its generation config gives plain decoding. `del base.generate` detaches the
+    adapter.
 
     Args:
         base ([`~transformers.PreTrainedModel`]): The base.
@@ -40,14 +41,14 @@ def attach(base: PreTrainedModel, adapter: str, revision: str | None = None, **h
         hub: `token`, `cache_dir`, `force_download` and `local_files_only` of `from_pretrained`.
 
     Raises:
-        OSError: There is no such adapter, or it may not be read.
+        OSError: The adapter does not exist, or you have no access to it.
         ValueError: The adapter does not fit the base.
-        TypeError: The model is not a base, but one with an adapter around it.
+        TypeError: `base` is not a transformers model, but a `PeftModel`, for example.
     """
     if not isinstance(base, PreTrainedModel):
         raise TypeError(
-            f"`attach` takes a model of transformers, but got {type(base).__name__}. Pass the base inside it, "
-            "`model.get_base_model()`, or attach the adapter before you make the other model of the base."
+            f"`attach` takes a model of transformers, but got {type(base).__name__}. Pass its base model, "
+            "`model.get_base_model()`, or attach the adapter before you wrap the base."
         )
     _adapters_of(base).get(base, adapter, revision, **hub)
     # As transformers does it for a base whose repository has a `generate` of its own.
@@ -57,19 +58,20 @@ def attach(base: PreTrainedModel, adapter: str, revision: str | None = None, **h
 def generate_with_adapter(
     model: PreTrainedModel, adapter: str, revision: str | None = None, /, *args, mtp: bool | None = None, **kwargs
 ):
-    """Generates with an adapter that the base need not know.
+    """Generates with an adapter, without modifying the base.
 
-    The first call loads the adapter and puts it beside the base, whose layers, parameters and plain `generate` stay
-    as they are. Later calls use it again, from any thread. It lives as long as the base.
+    The first call loads the adapter. The layers, parameters and plain `generate` of the base do not change. Later
+    calls reuse the adapter, from any thread. It lives as long as the base.
 
-    The first three go by position, because `kwargs` may have a `revision` too: that of `generate.py`.
+    The first three arguments are positional only, because `kwargs` may also contain a `revision`: that of
+    `generate.py`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
         adapter (`str`): Hub id or folder of the adapter.
         revision (`str`, *optional*): The adapter's commit.
-        mtp (`bool`, *optional*): Whether to use multi-token prediction. If `None`, the generation config decides, and
-            where it does not, the answer is yes.
+        mtp (`bool`, *optional*): Whether to use multi-token prediction. If `None`, the generation config decides; if
+            it does not set `mtp`, the default is `True`.
         args, kwargs: Arguments of [`GatedLoraModel.generate`], and those by which transformers found the adapter:
             `token`, `cache_dir` and the like.
 
@@ -97,9 +99,9 @@ def generate_with_adapter(
 
 
 def place_in_call() -> str:
-    """The folder or Hub id that the running `base.generate(custom_generate=...)` names.
+    """The folder or Hub id that the running `base.generate(custom_generate=...)` was called with.
 
-    transformers passes this argument to nobody, so it is read from the call itself.
+    transformers does not pass this argument on, so it is read from the call itself.
 
     Raises:
         ValueError: No such call is running.
@@ -111,9 +113,9 @@ def place_in_call() -> str:
             return str(Path(named).resolve()) if Path(named).is_dir() else named
         frame = frame.f_back
     raise ValueError(
-        "The place of the adapter is not known. Pass it to each call: "
-        "`base.generate(..., custom_generate=FOLDER_OR_HUB_ID, trust_remote_code=True)`. Or attach it to the base, "
-        "once, by `hf_mtp.attached.attach(base, FOLDER_OR_HUB_ID)`."
+        "The adapter of this call cannot be found. Pass its folder or Hub id to each call: `base.generate(..., "
+        "custom_generate=FOLDER_OR_HUB_ID, trust_remote_code=True)`. Or attach it to the base once, with "
+        "`hf_mtp.attached.attach(base, FOLDER_OR_HUB_ID)`."
     )
 
 
@@ -122,14 +124,14 @@ def _adapters_of(base: PreTrainedModel) -> "AttachedAdapters":
 
 
 class AttachedAdapters:
-    """The adapters beside one base, each loaded once. A copy of the base loads its own."""
+    """The adapters attached to one base, each loaded once. A copy of the base loads its own."""
 
     def __init__(self):
         self._models: dict[tuple[str, str | None], GatedLoraModel] = {}
         self._lock = Lock()
 
     def get(self, base: PreTrainedModel, adapter: str, revision: str | None, **hub) -> GatedLoraModel:
-        """The base upgraded with an adapter, which is loaded the first time.
+        """The base upgraded with an adapter, which is loaded on first use.
 
         Args:
             base ([`~transformers.PreTrainedModel`]): The base.
@@ -160,7 +162,7 @@ def _attach(base: PreTrainedModel, adapter: str, **hub) -> GatedLoraModel:
 
 @contextmanager
 def _kept_as_it_is(base: PreTrainedModel) -> Iterator[None]:
-    """PEFT freezes a base and switches it to evaluation; its owner may be training it."""
+    """Restores `requires_grad` and training mode on exit: PEFT changes both, but the base may be in training."""
     trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     training = [(module, module.training) for module in base.modules()]
     try:

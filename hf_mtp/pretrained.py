@@ -1,4 +1,4 @@
-"""Loads models, adapters with their base, and tokenizers by the name that a user gives."""
+"""Loads base models, adapters with their base, and tokenizers by Hub id or folder."""
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
@@ -15,11 +15,11 @@ def load_model(
 
     Args:
         name (`str`): Hub id or folder.
-        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of the weights; by default that of the
-            file.
-        device (`str` or `torch.device`, *optional*): Where to put the model. By default an accelerator, if there is
-            one.
-        kwargs: Further arguments of `from_pretrained`, such as `revision`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Dtype of the weights; by default the dtype of
+            the checkpoint.
+        device (`str` or `torch.device`, *optional*): Device of the model. By default an accelerator, if there is one.
+
+    kwargs: Further arguments of `from_pretrained`, such as `revision`.
 
     Raises:
         OSError: There is no such model, or you may not read it.
@@ -46,7 +46,9 @@ def load_upgraded(
     """
     model, tokenizer = load_with_tokenizer(name, adapter, dtype)
     if not isinstance(model, PeftModel):
-        raise ValueError(f"{name} is a base model. Pass the Hub id or the folder of its adapter, too (--adapter).")
+        raise ValueError(
+            f"{name} is a base model without an adapter. Pass the Hub id or folder of its adapter as well (--adapter)."
+        )
     return model, tokenizer
 
 
@@ -68,10 +70,12 @@ def load_with_tokenizer(
     tokenizer = load_tokenizer(name, model)
     if adapter is not None:
         if isinstance(model, PeftModel):
-            raise ValueError(f"{name} is an adapter itself. Pass its base as the model, or leave out {adapter}.")
+            raise ValueError(
+                f"{name} is an adapter, not a base model. Pass its base as the model, or leave out {adapter}."
+            )
         if not is_adapter(adapter):
             raise ValueError(
-                f"{adapter} is not the Hub id or the folder of an adapter: it has no adapter_config.json."
+                f"{adapter} is not an adapter: it has no adapter_config.json. Pass the Hub id or folder of an adapter."
             )
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval(), tokenizer

@@ -231,7 +231,7 @@ def test_an_upgraded_model_warns_that_it_does_not_save_its_base(folder, caplog):
     for name, parameter in both.named_parameters():
         parameter.requires_grad_(".default." in name)
     both.save_pretrained(folder / "warned")
-    assert "4 weights of the base, or of an adapter of its own, are trainable and not saved" in caplog.text
+    assert "4 trainable weights of the base, or of its own adapters, are not saved" in caplog.text
 
 
 # ---------------------------------------------------------------- folders of bases

@@ -48,7 +48,7 @@ def test_a_class_that_is_no_causal_language_model(auto_class, config, name):
 
 
 def test_what_is_no_transformers_model():
-    with pytest.raises(TypeError, match="upgrades a transformers model, but got Linear"):
+    with pytest.raises(TypeError, match="needs a transformers model, but got Linear"):
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2))[0], GatedLoraConfig(k=2, target_modules=["x"]))
 
 

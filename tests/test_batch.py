@@ -119,5 +119,5 @@ def test_rows_that_end_cost_no_more_columns():
 def test_a_row_of_padding_is_refused():
     model, inputs = upgraded("llama"), padded()
     inputs["attention_mask"][2] = 0
-    with pytest.raises(ValueError, match="Row 2 of the batch is all padding"):
+    with pytest.raises(ValueError, match="Row 2 of the batch contains only padding"):
         model.generate(**inputs, mtp=True, max_new_tokens=3)

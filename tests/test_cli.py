@@ -154,11 +154,11 @@ def test_verify_ends_with_one_and_shows_both_tokens_where_something_differs(save
     "arguments, message",
     [
         ([], "Missing argument"),
-        (["{base}"], "is a base model. Pass the Hub id or the folder of its adapter"),
-        (["{adapter}", "--adapter", "{adapter}"], "is an adapter itself"),
-        (["{base}", "--adapter", "{base}"], "is not the Hub id or the folder of an adapter"),
+        (["{base}"], "is a base model without an adapter. Pass the Hub id or folder of its adapter"),
+        (["{adapter}", "--adapter", "{adapter}"], "is an adapter, not a base model"),
+        (["{base}", "--adapter", "{base}"], "is not an adapter: it has no adapter_config.json"),
         (["{other}", "--adapter", "{adapter}"], "trained for a base of hidden size 32.*has 48"),
-        (["{adapter}", "--prompts", "nowhere.jsonl"], "There is no suite 'nowhere.jsonl'"),
+        (["{adapter}", "--prompts", "nowhere.jsonl"], "Unknown suite 'nowhere.jsonl'"),
         (["{adapter}", "--strategy", "cubic"], "`strategies` must be one or more of"),
         (["{adapter}", "--k", "9"], "`k` must be between 1 and 3"),
     ],
@@ -185,7 +185,7 @@ def test_evaluate_writes_everything_and_goes_on_after_an_interrupt(saved, prompt
     )
     with monkeypatch.context() as patch:
         patch.setattr("hf_mtp.evaluation.runner._turn", interrupt)
-        assert "The same command goes on" in run("evaluate", saved[1], *options, code=130).stderr
+        assert "run the same command to resume" in run("evaluate", saved[1], *options, code=130).stderr
     output = run("evaluate", saved[1], *options).stdout
     assert "| domain | prompt lookup | quadratic, k=1 | quadratic, k=3 |" in output
     written = {path.name for path in (tmp_path / "out").iterdir()}
@@ -196,7 +196,7 @@ def test_evaluate_writes_everything_and_goes_on_after_an_interrupt(saved, prompt
     output = run("evaluate", saved[1], *options, "--json", str(tmp_path / "copy.json")).stdout
     assert (tmp_path / "copy.json").read_text() == document and "| domain |" in output
     error = run("evaluate", saved[1], *options, "--batch-size", "2", code=1).stderr
-    assert "has the results of another run: batch_size was 1, now it is 2" in " ".join(error.split())
+    assert "contains the results of a different run: batch_size was 1, but is now 2" in " ".join(error.split())
 
 
 def interrupt(*args):
@@ -213,7 +213,7 @@ def test_evaluate_completes_the_card(saved, prompts, tmp_path):
 
 def test_evaluate_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_mtp.evaluation.curves.can_draw", lambda: False)
-    monkeypatch.setattr("hf_mtp.evaluation.files.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.report_files.can_draw", lambda: False)
     options = ("--suite", prompts, "--strategies", "linear", "--output", str(tmp_path / "out"), *SHORT)
     assert "no curves: matplotlib is not installed" in run("evaluate", saved[1], *options).stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "table.md"}
@@ -229,7 +229,7 @@ def test_probe_writes_everything(saved, prompts, tmp_path):
         *(f"{name}.{kind}" for name in ("heatmap", "histogram") for kind in ("png", "svg")),
     }
     again = ("probe", base, "--suite", prompts, "--output", str(tmp_path / "out"), *SHORT)
-    assert "has the results of another run: adapter was" in " ".join(run(*again, code=1).stderr.split())
+    assert "contains the results of a different run: adapter was" in " ".join(run(*again, code=1).stderr.split())
 
 
 def test_probe_takes_a_base_alone_and_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, monkeypatch):
@@ -242,7 +242,7 @@ def test_probe_takes_a_base_alone_and_says_so_where_matplotlib_is_missing(saved,
 
 
 def test_numbers_must_be_numbers(saved):
-    assert "--k takes whole numbers" in run("evaluate", saved[1], "--k", "one", code=2).stderr
+    assert "--k takes integers" in run("evaluate", saved[1], "--k", "one", code=2).stderr
 
 
 # ---------------------------------------------------------------- generate, chat, train, push
@@ -295,7 +295,9 @@ def test_generate_samples_by_seed(adapter):
 
 def test_generate_takes_one_prompt(adapter, tmp_path):
     (tmp_path / "prompt.txt").write_text(SPOKEN)
-    assert "pass one of them" in run("generate", adapter, "x", "--file", str(tmp_path / "prompt.txt"), code=2).stderr
+    assert (
+        "Pass only one of them" in run("generate", adapter, "x", "--file", str(tmp_path / "prompt.txt"), code=2).stderr
+    )
 
 
 def test_a_conversation_reads_nothing_twice(session_of):
@@ -421,4 +423,4 @@ def test_push_passes_its_options_on(adapter, monkeypatch):
 
 def test_push_needs_an_adapter(script, adapter):
     result = script("push", adapter.replace("adapter", "base"), "me/it")
-    assert result.returncode == 1 and "holds no adapter_config.json" in result.stderr
+    assert result.returncode == 1 and "is not an adapter: it has no adapter_config.json" in result.stderr

@@ -247,7 +247,7 @@ def test_folders_of_one_name_are_two(folder, loaded):
 
 def test_a_generate_that_cannot_know_its_place_says_so(folder):
     base, file = load_base(folder), base_generate(folder / "adapter")
-    with pytest.raises(ValueError, match="The place of the adapter is not known"):
+    with pytest.raises(ValueError, match="The adapter of this call cannot be found"):
         file(model=base, input_ids=prompt())
 
 

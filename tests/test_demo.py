@@ -315,9 +315,9 @@ def test_the_result_is_said_in_words():
     plain, mtp = state(is_finished=True, seconds=3.0), state(is_finished=True, seconds=1.5)
     assert "2.00 times as fast" in result_of(Frame(plain, mtp), "float32", False, True)
     assert "slower, at 0.50 times the speed" in result_of(Frame(mtp, plain), "float32", False, True)
-    assert "the same, token for token" in result_of(Frame(plain, mtp), "float32", False, True)
+    assert "identical, token for token" in result_of(Frame(plain, mtp), "float32", False, True)
     other = Frame(plain, state(is_finished=True, ids=(1, 2, 9)))
-    assert "part after 2 tokens" in result_of(other, "bfloat16", False, True)
+    assert "diverge after 2 tokens" in result_of(other, "bfloat16", False, True)
     assert "Tick “Bit for bit”" in result_of(other, "bfloat16", False, True)
     assert "Tick" not in result_of(other, "bfloat16", False, False)
     assert "please report it" in result_of(other, "bfloat16", True, True)
@@ -351,7 +351,7 @@ def test_demo_refuses_a_used_port_and_what_is_no_adapter(folders):
     app = pytest.importorskip("hf_mtp.demo.app", reason="needs hf_mtp[demo]", exc_type=ImportError)
     with app.socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"Nothing can listen on port {port} of 127.0.0.1: .* --port"):
+        with pytest.raises(OSError, match=f"Cannot listen on port {port} of 127.0.0.1: .* --port"):
             app.Demo(app.DemoSettings(folders[1], port=port))
     with pytest.raises(ValueError, match="is a base model"):
         app.Demo(app.DemoSettings(folders[0], port=0))

@@ -183,7 +183,7 @@ def test_both_sides_sample_one_text_and_the_seed_changes_it(page_of):
     assert seen[0] != seen[1]
 
 
-@pytest.mark.parametrize("text, message", [(" ", "The prompt is empty"), ("w6 " * 1000, "reads at most 1024")])
+@pytest.mark.parametrize("text, message", [(" ", "The prompt is empty"), ("w6 " * 1000, "supports at most 1024")])
 def test_wrong_input_is_said(page_of, text, message):
     page = page_of()
     page.locator("#race-prompt textarea").fill(text)

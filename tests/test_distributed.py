@@ -215,7 +215,5 @@ def test_models_without_branches_need_whole_weights(monkeypatch):
     model = upgraded("bloom", K).train()
     assert model(input_ids=prompt(), mtp_objective=ObjectiveRequest()).rows > 0
     monkeypatch.setattr("hf_mtp.passes.training_pass.is_sharded", lambda model: True)
-    with pytest.raises(
-        NotImplementedError, match="Train with whole weights in every process: DDP or DeepSpeed ZeRO-2"
-    ):
+    with pytest.raises(NotImplementedError, match="Use DDP or DeepSpeed ZeRO-2"):
         model(input_ids=prompt(), mtp_objective=ObjectiveRequest())

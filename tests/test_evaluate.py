@@ -15,9 +15,9 @@ from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
 from hf_mtp.evaluation import runner as runner_module
 from hf_mtp.evaluation.decoded import decode_rows
-from hf_mtp.evaluation.report import table_page
 from hf_mtp.evaluation.results import Answer, Call, Results, Settings, Summary, summarize_calls
 from hf_mtp.evaluation.suites import suite_of_rows
+from hf_mtp.evaluation.tables import table_page
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 12
@@ -221,7 +221,7 @@ def test_an_interrupt_before_the_first_prompt_is_over(model, tmp_path, monkeypat
     partial = interrupted(model, tmp_path, monkeypatch, after=0)
     assert not partial.complete and partial.domains == {} and load_results(tmp_path) == partial
     write_report(partial, tmp_path)
-    assert "Nothing was measured" in (tmp_path / "table.md").read_text()
+    assert "There are no results" in (tmp_path / "table.md").read_text()
     assert run(model, output=tmp_path).complete
 
 
@@ -247,11 +247,11 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(state, model, tm
     else:
         interrupted(model, tmp_path, monkeypatch, after=len(WAYS))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="another run: max_new_tokens was 12, now it is 13. Choose another"):
+    with pytest.raises(ValueError, match="a different run: max_new_tokens was 12, but is now 13. Choose another"):
         run(model, output=tmp_path, max_new_tokens=13)
-    with pytest.raises(ValueError, match="another run: adapter was"):
+    with pytest.raises(ValueError, match="a different run: adapter was"):
         run(upgraded("llama", 3, seed=5), output=tmp_path)
-    with pytest.raises(ValueError, match="another run: suite was"):
+    with pytest.raises(ValueError, match="a different run: suite was"):
         run(model, suite(3), output=tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -263,8 +263,8 @@ def test_prompts_longer_than_the_context_are_left_out_and_said_so(model):
     prompts = suite_of_rows("long", [{"prompt": words(130)}, {"prompt": words(116)}, {"prompt": words(117)}])
     found = run(model, prompts)
     assert found.left_out == {
-        "1": "130 tokens and 12 new ones exceed the context of 128.",
-        "3": "117 tokens and 12 new ones exceed the context of 128.",
+        "1": "130 prompt tokens and 12 new tokens exceed the context of 128.",
+        "3": "117 prompt tokens and 12 new tokens exceed the context of 128.",
     }
     assert found.domains["all"]["plain"].prompts == 1 and found.settings.suite["prompts"] == 3
     with pytest.raises(ValueError, match="None of the 1 prompts can be answered.*exceed the context of 128.*shorter"):
@@ -280,7 +280,7 @@ def test_prompts_longer_than_the_context_are_left_out_and_said_so(model):
         ({"k": [4]}, "between 1 and 3"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, but got 0"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
-        ({"limit": 0}, "at least 1 prompt"),
+        ({"limit": 0}, "must be at least 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message, model):
@@ -317,7 +317,7 @@ def test_the_schema_is_checked(results, tmp_path):
         with pytest.raises(ValueError, match=message):
             load_results(tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         load_results(tmp_path / "bad.json")
 
 
@@ -349,7 +349,7 @@ def test_a_busy_machine_and_what_was_left_out_are_shown(results, tmp_path):
 
 
 def test_without_matplotlib_there_is_the_table(results, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mtp.evaluation.files.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.report_files.can_draw", lambda: False)
     assert [path.name for path in write_report(results, tmp_path)] == ["table.md"]
 
 

@@ -323,11 +323,11 @@ def test_unos_adapters_may_name_a_base_that_holds_code(bases, tmp_path):
 
 
 CANNOT_HOLD = {
-    "DoRA": (export_vllm, {"use_dora": True}, r"`use_dora=True`, which other engines do not compute"),
+    "DoRA": (export_vllm, {"use_dora": True}, r"`use_dora=True`, which other engines do not support"),
     "a bias": (export_vllm, {"lora_bias": True}, r"`lora_bias=True`"),
     "a recurrent sampler": (export_vllm, {"sampler_recurrent": True}, r"a recurrent sampler head"),
     "mask embeddings and a sampler": (export_uno, {}, r"mask embeddings .*and a sampler head"),
-    "mask embeddings": (export_uno, {"sampler": False}, r"has mask embeddings of its own .*, but Uno's layout"),
+    "mask embeddings": (export_uno, {"sampler": False}, r"has mask embeddings .*, but Uno's format"),
     "a sampler": (export_uno, {"masks": "noise"}, r"has a sampler head .*masks='noise', sampler=False"),
     "DoRA on noise": (export_uno, {"use_dora": True, **NOISE}, r"`use_dora=True`"),
 }
@@ -351,7 +351,7 @@ def test_target_parameters(bases, tmp_path):
 def test_layers_that_uno_does_not_know(bases, tmp_path):
     saved(bases("gpt2"), tmp_path / "adapter", **NOISE)
     with pytest.raises(
-        ValueError, match=r"LoRA on 8 layer\(s\) that Uno's layout does not know, such as 'transformer"
+        ValueError, match=r"LoRA on 8 layer\(s\) that Uno's format does not support, such as 'transformer"
     ):
         export_uno(str(tmp_path / "adapter"), tmp_path / "out")
     export_vllm(str(tmp_path / "adapter"), tmp_path / "out")  # whether vLLM takes such a LoRA is vLLM's business
@@ -377,7 +377,7 @@ def test_another_base(bases, tmp_path):
 @pytest.mark.parametrize("k", [0, 4])
 def test_more_masks_than_there_are(k, bases, tmp_path):
     saved(bases(), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=f"`k={k}` is not possible: .* has 3 masks. Choose 1 to 3"):
+    with pytest.raises(ValueError, match=f"`k` must be between 1 and 3, the number of masks of .*but got {k}"):
         export_vllm(str(tmp_path / "adapter"), tmp_path / "out", k=k)
     uno_adapter(tmp_path / "uno", bases())
     with pytest.raises(ValueError, match="`k` must be an integer of at least 1"):
@@ -394,7 +394,7 @@ def test_unknown_tensors_and_fields_of_unos_files(bases, tmp_path):
         import_uno(str(tmp_path / "uno"), tmp_path / "out")
     for field, message in {
         "lora_spectral": "fields that the installed PEFT does not know: lora_spectral",
-        "modules_to_save": "`modules_to_save=.* changes what the base model computes",
+        "modules_to_save": "`modules_to_save=.* would change what the base model computes",
     }.items():
         uno_adapter(tmp_path / "uno", bases(), **{field: ["lm_head"]})
         with pytest.raises(ValueError, match=message):
@@ -406,7 +406,7 @@ def test_unknown_tensors_and_fields_of_unos_files(bases, tmp_path):
 def test_adapters_of_another_kind(bases, tmp_path):
     saved(bases(), tmp_path / "ours", **NOISE)
     uno_adapter(tmp_path / "uno", bases())
-    with pytest.raises(ValueError, match="is an adapter of hf_mtp already"):
+    with pytest.raises(ValueError, match="is already an adapter of hf_mtp"):
         import_uno(str(tmp_path / "ours"), tmp_path / "out")
     for export in (export_vllm, export_uno):
         with pytest.raises(ValueError, match=r"of type 'LORA', but only adapters of hf_mtp .*--from uno"):
@@ -414,7 +414,7 @@ def test_adapters_of_another_kind(bases, tmp_path):
         with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
             export(bases(), tmp_path / "out")
     uno_adapter(tmp_path / "uno", bases(), peft_type="IA3")
-    with pytest.raises(ValueError, match="of type 'IA3', but Uno's layout is a LoRA"):
+    with pytest.raises(ValueError, match="of type 'IA3', but Uno adapters have type 'LORA'"):
         import_uno(str(tmp_path / "uno"), tmp_path / "out")
     with pytest.raises(ValueError, match="has no adapter_config.json, neither at its root nor in `adapter/`"):
         import_uno(bases(), tmp_path / "out")
@@ -425,7 +425,7 @@ def test_pickles_and_broken_files(bases, tmp_path):
     file = tmp_path / "uno" / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a valid safetensors file"):
         import_uno(str(tmp_path / "uno"), tmp_path / "out")
     file.rename(file.with_name("adapter_model.bin"))
     with pytest.raises(ValueError, match="a pickle, which can run code"):
@@ -475,9 +475,9 @@ def test_the_command(bases, tmp_path):
 
 def test_wrong_usage(bases, tmp_path):
     out = str(tmp_path / "out")
-    assert "Say either --to (vllm or uno) or --from (uno)" in run("export", bases(), out, code=2).output
+    assert "Pass either --to (vllm or uno) or --from (uno)" in run("export", bases(), out, code=2).output
     assert "either" in run("export", bases(), out, "--to", "uno", "--from", "uno", code=2).output
     assert "tensorrt" in run("export", bases(), out, "--to", "tensorrt", code=2).output
-    assert "Uno's files do not say" in run("export", bases(), out, "--to", "uno", "--k", "2", code=2).output
+    assert "Uno's format does not contain" in run("export", bases(), out, "--to", "uno", "--k", "2", code=2).output
     saved(bases(), tmp_path / "learned")
     assert "Error: " in run("export", str(tmp_path / "learned"), out, "--to", "uno", code=1).output

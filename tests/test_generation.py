@@ -89,7 +89,7 @@ def test_a_static_cache_is_filled():
     for one, two in zip(plain.layers, fast.layers, strict=True):
         torch.testing.assert_close(one.keys, two.keys, atol=1e-4, rtol=1e-4)
     with pytest.raises(
-        ValueError, match="has room for 40 tokens, but .* need up to 50. Make it with max_cache_len=50"
+        ValueError, match="has space for 40 tokens, but .* need up to 50. Create it with max_cache_len=50"
     ):
         generate(model, small_prompt(), 40, **{CACHE: StaticCache(config=model.config, max_cache_len=40)}, mtp=True)
 

@@ -131,7 +131,7 @@ def test_a_vocabulary_that_is_larger_than_the_tokenizer_is_left_as_it_is(folder,
 
 def test_wrong_arguments_are_refused_in_words(folder):
     base, adapter, lora = (str(folder / name) for name in ("base", "adapter", "lora"))
-    with pytest.raises(ValueError, match="Pass its adapter, too"):
+    with pytest.raises(ValueError, match="Pass its adapter as well"):
         harness.UpgradedLM(base, device="cpu")
     with pytest.raises(ValueError, match="takes its adapter as `adapter`"):
         harness.UpgradedLM(base, peft=adapter, device="cpu")

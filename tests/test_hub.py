@@ -213,7 +213,7 @@ def test_an_adapter_that_may_not_be_read_says_why(way, locked_out):
     assert "me/gated is a gated repository" in gated and "https://huggingface.co/me/gated" in gated
     for name in ("private", "missing"):
         said, _ = locked_out[f"{way} me/{name}"]
-        assert f"no folder me/{name}, and no repository of that name on the Hub that you may read" in said
+        assert f"me/{name} is neither a folder nor a repository on the Hub that you have access to" in said
         assert "hf auth login" in said
 
 

@@ -34,15 +34,15 @@ decoding.schedule: costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained attached
 export: files fit plain_lora vllm uno
-serving: text rules request metrics engine limits manager handlers middleware server
+serving: text rules request metrics engine limits manager handlers middleware port server
 serving.vllm: adapter arguments schedule drafter scheduler runner guard worker
 serving: vllm_server
 evaluation: measures decoded support compare plotting
 evaluation.metrics.tokens_per_pass: tokens_per_pass app
 evaluation.metrics.acceptance_per_position: acceptance_per_position app
 evaluation.metrics.agreement: agreement app
-evaluation: ways benchmarks rows suites prompts divergence two_sample exactness
-evaluation: results folder simulated runner report curves files
+evaluation: methods benchmarks rows suites prompts divergence two_sample exactness
+evaluation: documents results folder simulated runner tables curves report_files
 evaluation: placeholders ranks probing rank_figures rank_report
 evaluation: harness
 training.recovery: nonfinite compatibility checkpoint workers

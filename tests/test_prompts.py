@@ -143,7 +143,7 @@ def test_the_longest_row_decides_which_embeddings_a_batch_gets(rope, strategy, p
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_a_static_cache_does_not_cross_a_change_of_embeddings(rope):
     model = small("llama", rope_parameters=ROPES[rope], max_position_embeddings=20)
-    with pytest.raises(NotImplementedError, match="change at 20 tokens, and the text may have 34"):
+    with pytest.raises(NotImplementedError, match="change at 20 tokens, and the sequence may reach 34"):
         generate(model, input_ids=text(), mtp=True, cache_implementation="static")
     assert_exact(model, "quadratic", input_ids=text(), max_new_tokens=8, cache_implementation="static")
 
@@ -317,7 +317,7 @@ def test_a_cache_with_an_image_is_not_taken_for_tokens():
     model = upgraded(base, k=3, dtype=torch.float64)
     for mtp in (False, True):
         first = generate(model, **inputs, return_dict_in_generate=True, mtp=mtp)
-        with pytest.raises(NotImplementedError, match="holds something other than tokens.*Leave the cache out"):
+        with pytest.raises(NotImplementedError, match="contains more than tokens.*Leave out the cache"):
             generate(model, input_ids=torch.cat([first.sequences, text(3)], dim=1), **{CACHE: first[CACHE]}, mtp=True)
 
 

@@ -253,7 +253,7 @@ def test_rows_without_room_or_prompt_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(survey.logger, "warning", warnings.append)
     result = own_words(Dataset.from_dict({"prompt": asked}), tmp_path / "out")
     assert [*result["prompt"]] == [asked[0], asked[3]]
-    assert "2 of 4 rows are left out: 1 have an empty prompt, and in 1 the prompt" in warnings[0]
+    assert "2 of 4 rows are skipped: 1 have an empty prompt, and in 1 the prompt" in warnings[0]
     with pytest.raises(ValueError, match="None of the 1 rows can be answered"):
         own_words(Dataset.from_dict({"prompt": asked[2:3]}), tmp_path / "none")
 
@@ -261,12 +261,12 @@ def test_rows_without_room_or_prompt_are_left_out(tmp_path, monkeypatch):
 def test_other_arguments_are_refused(tmp_path):
     out = tmp_path / "out"
     own_words(chats(), out)
-    with pytest.raises(ValueError, match="made with other arguments: max_new_tokens 6, not 7. Use those"):
+    with pytest.raises(ValueError, match="made with other arguments: max_new_tokens 6, not 7. Use the same"):
         own_words(chats(), out, max_new_tokens=7)
     with pytest.raises(ValueError, match="made with other arguments: rows"):
         own_words(chats(ROWS - 1), out)
     (out / ".train-00000-of-00001.arguments.json").unlink()
-    with pytest.raises(ValueError, match="unknown origin"):
+    with pytest.raises(ValueError, match="was not written by"):
         own_words(chats(), out)
 
 
@@ -285,8 +285,8 @@ def test_strange_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        (Dataset.from_dict({"question": ["w9"]}), {}, "holds a prompt, .*but the dataset has 'question'"),
-        (Dataset.from_dict({"messages": []}), {}, "has 0 rows"),
+        (Dataset.from_dict({"question": ["w9"]}), {}, "needs a column with prompts, .*but it has 'question'"),
+        (Dataset.from_dict({"messages": []}), {}, "has 0 row"),
         (chats().to_iterable_dataset(), {}, "got IterableDataset: `Dataset.from_generator`"),
         (DatasetDict(train=chats()), {}, r"got DatasetDict: choose a split, \['train'\]"),
         (chats(), {"prompt_tokens": 4}, "column 'messages', and `prompt_tokens` is 4"),

@@ -357,16 +357,16 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapt
 # ---------------------------------------------------------------- bad requests
 
 BAD = {
-    "no tokens": ({"max_tokens": 0}, "`max_tokens` must be a whole number from 1 to 64"),
-    "too many tokens": ({"max_tokens": 65}, "`max_tokens` must be a whole number from 1 to 64"),
+    "no tokens": ({"max_tokens": 0}, "`max_tokens` must be an integer from 1 to 64"),
+    "too many tokens": ({"max_tokens": 65}, "`max_tokens` must be an integer from 1 to 64"),
     "a temperature below 0": ({"temperature": -1}, "temperature"),
-    "log probabilities": ({"logprobs": True}, "`logprobs` is True, which this server cannot do"),
-    "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format`"),
-    "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be a whole number"),
+    "log probabilities": ({"logprobs": True}, "`logprobs=True` is not supported by this server"),
+    "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format="),
+    "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
     "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "part of type None"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "takes text only"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "supports text only"),
     "another model": ({"model": "other"}, "pinned"),
     "a prompt longer than the context": ({"messages": messages("x" * CONTEXT)}, "The prompt has 263 tokens"),
     "beam search": ({"extra_body": {"generation_config": '{"num_beams": 3, "max_new_tokens": 4}'}}, "num_beams=3"),

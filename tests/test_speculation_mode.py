@@ -84,7 +84,7 @@ def test_auto_is_exact_and_says_why(name, caplog, monkeypatch):
         assert torch.equal(generate(model, ids(), mtp=True), expected)
     host_logging.set_verbosity_warning()
     if MODES[name] is SpeculationMode.RECOMPUTE:
-        assert "decodes plainly, which is faster" in caplog.text
+        assert "uses plain decoding, which is faster" in caplog.text
     else:
         assert (
             f"'linear': {type(model.get_base_model()).__name__} allows the mode {MODES[name].value!r}" in caplog.text
@@ -140,7 +140,7 @@ def test_a_state_alone_does_not_say_what_it_has_read():
     model = model_of("mamba2")
     first = generate(model, ids(), return_dict_in_generate=True, mtp=True)
     name = cache_name(inspect.signature(model.get_base_model().forward).parameters)
-    with pytest.raises(NotImplementedError, match="does not tell how many tokens it has read"):
+    with pytest.raises(NotImplementedError, match="whose number of tokens is unknown"):
         generate(model, first.sequences, **{name: first[CACHE]}, mtp=True)
 
 
@@ -212,7 +212,7 @@ def test_a_model_that_uses_no_cache_by_default(by):
     rehearse(model, plain)
     assert torch.equal(generate(model, ids(), mtp=True, mtp_strategy="linear"), plain)
     assert model.base_model.mtp_statistics.accepted
-    with pytest.raises(ValueError, match="`use_cache=False` with `mtp=True`.*Leave it out"):
+    with pytest.raises(ValueError, match="`mtp=True` needs a cache.*`use_cache=False`. Leave it out"):
         generate(model, ids(), mtp=True, use_cache=False)
 
 
@@ -243,7 +243,7 @@ def test_an_error_of_the_moment_is_not_kept(times, error, caplog, monkeypatch):
     hook = first_layer(model).register_forward_pre_hook(fails(times, error))
     mode = speculation_mode(model.get_base_model())
     assert mode is not SpeculationMode.TREE
-    assert f"This call uses the mode {mode.value!r}, and the next call tries again" in caplog.text
+    assert f"This call uses mode {mode.value!r}, and the next call tries again" in caplog.text
     hook.remove()
     assert speculation_mode(model.get_base_model()) is SpeculationMode.TREE
     assert torch.equal(generate(model, ids(), mtp=True, mtp_strategy="quadratic"), plain)

@@ -240,7 +240,7 @@ def test_targeting_parameters_above_the_users_adapter_is_refused():
 def test_a_lora_added_to_an_upgraded_base_is_refused():
     model = upgraded("llama", 3, dtype=torch.float64)
     expected = mask_logits(model)
-    with pytest.raises(ValueError, match="Add it to the base first and upgrade then"):
+    with pytest.raises(ValueError, match="Add the adapter to the base first and then upgrade"):
         get_peft_model(model.get_base_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     assert torch.equal(mask_logits(model), expected)
 

@@ -56,15 +56,15 @@ def test_csv_and_parquet_are_read(tmp_path):
         ("s.jsonl", b"\n \n", "s.jsonl has no rows"),
         ("s.csv", b"prompt,domain\n", "s.csv has no rows"),
         ("s.jsonl", '{"prompt": "Grüße"}'.encode("latin-1"), "not text in UTF-8: byte 14 is 0xfc.*iconv"),
-        ("s.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
-        ("s.jsonl", b"[1]\n", "line 1 should be a JSON object"),
-        ("s.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "JSON Lines: give it the ending .jsonl"),
-        ("s.json", b'{"prompt": "a"}', "should be a JSON list"),
+        ("s.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is not valid JSON"),
+        ("s.jsonl", b"[1]\n", "line 1 must be a JSON object"),
+        ("s.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', "JSON Lines: rename it to .jsonl"),
+        ("s.json", b'{"prompt": "a"}', "must contain a JSON list"),
         ("s.jsonl", b'{"prompt": ""}\n', "Row 1 .* needs a prompt"),
         ("s.jsonl", b'{"prompt": 7}\n', "needs a prompt: a text, or the turns"),
         ("s.jsonl", b'{"prompt": [{"role": "robot", "content": "x"}]}\n', "each turn of a conversation needs 'role'"),
         ("s.jsonl", b'{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}\n', "Two rows .* the name 'x'"),
-        ("s.txt", b"hello\n", "one of the endings .jsonl"),
+        ("s.txt", b"hello\n", "Supported extensions are .jsonl"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_reason(name, content, message, tmp_path):
@@ -75,7 +75,7 @@ def test_a_bad_file_is_refused_with_the_reason(name, content, message, tmp_path)
 
 @pytest.mark.parametrize("name", ["qick", "missing.jsonl", "a/b/c"])
 def test_an_unknown_suite_is_refused_with_the_choices(name):
-    with pytest.raises(ValueError, match=f"no suite '{name}'.*'quick'.*spec-bench"):
+    with pytest.raises(ValueError, match=f"Unknown suite '{name}'.*'quick'.*spec-bench"):
         load_suite(name)
 
 

@@ -97,7 +97,9 @@ def test_a_block_that_fills_up_a_row_may_hang_within_an_image():
 
 def test_an_image_that_is_read_otherwise_is_refused():
     model, batch = image_batch("mllama")
-    with pytest.raises(NotImplementedError, match="computes other states for text when it also gets .*pixel_values"):
+    with pytest.raises(
+        NotImplementedError, match="computes different hidden states for text when it also gets .*pixel_values"
+    ):
         model(**batch, mtp_objective=ObjectiveRequest())
 
 
@@ -106,7 +108,9 @@ def test_token_types_that_the_masks_cannot_have_are_refused():
     model = upgraded("gpt2", K)
     ids = torch.arange(5, 20)[None]
     types = ids % 3
-    with pytest.raises(NotImplementedError, match="computes other states for text when it also gets .*token_type_ids"):
+    with pytest.raises(
+        NotImplementedError, match="computes different hidden states for text when it also gets .*token_type_ids"
+    ):
         model(input_ids=ids, token_type_ids=types, mtp_objective=ObjectiveRequest())
 
 

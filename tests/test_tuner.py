@@ -379,7 +379,7 @@ def test_an_input_of_masks_alone():
     ],
 )
 def test_misplaced_or_unknown_ids_are_refused(input_ids):
-    with pytest.raises(ValueError, match=f"Ids {VOCAB} to {VOCAB + K - 1} are mask tokens and must stand after all"):
+    with pytest.raises(ValueError, match=f"Ids {VOCAB} to {VOCAB + K - 1} are mask tokens, which must follow all"):
         upgraded("llama", K)(torch.tensor(input_ids))
 
 

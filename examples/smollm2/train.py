@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--answer-batch", type=int, default=64, help="prompts answered at a time (%(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=256, help="tokens of an answer at most (%(default)s)")
     parser.add_argument("--answers", type=Path, help="answers of another run (JSON Lines), instead of new ones")
-    parser.add_argument("--start", type=Path, help="an adapter to go on from, with a new optimizer; what it has beside ADAPTER is left out")
+    parser.add_argument("--start", type=Path, help="an adapter to go on from, as far as it has the same layers")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of MTPConfig")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def answer(
 
 
 def upgrade(base: PreTrainedModel, adapter: dict, seed: int, start: Path | None = None) -> PeftModel:
-    """The base with a new adapter, with the weights of `start` where it has them, that names the base as on the Hub."""
+    """The base, by its name on the Hub, with an adapter whose weights are those of `start` where it has them."""
     torch.manual_seed(seed)
     model = get_peft_model(base, GatedLoraConfig(**adapter))
     model.active_peft_config.base_model_name_or_path = HUB_ID

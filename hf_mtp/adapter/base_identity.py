@@ -1,4 +1,4 @@
-"""Which base an adapter was made for: sizes, and the tokenizer."""
+"""Records and checks the base that an adapter was trained for: its sizes and its tokenizer."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> str:
-    """16 hexadecimal digits that change with any token or its id, and with nothing else.
+    """A hash of all tokens and their ids, 16 hexadecimal digits.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Whose tokens.
@@ -47,15 +47,16 @@ def record_tokenizer(config: GatedLoraConfig, tokenizer: PreTrainedTokenizerBase
     other = [token for token, index in own.get_vocab().items() if vocabulary.get(token, index) != index]
     if other:
         logger.warning(
-            f"The tokenizer of this training gives {len(other)} tokens other ids than the one of {_name(model)} does, "
-            f"such as {other[0]!r}. The adapter learns from texts that its base reads otherwise."
+            f"The tokenizer of this training and the one of {_name(model)} have different ids for {len(other)} "
+            f"tokens, such as {other[0]!r}. The adapter would learn from text that its base reads differently. Train "
+            "with the base's own tokenizer."
         )
     config.tokenizer_fingerprint = tokenizer_fingerprint(own)
     config.tokenizer_size = max(own.get_vocab().values(), default=-1) + 1
 
 
 def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_size: int) -> None:
-    """Raises if a base is not the one that an adapter was trained for.
+    """Raises if an adapter was trained for a different base.
 
     Args:
         config ([`GatedLoraConfig`]): What it records of the base counts.
@@ -63,7 +64,7 @@ def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_si
         hidden_size (`int`): Of the states that the base's prediction head reads.
 
     Raises:
-        ValueError: The base has another hidden size, vocabulary or tokenizer than the adapter was trained for.
+        ValueError: The base has a different hidden size, vocabulary or tokenizer.
     """
     tokenizer = _tokenizer_of(model) if config.tokenizer_fingerprint is not None else None
     found = None if tokenizer is None else tokenizer_fingerprint(tokenizer, config.tokenizer_size)
@@ -79,8 +80,8 @@ def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_si
     if found not in (None, config.tokenizer_fingerprint):
         raise ValueError(
             f"This adapter was trained with a tokenizer of fingerprint {config.tokenizer_fingerprint}, but the one of "
-            f"{_name(model)} has {found}: its token ids mean other text. Load the adapter on the base it was trained "
-            f"for: {config.base_model_name_or_path}."
+            f"{_name(model)} has {found}, so its token ids have other meanings. Load the adapter on the base it was "
+            f"trained for: {config.base_model_name_or_path}."
         )
 
 

@@ -24,9 +24,9 @@ _TEXT = """---
 
 {mark}
 
-A multi-token prediction adapter for {base_link}, made with [hf_mtp](https://pypi.org/project/hf-mtp/) after
-[Your LLM Knows the Future]({paper}). With it the base model generates up to {most} tokens per forward pass. The text
-is the base model's own: every token is verified by the base before it is returned.
+A multi-token prediction adapter for {base_link}, made with [hf_mtp](https://pypi.org/project/hf-mtp/) after [Your LLM
+Knows the Future]({paper}). With it the base model generates up to {most} tokens per forward pass. The output is that
+of the base model, which verifies every token before it is returned.
 
 ```python
 # pip install hf_mtp
@@ -53,8 +53,8 @@ print(tokenizer.decode(output[0]), model.mtp_statistics.tokens_per_step)
 
 ## Limits
 
-The adapter fits this base, its vocabulary and its tokenizer, and refuses others. It cannot be merged into the base. In
-half precision a longer forward pass may flip a near-tie between two tokens.
+The adapter only loads on this base, with its vocabulary and tokenizer. It cannot be merged into the base. In half
+precision a longer forward pass may flip a near-tie between two tokens.
 """
 
 _LOADING = """from peft import AutoPeftModelForCausalLM
@@ -69,7 +69,7 @@ model = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(model, "{repo}", subfolder="{subfolder}")"""
 
 _WITHOUT_IMPORT = """
-A script that has loaded the base need not import hf_mtp, if it is installed:
+A script that has loaded the base does not have to import hf_mtp, if it is installed:
 
 ```python
 base.generate(**inputs, custom_generate="{repo}", trust_remote_code=True, do_sample=False, max_new_tokens=128)

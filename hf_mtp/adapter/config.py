@@ -1,4 +1,4 @@
-"""What an adapter is: [`GatedLoraConfig`]."""
+"""The configuration of an adapter: [`GatedLoraConfig`]."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,8 @@ def _require_positive_int(name: str, value: object, meaning: str) -> None:
 class GatedLoraConfig(LoraConfig):
     """Configuration of a multi-token prediction adapter: gated LoRA, k mask tokens and a sampler head.
 
-    Every field of [`~peft.LoraConfig`] means here what it means there; these have other defaults or are new.
+    All fields of [`~peft.LoraConfig`] have the same meaning as there. The following fields are new or have other
+    defaults.
 
     Args:
         k (`int`, *optional*, defaults to `8`):
@@ -45,27 +46,28 @@ class GatedLoraConfig(LoraConfig):
         target_modules (`str | list[str]`, *optional*, defaults to `"all-linear"`):
             Layers that get a gated LoRA.
         masks (`"learned"` or `"noise"`, *optional*, defaults to `"learned"`):
-            What masks are embedded as: embeddings of their own, or tokens of the vocabulary that mean nothing, as in
+            How masks are embedded: with learned embeddings, or as random tokens of the vocabulary, as in
             [Uno](https://huggingface.co/papers/2609.04010). With `"noise"` and without a sampler head, an adapter can
             be exported to Uno's format.
         sampler (`bool`, *optional*, defaults to `True`):
-            Whether drafts come from a sampler head that sees the draft before. Without it, each draft is what the
-            unembedding makes of its mask alone.
+            Whether drafts come from a sampler head that sees the previous draft. Without it, each draft depends on the
+            logits of its own mask only.
         sampler_residual (`bool`, *optional*, defaults to `True`):
-            Whether the sampler head refines the mask's hidden state instead of replacing it, as the paper does.
+            Whether the sampler head adds to the mask's hidden state. In the paper it replaces the hidden state.
         sampler_recurrent (`bool`, *optional*, defaults to `False`):
-            Whether the sampler head also sees what it made of the masks before.
+            Whether the sampler head also sees its own output for the previous mask, and so all earlier drafts.
         save_dtype (`str`, *optional*):
-            Type that weights are saved in: `"bfloat16"` halves the file. Drafts are rounded a little by it, the output
-            is not. As they are trained if `None`, in float32; checkpoints of a training always are.
+            Dtype of saved weights: `"bfloat16"` halves the file size. This may change some drafts, but never the
+            output. If `None`, weights are saved in float32, as they are trained; training checkpoints always are.
         base_hidden_size, base_vocab_size (`int`, *optional*):
-            Filled in from the base model. An adapter refuses a base that differs.
+            Filled in from the base model. Loading the adapter on a base that differs raises an error.
         tokenizer_fingerprint (`str`, *optional*), tokenizer_size (`int`, *optional*):
-            Filled in by [`MTPTrainer`]. An adapter refuses a base whose tokenizer differs in ids below this size.
+            Filled in by [`MTPTrainer`]. Loading the adapter on a base whose tokenizer differs in ids below this size
+            raises an error.
         recipe (`str`, *optional*), train_datasets (`list[str]`, *optional*):
             Filled in by [`MTPTrainer`], for the model card.
         tokens_per_step (`dict[str, float]`, *optional*):
-            Measured tokens per forward pass, by domain, for the model card. Yours to fill in.
+            Measured tokens per forward pass, by domain, for the model card. Set it before saving.
 
     Raises:
         ValueError: `k` or `r` is not a positive integer, or a field would change the output of regular tokens.
@@ -80,7 +82,8 @@ class GatedLoraConfig(LoraConfig):
     ```
     """
 
-    # Whether the adapter's layers are beside those of the base instead of around them. No field, so it is not saved.
+    # Whether the adapter's layers run alongside the base's layers instead of wrapping them. Not a field, so it is not
+    # saved.
     beside = False
 
     r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})
@@ -93,13 +96,13 @@ class GatedLoraConfig(LoraConfig):
         default="learned", metadata={"help": "What masks are embedded as: 'learned' embeddings or 'noise' tokens."}
     )
     sampler: bool = field(
-        default=True, metadata={"help": "Whether drafts come from a sampler head that sees the draft before."}
+        default=True, metadata={"help": "Whether drafts come from a sampler head that sees the previous draft."}
     )
     sampler_residual: bool = field(
-        default=True, metadata={"help": "Whether the sampler head refines the mask's hidden state or replaces it."}
+        default=True, metadata={"help": "Whether the sampler head adds to the mask's hidden state or replaces it."}
     )
     sampler_recurrent: bool = field(
-        default=False, metadata={"help": "Whether the sampler head also sees what it made of the masks before."}
+        default=False, metadata={"help": "Whether the sampler head also sees its own output for the previous mask."}
     )
     save_dtype: str | None = field(default=None, metadata={"help": "Type that weights are saved in."})
     base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
@@ -116,7 +119,7 @@ class GatedLoraConfig(LoraConfig):
         _require_positive_int("r", self.r, "the rank of the LoRA matrices")  # before PEFT computes with it
         if self.task_type not in (None, TaskType.CAUSAL_LM, ExtensionTaskType.GATED_CAUSAL_LM):
             raise ValueError(
-                f"`task_type` must be 'CAUSAL_LM', since masks stand for next tokens; got {self.task_type!r}."
+                f"`task_type` must be 'CAUSAL_LM', because masks predict next tokens, but got {self.task_type!r}."
             )
         self.task_type = TaskType.CAUSAL_LM  # the only one of the two that PEFT's own check knows
         super().__post_init__()
@@ -124,7 +127,7 @@ class GatedLoraConfig(LoraConfig):
         self.check()
 
     def check(self) -> None:
-        """Checks the fields again, because anybody may set them after the config was made.
+        """Checks the fields again, because they can be changed after the config was created.
 
         Raises:
             ValueError: `k` or `r` is not a positive integer, `masks` or `save_dtype` is unknown, or a field would
@@ -134,30 +137,30 @@ class GatedLoraConfig(LoraConfig):
         _require_positive_int("r", self.r, "the rank of the LoRA matrices")
         if self.masks not in MASKS:
             raise ValueError(
-                f"`masks` must be 'learned', for embeddings of their own, or 'noise', for tokens of the vocabulary; "
-                f"got {self.masks!r}."
+                "`masks` must be 'learned' (mask embeddings) or 'noise' (tokens of the vocabulary), but got "
+                f"{self.masks!r}."
             )
         if self.save_dtype not in (None, *SAVE_DTYPES):
             raise ValueError(
-                f"`save_dtype` must be one of {', '.join(map(repr, SAVE_DTYPES))}, or None for the type that weights "
-                f"are trained in, but got {self.save_dtype!r}."
+                f"`save_dtype` must be one of {', '.join(map(repr, SAVE_DTYPES))}, or None for the dtype of "
+                f"training, but got {self.save_dtype!r}."
             )
         for name, neutral in _CHANGE_THE_BASE.items():
             value = getattr(self, name, neutral)
             if value != neutral and value:
                 raise ValueError(
-                    f"`{name}={value!r}` changes what the base model computes for regular tokens, but a gated adapter "
-                    f"leaves the base's output as it is. Leave `{name}` at {neutral!r}."
+                    f"`{name}={value!r}` would change what the base model computes for regular tokens, but a gated "
+                    f"adapter must not change the base's output. Leave `{name}` at {neutral!r}."
                 )
         if self.init_lora_weights not in _KEEP_THE_BASE:
             raise ValueError(
-                f"`init_lora_weights={self.init_lora_weights!r}` rewrites the base model's weights, but a gated "
-                f"adapter leaves them as they are. Use one of {', '.join(map(repr, _KEEP_THE_BASE))}."
+                f"`init_lora_weights={self.init_lora_weights!r}` would change the base model's weights, but a gated "
+                f"adapter must not change them. Use one of {', '.join(map(repr, _KEEP_THE_BASE))}."
             )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Loads the configuration of an adapter, refusing one whose weights are a pickle or, in a folder, broken.
+        """Loads the configuration of an adapter. Raises if its weights are a pickle or, in a folder, broken.
 
         Args and returned value are those of [`~peft.PeftConfig.from_pretrained`].
 
@@ -173,7 +176,7 @@ class GatedLoraConfig(LoraConfig):
 
 @contextmanager
 def in_full_precision(config: GatedLoraConfig) -> Iterator[None]:
-    """Within, weights are saved as they are, so that a training can go on from them."""
+    """Within the context, weights are saved in full precision, so that training can resume from them."""
     config.save_dtype, before = None, config.save_dtype
     try:
         yield

@@ -96,18 +96,19 @@ class Gate(threading.local):
 
 
 class GateError(ValueError):
-    """A layer was asked to act on masks only, but cannot tell which of its inputs are masks."""
+    """A gated layer cannot tell which rows of its input are masks."""
 
 
 def refuse_merge(*args, **kwargs) -> None:
-    """In the place of every method that merges a gated LoRA.
+    """Replaces every method that would merge a gated LoRA.
 
     Raises:
         NotImplementedError: Always.
     """
     raise NotImplementedError(
-        "A gated LoRA cannot be merged: it acts on mask tokens only, and one merged weight would change regular "
-        "tokens, and so the base model's output, too. Keep the adapter; `unload()` gives the base back as it was."
+        "A gated LoRA cannot be merged: it acts on mask tokens only, but a merged weight would also act on regular "
+        "tokens and change the base model's output. Keep the adapter separate; `unload()` returns the unchanged "
+        "base."
     )
 
 
@@ -160,8 +161,8 @@ class GatedVariant(LoraVariant):
         if x.dim() != 3 or x.shape[1] != length:
             raise GateError(
                 f"A gated LoRA layer got an input of shape {tuple(x.shape)}, but the forward pass has {batch} rows of "
-                f"{length} tokens: the layer sees a selection of tokens (an expert, say) and the gate cannot tell "
-                "masks from regular tokens in it. Exclude it: GatedLoraConfig(exclude_modules=...)."
+                f"{length} tokens: the layer sees a selection of tokens (as an expert does), so the gate cannot tell "
+                "masks from regular tokens. Exclude it: GatedLoraConfig(exclude_modules=...)."
             )
         return x[:, columns.first :]
 
@@ -222,18 +223,19 @@ class GatedLinear(Linear):
         Args are those of [`~peft.tuners.lora.Linear`].
 
         Raises:
-            ValueError: Somebody adds another LoRA to the upgraded model.
+            ValueError: The adapter is an ordinary LoRA, added to an upgraded model.
         """
         if config.peft_type != ExtensionPeftType.GATED_LORA:
             raise ValueError(
-                f"Adapter {adapter_name!r} is no gated one, but the model is already upgraded: in a gated layer it "
-                "would act on masks only. Add it to the base first and upgrade then, or call `unload()` before."
+                f"Adapter {adapter_name!r} is not gated, but the model is already upgraded: in a gated layer it "
+                "would act on masks only. Add the adapter to the base first and then upgrade, or call `unload()` "
+                "first."
             )
         super().update_layer(adapter_name, r, *args, config=config, **kwargs)
 
 
 def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) -> None:
-    """Puts one LoRA layer of PEFT behind the gate.
+    """Adds the gate to one of PEFT's LoRA layers.
 
     Args:
         layer ([`~peft.tuners.lora.LoraLayer`]): The layer that PEFT made.
@@ -250,7 +252,7 @@ def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) 
         raise ValueError(
             f"`{name}` became a PEFT layer of type {type(layer).__module__}.{type(layer).__name__}, which cannot be "
             "gated: its LoRA would act on regular tokens as well and change the base model's output. Target linear "
-            "layers only (`target_modules='all-linear'`), or load the base in another quantization format."
+            "layers only (`target_modules='all-linear'`), or load the base with another quantization method."
         )
     refuse_offloaded_dora(layer, adapter_name, f"`{name}`")
     if type(layer) is Linear:

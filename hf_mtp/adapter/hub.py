@@ -38,9 +38,9 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         custom_generate: bool = False,
         **kwargs,
     ) -> None:
-        """Saves adapters with their cards, and nothing of the base, also where its vocabulary has grown.
+        """Saves adapters with their model cards. Never saves weights of the base, even if its vocabulary has grown.
 
-        Where a folder has the same weights already, the new card keeps the results of `evaluate` in the old one.
+        If the folder already has the same weights, the new card keeps the results of `evaluate` from the old one.
 
         Args:
             custom_generate (`bool`, *optional*, defaults to `False`): Whether to add `custom_generate/generate.py`, so
@@ -56,8 +56,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         if not safe_serialization or save_embedding_layers is True:
             asked = "safe_serialization=False" if not safe_serialization else "save_embedding_layers=True"
             raise ValueError(
-                f"`{asked}` writes a file that would be refused when it is loaded: adapters are safetensors, and hold "
-                "nothing of the base. Leave it out."
+                f"`{asked}` would write a file that cannot be loaded: adapters must be safetensors without weights "
+                "of the base. Leave it out."
             )
         self._warn_of_what_is_not_saved()
         configs = self.peft_config
@@ -92,9 +92,9 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         lost = sum(p.requires_grad and id(p) not in gated for p in self.get_base_model().parameters())
         if lost:
             logger.warning(
-                "%d weights of the base, or of an adapter of its own, are trainable and not saved: this model saves "
-                "its multi-token prediction adapter only. Save the base yourself. Where a trainer does the saving, "
-                "pass it the base, after `hf_mtp.attached.attach(base, adapter)`.",
+                "%d trainable weights of the base, or of its own adapters, are not saved: this model saves only "
+                "its multi-token prediction adapter. Save the base yourself. If a trainer does the saving, call "
+                "`hf_mtp.attached.attach(base, adapter)` and pass it the base.",
                 lost,
             )
 
@@ -113,10 +113,10 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         custom_generate: bool = False,
         card_from: str | Path | None = None,
     ) -> CommitInfo:
-        """Uploads the adapter in one commit, so that no reader meets half of it.
+        """Uploads the adapter in one commit, so that readers never see half of it.
 
         The active adapter is at the root of the repository, whatever its name, unless another one is named `default`,
-        which is PEFT's name for that place. A card that somebody wrote by hand, in the repository, is kept.
+        which PEFT saves at the root. A hand-written card in the repository is kept.
 
         Args:
             repo_id (`str`): Name of the repository, which is made if it is missing.
@@ -127,7 +127,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             card_from (`str` or `Path`, *optional*): Folder that the adapter was loaded from. Its card is uploaded if
                 it was written by hand. Otherwise the new card keeps the results of `evaluate` in it, unless the
                 weights have changed.
-            max_shard_size: Taken for the sake of the interface; adapters are never split.
+            max_shard_size: Accepted for compatibility; adapters are never split.
             commit_message, commit_description, private, token, revision, create_pr, tags:
                 Those of [`~transformers.utils.PushToHubMixin.push_to_hub`].
 

@@ -1,4 +1,4 @@
-"""Refuses files that are no adapter: pickles, broken files, and weights that do not fit their config."""
+"""Rejects invalid adapter files: pickles, broken files, and weights that do not fit their config."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +23,8 @@ def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> Non
     has_file = _files_of(name, subfolder, **kwargs)
     if not has_file(SAFETENSORS_WEIGHTS_NAME) and has_file(WEIGHTS_NAME):
         raise ValueError(
-            f"{name} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when loaded. Adapters are "
-            f"loaded from {SAFETENSORS_WEIGHTS_NAME} only: convert it with the `safetensors` library."
+            f"{name} contains {WEIGHTS_NAME}, a pickle, which can run code when loaded. Adapters are loaded from "
+            f"{SAFETENSORS_WEIGHTS_NAME} only: convert the file with the `safetensors` library."
         )
     weights = Path(name, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
     if not weights.is_file():
@@ -34,7 +34,7 @@ def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> Non
             pass
     except SafetensorError as error:
         raise ValueError(
-            f"{weights} is not a whole safetensors file ({error}): it is truncated or was changed. Download it "
+            f"{weights} is not a valid safetensors file ({error}): it is truncated or was modified. Download it "
             "again, or train again."
         ) from error
 
@@ -79,7 +79,7 @@ def refuse_weights_unlike(weights: dict[str, torch.Tensor], expected: dict[str, 
         if keys:
             raise ValueError(
                 f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is truncated, "
-                "was changed, or belongs to another base or config. Download it again, or train again."
+                "was modified, or belongs to another base or config. Download it again, or train again."
             )
 
 
@@ -102,7 +102,7 @@ def refuse_to_save(weights: dict[str, torch.Tensor], dtype: str | None) -> None:
             advice += f" If they are finite in memory, `save_dtype={dtype!r}` is too narrow: use 'bfloat16'."
         raise ValueError(
             f"The adapter's weights are not finite in {len(keys)} tensor(s), such as {keys[0]!r}, so the file could "
-            f"not be loaded again. {advice}"
+            f"not be loaded. {advice}"
         )
 
 

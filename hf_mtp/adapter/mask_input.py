@@ -1,4 +1,4 @@
-"""Masks in the input of a base model: their ids, their embeddings, and the states that come of them.
+"""Masks in the input of a base model: their ids, their embeddings and their hidden states.
 
 Knows the base's embeddings and decoder, through hooks on these, and the gate. Knows nothing of PEFT's lifecycle.
 
@@ -45,8 +45,8 @@ class MaskInput:
     def active_mtp_config(self) -> GatedLoraConfig:
         if len(self.active_adapters) != 1:
             raise ValueError(
-                f"Masks belong to one adapter, but {len(self.active_adapters)} are active: {self.active_adapters}. "
-                "Choose one with `set_adapter`."
+                f"Mask tokens belong to one adapter, but {len(self.active_adapters)} adapters are active: "
+                f"{self.active_adapters}. Choose one with `set_adapter`."
             )
         return self.peft_config[self.active_adapters[0]]
 
@@ -100,8 +100,8 @@ class MaskInput:
     def forward(self, input_ids: torch.LongTensor | None = None, *args, **kwargs):
         """The base's forward pass, in which the ids V..V+k-1 are mask tokens.
 
-        Masks stand after all regular tokens, in the same columns of every row. The caller passes the attention mask
-        and the position ids that a layout needs. Without these the input is a plain causal sequence.
+        Masks must follow all regular tokens, in the same columns of every row. The caller passes the attention mask
+        and position ids of the layout. Without these the input is a plain causal sequence.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`): Token ids.
@@ -121,8 +121,8 @@ class MaskInput:
         ):
             raise ValueError(
                 f"Got token ids up to {input_ids.max().item()}. Ids {self.vocab_size} to "
-                f"{self.vocab_size + self.active_mtp_config.k - 1} are mask tokens and must stand after all regular "
-                "tokens, in the same columns of every row; there are none above."
+                f"{self.vocab_size + self.active_mtp_config.k - 1} are mask tokens, which must follow all regular "
+                "tokens, in the same columns of every row. Larger ids do not exist."
             )
         with self.masks_in_columns(first, index_BN[:, first:]):
             return self.model(input_ids, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Tokens of the vocabulary in the place of masks, as in Uno (Sahoo et al., arXiv 2609.04010).
+"""Noise tokens: tokens of the vocabulary as masks, as in Uno (Sahoo et al., arXiv 2609.04010).
 
-Such an adapter has no mask embeddings: the base embeds its masks as it embeds any token. Only the gated LoRA tells the
-model that they are masks.
+Such an adapter has no mask embeddings: the base embeds masks like any other token. Only the gated LoRA marks them as
+masks.
 
 Shapes: B batch, M masks.
 """
@@ -15,8 +15,9 @@ SEED = 0
 class NoiseTokens(nn.Module):
     """Chooses the token that each mask is embedded as.
 
-    In training every mask gets a random one, so that the LoRA learns to do without it. In evaluation the choice is
-    fixed, so that the same pass makes the same drafts. The base verifies all drafts, so the text never depends on it.
+    In training every mask gets a random token, so that the LoRA learns to ignore it. In evaluation the token of each
+    mask is fixed, so that the same pass makes the same drafts. The base verifies all drafts, so the output does not
+    depend on it.
 
     Args:
         k (`int`): Number of masks.

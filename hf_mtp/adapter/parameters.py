@@ -1,7 +1,7 @@
-"""The gate for weights that no linear layer holds, such as one tensor of all experts of a mixture.
+"""The gate for parameters outside of linear layers, such as a tensor with the weights of all experts.
 
-PEFT adds a LoRA to such a weight itself, for all that its module reads. Here the module reads regular tokens with the
-weight as it is and, apart from them, masks with the LoRA added. For this it must be given one row per column.
+PEFT adds a LoRA to such a parameter for all inputs of its module. Here the module processes regular tokens with the
+original parameter, and masks separately with the LoRA added. For this its input must have one row per column.
 
 Shapes: B batch, N columns (regular tokens, then masks).
 """
@@ -18,9 +18,9 @@ from .gate import Gate, GateError, MaskColumns, refuse_merge
 
 
 class ParamWrapper(peft_layers.ParamWrapper):
-    """PEFT's LoRA over a parameter of some module, behind the gate. PEFT looks for the name of this class.
+    """PEFT's LoRA on a parameter of a module, with the gate. PEFT looks for the name of this class.
 
-    If several parameters of a module have one, each wraps the one before, and the outermost acts for all.
+    If several parameters of a module have a LoRA, the wrappers are nested, and the outermost one acts for all.
     """
 
     gate: Gate
@@ -45,8 +45,8 @@ class ParamWrapper(peft_layers.ParamWrapper):
         weight = self.get_param()
         if weight.device.type == "meta":
             raise GateError(
-                f"`{self.parameter_name}` is offloaded until its module runs, but `target_parameters` need it before. "
-                "Keep it on a device (device_map), or leave `target_parameters` out."
+                f"`{self.parameter_name}` is offloaded until its module runs, but `target_parameters` needs it "
+                "earlier. Keep it on a device (device_map), or leave out `target_parameters`."
             )
         return weight + self.get_delta_weight(adapter)
 
@@ -79,8 +79,8 @@ class _Part:
         what = f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise GateError(
             f"A module with `target_parameters` got an input {what}, but the forward pass has {self.shape[0]} rows of "
-            f"{self.shape[1]} tokens: it does not read one row per token (but a selection for each expert, say), and "
-            "the gate cannot tell masks from regular tokens in it. Leave `target_parameters` out."
+            f"{self.shape[1]} tokens: its input does not have one row per token (it may be a selection for an "
+            "expert), so the gate cannot tell masks from regular tokens. Leave out `target_parameters`."
         )
 
 
@@ -118,8 +118,8 @@ def gate_parameter(wrapper: peft_layers.ParamWrapper, gate: Gate) -> None:
     """
     if isinstance(wrapper.get_base_layer(), nn.Embedding):
         raise ValueError(
-            f"`target_parameters` names the `{wrapper.parameter_name}` of an embedding, but masks have embeddings of "
-            "their own. Leave it out."
+            f"`target_parameters` names the `{wrapper.parameter_name}` of an embedding, but masks do not use the "
+            "base's embeddings. Leave it out."
         )
     wrapper.__class__ = ParamWrapper  # which has no state of its own but the gate
     wrapper.gate = gate

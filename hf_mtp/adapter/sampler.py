@@ -1,4 +1,4 @@
-"""The sampler head: makes the drafts of one block coherent, each seeing the one before.
+"""The sampler head: makes the drafts of one block coherent by conditioning each on the previous one.
 
 Knows embeddings and hidden states. Knows nothing of the base model, of vocabularies or of decoding.
 """
@@ -22,8 +22,8 @@ class SamplerHead(nn.Module):
         hidden_size (`int`): D, size of a hidden state as the base's unembedding reads it.
         residual (`bool`, *optional*, defaults to `False`): Adds the mask's hidden state to the output. The last
             LayerNorm then starts at zero gain, so that an untrained head gives the mask's own prediction.
-        recurrent (`bool`, *optional*, defaults to `False`): The first block also sees what it made of the mask before,
-            so that a draft sees all drafts before it. Starts without effect.
+        recurrent (`bool`, *optional*, defaults to `False`): The first block also sees its own output for the previous
+            mask, so that a draft depends on all earlier drafts. Initialized to have no effect.
     """
 
     def __init__(self, embedding_size: int, hidden_size: int, residual: bool = False, recurrent: bool = False):

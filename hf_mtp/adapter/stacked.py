@@ -1,8 +1,8 @@
-"""Gated LoRA on a base that has adapters of its own: beside its layers, in a tree apart.
+"""Gated LoRA on a base that already has adapters: the gated layers live in a separate module tree.
 
-Users find every layer of those adapters where it was, under its name, and can go on to save, load, add, switch, merge
-and delete them. These adapters are part of the base and act on all tokens. The gated layer does not take the place of
-the base's. A hook on the innermost layer adds what it computes, whatever becomes of the adapters around that layer.
+The existing adapters keep their layers and names, so users can still save, load, add, switch, merge and delete them.
+They are part of the base and act on all tokens. The gated layers do not replace the base's layers. A hook on the
+innermost layer adds their output, whatever happens to the adapters around that layer.
 
 Shapes: as in `gate.py`.
 """
@@ -23,20 +23,20 @@ IN_FILES, IN_TREE = "base_model.model.", f"base_model.{TREE}."  # files name all
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model has adapter layers already: of the user's own, or of an earlier upgrade."""
+    """Whether a model already has adapter layers, from the user or from an earlier upgrade."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def refuse_parameters(config: GatedLoraConfig) -> None:
-    """Raises if an adapter targets parameters, whose modules can only be wrapped in their place.
+    """Raises if an adapter targets parameters: their modules must be wrapped in place.
 
     Raises:
         ValueError: It does.
     """
     if config.target_parameters:
         raise ValueError(
-            f"`target_parameters={config.target_parameters!r}` needs a base without adapters, but this one has some "
-            "already. Leave `target_parameters` out, or merge or `unload()` those adapters first."
+            f"`target_parameters={config.target_parameters!r}` needs a base without adapters, but this base already "
+            "has adapters. Leave out `target_parameters`, or merge or `unload()` those adapters first."
         )
 
 

@@ -45,11 +45,12 @@ class GatedLoraTuner(MaskInput, LoraModel):
     def __init__(self, model: nn.Module, peft_config, adapter_name: str, **kwargs):
         if not isinstance(peft_config, dict):  # of `inject_adapter_in_model`, which throws the tuner away
             raise ValueError(
-                "A gated adapter needs a PeftModel for its mask embeddings and its sampler head, but it was to be "
-                "injected into the base alone: by AutoModelForCausalLM.from_pretrained(adapter), by `load_adapter` or "
-                "`add_adapter` of a transformers model, or by `inject_adapter_in_model`. Load it with "
-                "AutoPeftModelForCausalLM.from_pretrained(adapter) or PeftModel.from_pretrained(base, adapter). Make "
-                "a new one with get_peft_model(base, config)."
+                "A gated adapter needs a PeftModel for its mask embeddings and sampler head, but this call would "
+                "inject it into the base alone: one of AutoModelForCausalLM.from_pretrained(adapter), "
+                "`load_adapter` or `add_adapter` of a transformers model, or `inject_adapter_in_model`. Load it "
+                "with "
+                "AutoPeftModelForCausalLM.from_pretrained(adapter) or PeftModel.from_pretrained(base, adapter). "
+                "Create a new one with get_peft_model(base, config)."
             )
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         theirs = base.__dict__.pop("peft_config", None)  # configs of other adapters, to which PEFT would add ours

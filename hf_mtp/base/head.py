@@ -58,8 +58,8 @@ def prediction_head(model: PreTrainedModel) -> PredictionHead:
     if hidden_BTD.shape[-1] != simple.hidden_size:
         raise ValueError(
             f"{type(model).__name__} cannot be upgraded: its decoder returns hidden states of size "
-            f"{hidden_BTD.shape[-1]}, but its output embeddings read size {simple.hidden_size}. Masks can be turned "
-            "into tokens only if the layers between the two each read and return one tensor."
+            f"{hidden_BTD.shape[-1]}, but its output embeddings read size {simple.hidden_size}. This is supported "
+            "only if each layer between the two takes and returns a single tensor."
         )
     return simple
 

@@ -24,7 +24,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"Multi-token prediction upgrades a transformers model, but got {type(model).__name__}. Load one with "
+            f"Multi-token prediction needs a transformers model, but got {type(model).__name__}. Load one with "
             "AutoModelForCausalLM.from_pretrained."
         )
     name = type(model).__name__
@@ -53,8 +53,8 @@ def refuse_attention_without_masks(model: PreTrainedModel) -> None:
     """
     if mask_form(model) is None:
         raise ValueError(
-            f"The base model uses attn_implementation={model.config._attn_implementation!r}, which accepts no 4-D "
-            "attention mask, but blocks of masks on several tokens need one. Call "
+            f"The base model uses attn_implementation={model.config._attn_implementation!r}, which does not accept a "
+            "4-D attention mask, but blocks of masks after several tokens need one. Call "
             "`model.set_attn_implementation('sdpa')`, or decode with mtp_strategy='linear'."
         )
 
@@ -82,8 +82,9 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel) and part is not model:
             return part
     raise ValueError(
-        f"{type(model).__name__} has no decoder apart from the layer that turns hidden states into logits, so the "
-        "hidden states of masks cannot be read. It does not follow the interfaces of transformers."
+        f"{type(model).__name__} has no decoder that is separate from its output layer, so the hidden states of "
+        "masks cannot be read. Multi-token prediction needs a model with `get_decoder` and output embeddings, as in "
+        "transformers."
     )
 
 
@@ -95,7 +96,7 @@ def refuse_without_weights(model: PreTrainedModel) -> None:
     """
     if input_device(model).type == "meta":
         raise ValueError(
-            f"{type(model).__name__} is on the meta device: it has shapes, but no weights. Load it with "
+            f"{type(model).__name__} is on the meta device, so it has no weights. Load it with "
             "AutoModelForCausalLM.from_pretrained, or give it weights with `to_empty` and `load_state_dict`."
         )
 

@@ -38,8 +38,8 @@ def exclude_layers_out_of_reach(
     unserved = layers_out_of_reach(model)
     if unserved and len(unserved) == len(linear_layers(model)):
         raise ValueError(
-            f"{type(model).__name__} cannot be upgraded: no linear layer reads one row per column of the model's "
-            "input, so none can tell masks from regular tokens."
+            f"{type(model).__name__} cannot be upgraded: a gated LoRA needs linear layers whose input has one row "
+            "per token, but this model has none."
         )
     names = shortened(unserved, model)
     if not names:
@@ -62,9 +62,9 @@ def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> No
     refused = [name for name in heads | layers_out_of_reach(model) if check_target_module_exists(config, name)]
     if refused:
         raise ValueError(
-            f"`target_modules={config.target_modules!r}` includes {', '.join(shortened(set(refused), model))}, which "
-            "do not read one row per column of the model's input, so a gate could not tell masks from regular tokens. "
-            "Leave them out, or use target_modules='all-linear'."
+            f"`target_modules={config.target_modules!r}` includes {', '.join(shortened(set(refused), model))}, whose "
+            "input does not have one row per token of the model's input, so the gate cannot tell masks from regular "
+            "tokens. Leave these layers out, or use target_modules='all-linear'."
         )
 
 

@@ -1,8 +1,8 @@
 """Builds a tiny random model of the same kind as a given one, from its config alone.
 
 Sizes shrink by their names in the configs of transformers (layers, widths, heads, experts ...), never by architecture.
-Every kind of layer in the config stays at least once. Some configs leave out sizes that their model needs, or have
-kinds of layers that come in pairs; for those, other ways to shrink are tried.
+At least one layer of each kind in the config is kept. Some configs leave out sizes that their model needs, or have
+kinds of layers that come in pairs; other ways to shrink them are tried.
 """
 
 import itertools
@@ -41,7 +41,7 @@ def tiny_model(
 ) -> PreTrainedModel:
     """A tiny random model of the kind that a config describes, in evaluation mode and, if its code allows, float64.
 
-    The weights are large enough that one token is clearly the likeliest, and which one depends on the text.
+    The weights are large enough that one token is clearly the most likely, and which one depends on the input.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): The config, which is not changed.

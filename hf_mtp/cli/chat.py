@@ -8,7 +8,7 @@ from typer import Argument, Option
 from .verb import verb
 
 TINTS = ("cyan", "green", "yellow", "magenta")
-HELP = "/plain switches multi-token prediction off and on, /clear forgets the conversation, /exit ends it."
+HELP = "/plain switches multi-token prediction off and on, /clear clears the conversation, /exit quits."
 
 
 @verb
@@ -17,17 +17,19 @@ def chat(
     system: Annotated[str | None, Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float | None, Option(help="Sample at this temperature. Greedy by default.")] = None,
-    top_p: Annotated[float | None, Option(help="Sample from the likeliest tokens of this probability.")] = None,
+    top_p: Annotated[
+        float | None, Option(help="Sample from the most likely tokens with this total probability.")
+    ] = None,
     seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
     plain: Annotated[bool, Option("--plain", help="Start with one token per pass.")] = False,
     strategy: Annotated[str, Option(help="auto, quadratic or linear, as mtp_strategy of generate.")] = "auto",
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str | None, Option(help="Device, such as cuda:0.")] = None,
 ) -> None:
-    """Chat in the terminal. Tokens that came in one forward pass have the same color.
+    """Chat in the terminal. Tokens from the same forward pass have the same color.
 
-    A line after each answer compares its speed with plain decoding's, which is measured at the start. /plain switches
-    multi-token prediction off and on, /clear forgets the conversation, /exit ends it, Ctrl-C ends an answer.
+    A line after each answer compares its speed with plain decoding, which is measured at the start. /plain switches
+    multi-token prediction off and on, /clear clears the conversation, /exit quits, Ctrl-C stops an answer.
 
     Example:
 

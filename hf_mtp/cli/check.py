@@ -15,10 +15,10 @@ def check(
     model: Annotated[str, Argument(help="Hub id or folder of a base model. Only its config is read.")],
     as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Check how a kind of model decodes several tokens per pass, without its weights.
+    """Check how a model type decodes several tokens per pass, without downloading weights.
 
-    A tiny random model of the same kind decodes in all ways, and the output is compared with plain decoding. The exit
-    code is 1 if the model cannot be upgraded or an output differs.
+    A tiny random model of the same type decodes with every strategy and cache, and the output is compared with plain
+    decoding. The exit code is 1 if the model cannot be upgraded or an output differs.
 
     Example:
 

@@ -19,9 +19,9 @@ def demo(
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     browser: Annotated[bool, Option("--browser", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Race plain decoding against multi-token prediction, side by side on a local page. Ctrl-C ends it.
+    """Race plain decoding against multi-token prediction, side by side on a local page. Ctrl-C stops the server.
 
-    Drafts appear, turn solid or are struck, and meters show tokens per second and tokens per pass.
+    The page shows drafts and which of them are accepted, with tokens per second and tokens per pass.
 
     Example:
 

@@ -25,28 +25,34 @@ def evaluate(
     batch_size: Annotated[int, Option(help="Prompts of one call.")] = 1,
     limit: Annotated[int | None, Option(help="Most prompts of each domain.")] = None,
     max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 128,
-    dtype: Annotated[str, Option(help="Dtype of the base, such as bfloat16; auto is that of the file.")] = "auto",
+    dtype: Annotated[
+        str, Option(help="Dtype of the base, such as bfloat16; auto is that of the checkpoint.")
+    ] = "auto",
     data: Annotated[Path | None, Option(help="Folder with local copies of benchmarks, such as gsm8k.jsonl.")] = None,
     output: Annotated[Path, Option(help="Folder for results.json, table.md and the curves.")] = Path("evaluation"),
     as_json: Annotated[
-        Path | None, Option("--json", help="File for a copy of results.json; - is stdout, and tables go to stderr.")
+        Path | None,
+        Option(
+            "--json",
+            help="Write a copy of results.json to this file; with -, JSON goes to stdout and tables to stderr.",
+        ),
     ] = None,
     card: Annotated[bool, Option("--card", help="Write the results into the adapter's model card.")] = False,
 ) -> None:
-    """Measure tokens per pass and speed over domains, k and strategies, beside plain decoding and prompt lookup.
+    """Measure tokens per pass and speed over domains, k and strategies, against plain decoding and prompt lookup.
 
-    Every prompt is decoded in all ways in turn. Ctrl-C keeps what is done, and the same command resumes.
+    Every prompt is decoded with all methods in turn. Ctrl-C keeps finished results, and the same command resumes.
 
     Example:
 
         hf-mtp evaluate Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --suite paper --limit 20
     """
     from ..evaluation.curves import can_draw
-    from ..evaluation.files import write_card_section, write_report
-    from ..evaluation.report import tokens_table
+    from ..evaluation.report_files import write_card_section, write_report
     from ..evaluation.results import FILE
     from ..evaluation.runner import evaluate as run
     from ..evaluation.suites import load_suite
+    from ..evaluation.tables import tokens_table
     from ..pretrained import load_upgraded
 
     wanted, prompts = numbers(k, "--k"), load_suite(suite, limit, data)
@@ -71,7 +77,7 @@ def evaluate(
     missing = "" if can_draw() else ", but no curves: matplotlib is not installed"
     say(f"All figures are in {output}{missing}.", as_json)
     if not results.complete:
-        typer.echo("Interrupted: what is done is kept. The same command goes on.", err=True)
+        typer.echo("Interrupted. Finished results are kept; run the same command to resume.", err=True)
         raise typer.Exit(INTERRUPTED)
     if card:
         say(f"The results are in {write_card_section(results, folder)}, too.", as_json)

@@ -1,4 +1,4 @@
-"""`hf-mtp export`: adapters for other engines, and theirs for us."""
+"""`hf-mtp export`: converts adapters for other engines, and Uno adapters for this package."""
 
 from enum import Enum
 from typing import Annotated
@@ -27,7 +27,9 @@ def export(
     adapter: Annotated[str, Argument(help="Hub id or folder of the adapter.")],
     out: Annotated[str, Argument(help="The new folder, empty or missing.")],
     to: Annotated[Target | None, Option("--to", help="Write our adapter for this engine.")] = None,
-    source: Annotated[Source | None, Option("--from", help="Write an adapter of this format as one of ours.")] = None,
+    source: Annotated[
+        Source | None, Option("--from", help="Convert an adapter of this format into an hf_mtp adapter.")
+    ] = None,
     base: Annotated[
         str | None, Option(help="Hub id or folder of the base, if the adapter names another. Only its config is read.")
     ] = None,
@@ -35,7 +37,7 @@ def export(
         int | None, Option(help="Masks to export to vLLM (all by default), or noise tokens of Uno's adapter (8).")
     ] = None,
 ) -> None:
-    """Write an adapter for vLLM or in Uno's format, which SGLang reads, or one of Uno's as ours.
+    """Convert an adapter for vLLM or to Uno's format, which SGLang reads, or from Uno's format.
 
     Example:
 
@@ -43,9 +45,11 @@ def export(
         hf-mtp export s-sahoo/uno-qwen3-8B uno --from uno --base Qwen/Qwen3-8B
     """
     if (to is None) == (source is None):
-        raise typer.BadParameter("Say either --to (vllm or uno) or --from (uno).")
+        raise typer.BadParameter("Pass either --to (vllm or uno) or --from (uno), and not both.")
     if to is Target.UNO and k is not None:
-        raise typer.BadParameter("Uno's files do not say how many noise tokens to use. Leave out --k.")
+        raise typer.BadParameter(
+            "Uno's format does not contain the number of noise tokens, so --k has no effect. Leave out --k."
+        )
     from ..export.uno import export_uno, import_uno
     from ..export.vllm import export_vllm
 
@@ -57,4 +61,4 @@ def export(
         typer.echo(f"{folder} is {adapter} in Uno's format, for SGLang: --speculative-algorithm UNO --uno-lora-path.")
     else:
         folder = import_uno(adapter, out, base, **({} if k is None else {"k": k}))
-        typer.echo(f"{folder} is {adapter} as an adapter of ours. Try it: hf-mtp generate {folder} 'Your prompt'")
+        typer.echo(f"{folder} is {adapter} as an hf_mtp adapter. Try it: hf-mtp generate {folder} 'Your prompt'")

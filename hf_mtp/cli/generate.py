@@ -17,18 +17,22 @@ def generate(
     model: Annotated[str, Argument(help="Hub id or folder of an adapter, or of a base model.")],
     prompt: Annotated[str | None, Argument(help="The text to continue. By default, stdin.")] = None,
     file: Annotated[Path | None, Option(help="Read the prompt from a file.", exists=True, dir_okay=False)] = None,
-    chat: Annotated[bool, Option("--chat", help="Take the prompt as a user's message, by the chat template.")] = False,
+    chat: Annotated[
+        bool, Option("--chat", help="Apply the chat template, with the prompt as a user message.")
+    ] = False,
     max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens.")] = 256,
     temperature: Annotated[float | None, Option(help="Sample at this temperature. Greedy by default.")] = None,
-    top_p: Annotated[float | None, Option(help="Sample from the likeliest tokens of this probability.")] = None,
+    top_p: Annotated[
+        float | None, Option(help="Sample from the most likely tokens with this total probability.")
+    ] = None,
     seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
     plain: Annotated[bool, Option("--plain", help="One token per pass: the same text, slower.")] = False,
     strategy: Annotated[str, Option(help="auto, quadratic or linear, as mtp_strategy of generate.")] = "auto",
-    as_json: Annotated[bool, Option("--json", help="Print one JSON document with text and counts.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print a JSON document with the text and statistics.")] = False,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str | None, Option(help="Device, such as cuda:0.")] = None,
 ) -> None:
-    """Continue a prompt. The text streams to stdout, and a line of counts follows on stderr.
+    """Continue a prompt. The text streams to stdout, and a line of statistics follows on stderr.
 
     Example:
 
@@ -54,7 +58,7 @@ def generate(
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
-        raise typer.BadParameter("A prompt was passed and --file, too: pass one of them.")
+        raise typer.BadParameter("Got both a prompt and --file. Pass only one of them.")
     if file is not None:
         return file.read_text(encoding="utf-8")
     if prompt is not None and prompt != "-":

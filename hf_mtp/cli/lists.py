@@ -27,4 +27,6 @@ def numbers(value: str | None, option: str) -> list[int] | None:
     try:
         return [int(word) for word in words(value)]
     except ValueError as error:
-        raise typer.BadParameter(f"{option} takes whole numbers separated by commas, but got {value!r}.") from error
+        raise typer.BadParameter(
+            f"{option} takes integers separated by commas, such as 1,4,8, but got {value!r}."
+        ) from error

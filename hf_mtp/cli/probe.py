@@ -16,13 +16,15 @@ def probe(
     suite: Annotated[str, Option(help="A file of prompts, or the name of a suite.")] = "quick",
     limit: Annotated[int, Option(help="Most prompts of each domain.")] = 2,
     max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 64,
-    dtype: Annotated[str, Option(help="Dtype of the base, such as bfloat16; auto is that of the file.")] = "auto",
+    dtype: Annotated[
+        str, Option(help="Dtype of the base, such as bfloat16; auto is that of the checkpoint.")
+    ] = "auto",
     output: Annotated[Path, Option(help="Folder for probe.json, probe.md and the figures.")] = Path("probe"),
 ) -> None:
-    """Show what a model knows of the tokens after the next one, before and after training.
+    """Show how well a model predicts tokens beyond the next one, before and after training.
 
-    The base answers prompts greedily. The rank of each true future token is measured where the untouched base reads
-    placeholders, where it reads the adapter's masks, and after the sampler head. A base alone has placeholders only.
+    The base answers prompts greedily. The rank of each true future token is measured at placeholders of the untouched
+    base, at the adapter's masks, and after the sampler head. Without an adapter, only placeholders are measured.
 
     Example:
 

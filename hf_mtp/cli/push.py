@@ -17,13 +17,17 @@ def push(
     revision: Annotated[str | None, Option(help="Branch to upload to.")] = None,
     create_pr: Annotated[bool, Option("--create-pr", help="Open a pull request instead.")] = False,
     custom_generate: Annotated[
-        bool, Option("--custom-generate", help="Let scripts use it by `base.generate(custom_generate=REPO)` alone.")
+        bool,
+        Option(
+            "--custom-generate",
+            help="Add the file for `base.generate(custom_generate=REPO)`, so that scripts need not import hf_mtp.",
+        ),
     ] = False,
     message: Annotated[str | None, Option(help="Commit message.")] = None,
 ) -> None:
-    """Upload an adapter to the Hub in one commit, with its card.
+    """Upload an adapter and its model card to the Hub in one commit.
 
-    The base model is loaded first, to see that the adapter fits it. `hf auth login` stores the token.
+    The base model is loaded first, to check that the adapter fits it. `hf auth login` stores the token.
 
     Example:
 
@@ -32,7 +36,10 @@ def push(
     from ..pretrained import is_adapter, load_model
 
     if not is_adapter(adapter):
-        raise ValueError(f"{adapter} holds no adapter_config.json, so it is no adapter that could be pushed.")
+        raise ValueError(
+            f"{adapter} is not an adapter: it has no adapter_config.json. Pass the folder that "
+            "`save_pretrained` or `hf-mtp train` wrote."
+        )
     commit = load_model(adapter, device="cpu").push_to_hub(
         repo,
         private=private or None,

@@ -22,18 +22,18 @@ def regenerate(
     rows: Annotated[int | None, Option(help="Number of rows to use, from the first. All by default.")] = None,
     batch_size: Annotated[int, Option(help="Rows at a time, per process.")] = 16,
     max_new_tokens: Annotated[int, Option(help="Most tokens per response.")] = 512,
-    prompt_tokens: Annotated[int | None, Option(help="For plain texts: the tokens that form the prompt.")] = None,
+    prompt_tokens: Annotated[int | None, Option(help="For plain texts: how many tokens are the prompt.")] = None,
     do_sample: Annotated[bool, Option("--do-sample", help="Sample instead of decoding greedily.")] = False,
     temperature: Annotated[float | None, Option(help="With --do-sample, as in generate.")] = None,
     top_p: Annotated[float | None, Option(help="With --do-sample, as in generate.")] = None,
     top_k: Annotated[int | None, Option(help="With --do-sample, as in generate.")] = None,
     seed: Annotated[int, Option(help="Seed for sampling.")] = 0,
-    mtp: Annotated[bool, Option("--mtp", help="Multi-token prediction. The model must be an adapter.")] = False,
+    mtp: Annotated[bool, Option("--mtp", help="Use multi-token prediction. The model must be an adapter.")] = False,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
 ) -> None:
-    """Replace the responses of a dataset by the model's own: the best data to train its adapter on.
+    """Replace the responses of a dataset with the model's own: the best training data for its adapter.
 
-    The output folder holds JSON Lines files for load_dataset. The same command resumes after an interruption.
+    The output folder contains JSON Lines files for load_dataset. After an interruption, the same command resumes.
 
     Example:
 

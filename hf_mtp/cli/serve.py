@@ -26,11 +26,13 @@ def serve(
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port to listen on; 0 for any free one.")] = 8000,
     strategy: Annotated[str, Option(help="auto, quadratic or linear, as mtp_strategy of generate.")] = "auto",
-    max_batch: Annotated[int, Option(min=1, help="Most requests decoded together. Others wait.")] = 16,
+    max_batch: Annotated[
+        int, Option(min=1, help="Maximum number of requests in the batch. Further requests are queued.")
+    ] = 16,
     max_prompt_tokens: Annotated[int | None, Option(min=1, help="Longest prompt. By default the context.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest response.")] = 4096,
     max_body_bytes: Annotated[int, Option(min=1, help="Largest body of a request.")] = 2**21,
-    shutdown_seconds: Annotated[int, Option(help="How long running requests may take after Ctrl-C.")] = 30,
+    shutdown_seconds: Annotated[int, Option(help="How long running requests may continue after Ctrl-C.")] = 30,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str, Option(help="Device, such as cuda:0. By default an accelerator, if any.")] = "auto",
     log_level: Annotated[str, Option(help="Of uvicorn; info logs each request.")] = "warning",
@@ -38,10 +40,10 @@ def serve(
     vllm_python: Annotated[str, Option(help="Python of an environment with vLLM.")] = sys.executable,
     vllm_options: Annotated[list[str] | None, Argument(help="Further options of vLLM, after --.")] = None,
 ) -> None:
-    """Serve an adapter to OpenAI clients. Requests are decoded in one batch, each with the base model's own text.
+    """Serve an adapter to OpenAI clients. Requests share one batch, and each gets the base model's own output.
 
-    The environment variable HF_MTP_API_KEY holds the key that clients must send. /metrics is for Prometheus, /health
-    for a load balancer. Ctrl-C finishes running requests.
+    The environment variable HF_MTP_API_KEY sets the key that clients must send. /metrics is for Prometheus, /health
+    for a load balancer. After Ctrl-C, running requests may finish.
 
     Example:
 
@@ -55,7 +57,9 @@ def serve(
         settings = VllmSettings(adapter, host, port, key, strategy, max_batch, dtype, vllm_python, options)
         raise typer.Exit(serve_with_vllm(settings))
     if vllm_options:
-        raise typer.BadParameter(f"{' '.join(vllm_options)} would be options of vLLM, which needs --engine vllm.")
+        raise typer.BadParameter(
+            f"{' '.join(vllm_options)} are not options of `hf-mtp serve`. To pass options to vLLM, add --engine vllm."
+        )
     try:
         from ..serving.limits import Limits
         from ..serving.server import Server, ServerSettings

@@ -29,10 +29,14 @@ class UpgradeArguments:
     dataset: str = field(metadata={"help": "Hub id, folder, or JSON Lines file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    k: int = field(default=8, metadata={"help": "Mask tokens, and so the most drafts per forward pass."})
+    k: int = field(
+        default=8, metadata={"help": "Number of mask tokens, the maximum number of drafts per forward pass."}
+    )
     r: int = field(default=128, metadata={"help": "Rank of the LoRA."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA. By default GatedLoraConfig's."})
-    masks: str = field(default="learned", metadata={"help": "What masks are embedded as: 'learned' or 'noise'."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Numerator of the LoRA scale. By default that of GatedLoraConfig."}
+    )
+    masks: str = field(default="learned", metadata={"help": "How masks are embedded: 'learned' or 'noise'."})
     sampler: bool = field(default=True, metadata={"help": "Whether drafts come from a sampler head."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the base, such as bfloat16."})
 
@@ -42,10 +46,11 @@ def train(
     context: typer.Context,
     list_fields: Annotated[bool, Option("--list-fields", help="List all fields with their defaults.")] = False,
 ) -> None:
-    """Train an adapter. Every field of MTPConfig, which is an SFTConfig, is a flag, and --config names a YAML file.
+    """Train an adapter. Every field of MTPConfig (an SFTConfig) is a flag, and --config reads flags from a YAML file.
 
-    --model and --dataset are needed. --k, --r, --lora_alpha, --masks and --no_sampler are those of GatedLoraConfig.
-    Several GPUs: `accelerate launch -m hf_mtp.cli.train`. --resume_from_checkpoint goes on after an interruption.
+    --model and --dataset are required. --k, --r, --lora_alpha, --masks and --no_sampler are those of GatedLoraConfig.
+    For several GPUs, use `accelerate launch -m hf_mtp.cli.train`. --resume_from_checkpoint resumes after an
+    interruption.
 
     Example:
 

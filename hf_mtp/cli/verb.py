@@ -1,4 +1,4 @@
-"""The frame of every verb: it registers the adapter type, and turns an error into one paragraph and an exit code."""
+"""Wraps every subcommand: registers the adapter type, and turns an error into one paragraph and an exit code."""
 
 import functools
 import inspect
@@ -14,9 +14,9 @@ SELF_EXPLANATORY = (ValueError, OSError, NotImplementedError, RuntimeError, Impo
 
 
 def verb(function: Callable, error_code: int = 1) -> Callable:
-    """Makes a verb of a function: adds `--debug`, and reports errors on stderr with an exit code.
+    """Turns a function into a subcommand: adds `--debug`, and reports errors on stderr with an exit code.
 
-    Wrong usage ends with exit code 2, as typer does it. Modules of verbs import nothing heavy: their functions do.
+    Wrong usage has exit code 2, as in typer. Modules of subcommands import nothing heavy: their functions do.
 
     Args:
         function (`Callable`): Its parameters are the arguments and options of the verb, as typer reads them.

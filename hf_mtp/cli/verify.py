@@ -24,20 +24,25 @@ def verify(
     adapter: Annotated[str | None, Option(help="Hub id or folder of the adapter, if the model is a base.")] = None,
     prompts: Annotated[str, Option(help="A file of prompts, or the name of a suite.")] = "quick",
     strategy: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
-    dtype: Annotated[str, Option(help="Dtypes of the base, separated by commas; auto is that of the file.")] = "auto",
-    k: Annotated[int | None, Option(help="Masks per block. The adapter's own number by default.")] = None,
+    dtype: Annotated[
+        str, Option(help="Dtypes of the base, separated by commas; auto is that of the checkpoint.")
+    ] = "auto",
+    k: Annotated[int | None, Option(help="Masks per block. By default the adapter's k.")] = None,
     batch_size: Annotated[int, Option(help="Prompts of one call.")] = 1,
     max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 64,
     limit: Annotated[int, Option(help="Most prompts of each domain.")] = 2,
     greedy_only: Annotated[bool, Option("--greedy-only", help="Do not compare sampling.")] = False,
     as_json: Annotated[
-        Path | None, Option("--json", help="File for the report as JSON; - is stdout, and text goes to stderr.")
+        Path | None,
+        Option(
+            "--json", help="Write the report to this file as JSON; with -, JSON goes to stdout and text to stderr."
+        ),
     ] = None,
 ) -> None:
-    """Check that the output with `mtp=True` is that of plain decoding, token by token.
+    """Check that `mtp=True` gives the same output as plain decoding, token by token.
 
-    Sampling is compared with plain decoding under the same noise, and its distribution by a two-sample test. The exit
-    code is 0 if everything is equal, 1 if something differs, and 2 after an error.
+    Samples are compared with plain decoding under the same noise, and their distribution with a two-sample test. The
+    exit code is 0 if everything is equal, 1 if something differs, and 2 after an error.
 
     Example:
 

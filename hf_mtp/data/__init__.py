@@ -1,1 +1,1 @@
-"""Responses of the model itself, in place of a dataset's."""
+"""Replaces the responses of a dataset with the model's own."""

@@ -1,4 +1,4 @@
-"""Answers a batch of prompts by the model's own responses."""
+"""Generates the model's own responses for a batch of prompts."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ def answer(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that answers.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         prompt_tokens (`int`, *optional*): How many tokens of a plain text are the prompt.
-        mtp (`bool`): Whether to decode by multi-token prediction.
+        mtp (`bool`): Whether to use multi-token prediction.
         options (`dict`): Arguments of `generate`: `eos_token_id`, a list, `pad_token_id`, `max_new_tokens` and others.
     """
     questions = [question_of(row, tokenizer, prompt_tokens) for row in rows]
@@ -76,7 +76,7 @@ def _until_end(ids: list[int], options: dict) -> tuple[list[int], str]:
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows that are shorter."""
+    """The padding token."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
@@ -86,7 +86,8 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def end_tokens(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, asked_for: int | list[int] | None
 ) -> list[int] | None:
-    """What ends a response: as asked for, else as the model's generation config says, else the tokenizer's own end."""
+    """The end-of-sequence tokens: those requested, else those of the model's generation config, else the tokenizer's
+    own."""
     for ends in (asked_for, model.generation_config.eos_token_id, tokenizer.eos_token_id):
         if ends is not None:
             return [ends] if isinstance(ends, int) else [*ends]

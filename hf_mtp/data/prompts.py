@@ -1,5 +1,4 @@
-"""The prompt of a dataset row, and the same row with another response, in every form with a prompt that TRL
-accepts."""
+"""The prompt of a dataset row, and the row with a new response, for every TRL dataset format that has a prompt."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,8 +33,8 @@ def form_of(columns: list[str]) -> str:
         if form in columns:
             return form
     raise ValueError(
-        f"A row needs a column that holds a prompt, one of {', '.join(map(repr, FORMS))}, but the dataset has "
-        f"{', '.join(map(repr, columns)) or 'no columns'}. Rename one: `dataset.rename_column(..., 'prompt')`."
+        f"The dataset needs a column with prompts, one of {', '.join(map(repr, FORMS))}, but it has "
+        f"{', '.join(map(repr, columns)) or 'no columns'}. Rename the column: `dataset.rename_column(..., 'prompt')`."
     )
 
 
@@ -73,7 +72,7 @@ def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> 
 
 
 def encode_prompt(prompt: TextOrTurns, tokenizer: PreTrainedTokenizerBase, row: dict | None = None) -> list[int]:
-    """Token ids as TRL makes them, ready to be answered: none for a prompt that is empty.
+    """Token ids of a prompt as TRL tokenizes it; an empty list for an empty prompt.
 
     Args:
         prompt (`str` or `list[dict]`): Text, or the turns of a conversation.

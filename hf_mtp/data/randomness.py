@@ -1,4 +1,8 @@
-"""Runs a block under its own seed, then restores torch's global random state."""
+"""Seeds torch's global random state for a block, and restores it afterwards.
+
+`generate` samples from the global state. [`~hf_mtp.base.randomness.own_randomness`] leaves that state alone, but it
+intercepts every operation in Python, so it is for short runs only.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +11,8 @@ import torch
 
 
 @contextmanager
-def own_randomness(model: torch.nn.Module, seed: int) -> Iterator[None]:
-    """Seeds torch's global random state, and restores it on exit.
+def fork_rng(model: torch.nn.Module, seed: int) -> Iterator[None]:
+    """[`torch.random.fork_rng`] for the devices of a model, with a seed.
 
     Args:
         model (`torch.nn.Module`): The devices of its parameters are seeded.

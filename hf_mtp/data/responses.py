@@ -1,4 +1,4 @@
-"""[`regenerate_responses`] replaces the responses of a dataset by the model's own."""
+"""[`regenerate_responses`] replaces the responses of a dataset with the model's own."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from ..adapter.tuner import GatedLoraTuner
 from ..base.inspection import evaluation_mode
 from .answers import answer, end_tokens, pad_token
 from .prompts import form_of
-from .randomness import own_randomness
+from .randomness import fork_rng
 from .shard import Shard
 from .survey import context_length, survey
 
@@ -49,14 +49,14 @@ def regenerate_responses(
     do_sample: bool = False,
     **generate_kwargs,
 ) -> Dataset:
-    """Replaces the responses of a dataset by the model's own.
+    """Replaces the responses of a dataset with the model's own.
 
     A draft is accepted if it matches the base, not the data, so an adapter learns most from the base's own text. Pass
-    the result to [`MTPTrainer`] as it is.
+    the result directly to [`MTPTrainer`].
 
-    Rows are answered in batches of about equal length, the longest first. Each batch is written to disk at once. After
-    an interruption, the same call resumes and ends with the same file. Under `accelerate launch`, each process answers
-    its own part of the rows.
+    Rows are answered in batches of similar length, the longest first. Each batch is written to disk at once. After an
+    interruption, the same call resumes and produces the same file. Under `accelerate launch`, the processes share the
+    rows.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -73,18 +73,18 @@ def regenerate_responses(
         batch_size (`int`, *optional*, defaults to `16`):
             Rows answered at a time by each process.
         max_new_tokens (`int`, *optional*, defaults to `512`):
-            Length of a response at most.
+            Maximum length of a response.
         prompt_tokens (`int`, *optional*):
             How many tokens of each plain `text` are the prompt. Other forms ignore it.
         seed (`int`, *optional*, defaults to `0`):
-            The seed of sampling. Each batch has its own random numbers, so an interruption changes nothing. Another
+            Seed for sampling. Each batch has its own random numbers, so an interruption changes nothing. A different
             batch size or number of processes changes the responses.
         mtp (`bool`, *optional*, defaults to `False`):
-            Whether to decode by multi-token prediction, which needs an upgraded model: the same responses, sooner.
+            Whether to use multi-token prediction, which needs an upgraded model. The responses stay the same.
         do_sample (`bool`, *optional*, defaults to `False`):
             Whether to sample, with the settings of the model's generation config or `temperature`, `top_p` and so on.
         generate_kwargs:
-            Everything else that `generate` takes.
+            Further arguments of `generate`.
 
     Returns:
         [`~datasets.Dataset`]: The rows of this process, in their order; with one process, all.
@@ -133,7 +133,7 @@ def regenerate_responses(
         done = shard.resume(batch_size)
         with evaluation_mode(model), _Progress(len(asked.order), done * batch_size, processes) as progress:
             for batch in batches[done:]:
-                with own_randomness(model, seed + batch[0]):
+                with fork_rng(model, seed + batch[0]):
                     answers = answer([rows[index] for index in batch], model, tokenizer, prompt_tokens, mtp, options)
                 shard.append([answer.row for answer in answers])
                 progress.add(len(batch), sum(answer.tokens for answer in answers))
@@ -156,12 +156,15 @@ def _refuse_dataset(
         help = f"choose a split, {[*dataset]}" if isinstance(dataset, dict) else "`Dataset.from_generator` makes one"
         raise ValueError(f"`dataset` must be a datasets.Dataset, but got {kind}: {help}.")
     if len(dataset) < processes:
-        raise ValueError(f"`dataset` has {len(dataset)} rows for {processes} process(es), and each needs one or more.")
+        raise ValueError(
+            f"`dataset` has {len(dataset)} row(s), which is too few for {processes} process(es): each "
+            "process needs at least one."
+        )
     form = form_of(dataset.column_names)
     if (form == "text") != (prompt_tokens is not None):
         raise ValueError(
-            f"The prompts are in column {form!r}, and `prompt_tokens` is {prompt_tokens}. It says how many tokens of "
-            "a plain `text` are the prompt: pass it for those, and for nothing else."
+            f"The prompts are in column {form!r}, and `prompt_tokens` is {prompt_tokens}. It sets how many tokens of "
+            "a plain `text` are the prompt: pass it for datasets with a `text` column only."
         )
     if prompt_tokens is not None and prompt_tokens < 1:
         raise ValueError(f"`prompt_tokens` must be at least 1, but got {prompt_tokens}.")
@@ -182,13 +185,14 @@ def _refuse_arguments(
     refused = sorted(REFUSED & generate_kwargs.keys())
     if refused:
         raise ValueError(
-            f"{', '.join(map(repr, refused))} cannot be passed on to `generate`: every row gets one response, whose "
-            "batch, end and chance are decided here. Pass settings one by one, such as `temperature=0.7`."
+            f"{', '.join(map(repr, refused))} cannot be passed on to `generate`, because `regenerate_responses` sets "
+            "the batch, the stopping and the seed itself, and every row gets one response. Pass individual "
+            "settings, such as `temperature=0.7`."
         )
     if mtp and not isinstance(getattr(model, "base_model", None), GatedLoraTuner):
         raise ValueError(
-            f"`mtp=True` needs an upgraded model, but got {type(model).__name__}. Load its adapter, "
-            "`PeftModel.from_pretrained(base, adapter)`, or leave `mtp` out: the responses are the same."
+            f"`mtp=True` needs an upgraded model, but got {type(model).__name__}. Load its adapter with "
+            "`PeftModel.from_pretrained(base, adapter)`, or leave out `mtp`: the responses are the same."
         )
 
 

@@ -1,4 +1,4 @@
-"""Loads the rows of a dataset by the name that a user gives."""
+"""Loads the rows of a dataset by Hub id, folder or file."""
 
 from pathlib import Path
 

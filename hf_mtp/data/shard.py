@@ -54,8 +54,8 @@ class Shard:
         if other:
             differences = ", ".join(f"{name} {made_with.get(name)!r}, not {arguments[name]!r}" for name in other)
             raise ValueError(
-                f"{self.folder} holds rows made with other arguments: {differences}. Use those to go on with it, or "
-                "another output folder."
+                f"{self.folder} contains rows that were made with other arguments: {differences}. Use the same "
+                "arguments to resume, or another output folder."
             )
 
     def _refuse_strangers(self) -> None:
@@ -63,17 +63,20 @@ class Shard:
         for path in self.folder.glob("*.jsonl"):
             if count not in path.name:
                 raise ValueError(
-                    f"{self.folder} holds {path.name}, which {self.of} process(es) did not make. Use as many as "
-                    "before to go on with it, or another output folder."
+                    f"{self.folder} holds {path.name}, which was not made by {self.of} process(es). Use the same "
+                    "number of processes to resume, or another output folder."
                 )
         for path in self.folder.glob(".train-*-of-*.arguments.json"):
             if count not in path.name:
                 raise ValueError(
-                    f"{self.folder} was begun by {int(path.name.split('-of-')[1][:5])} process(es), but now there are "
-                    f"{self.of}. Use as many as before to go on with it, or another output folder."
+                    f"{self.folder} was begun by {int(path.name.split('-of-')[1][:5])} process(es), but now there "
+                    f"are {self.of}. Use the same number of processes to resume, or another output folder."
                 )
         if self.is_whole and not self._arguments.is_file():
-            raise ValueError(f"{self.path} is of unknown origin. Use another output folder.")
+            raise ValueError(
+                f"{self.path} was not written by `regenerate_responses` with these arguments. Use "
+                "another output folder."
+            )
 
     def resume(self, batch_size: int) -> int:
         """Drops what an interrupted write left unfinished.
@@ -128,7 +131,7 @@ def to_json(row: dict) -> bytes:
     except TypeError as error:
         columns = [name for name, value in row.items() if not _is_json(value)]
         raise ValueError(
-            f"Column {', '.join(map(repr, columns))} cannot be written as JSON: {error}. Leave it out, "
+            f"Column {', '.join(map(repr, columns))} cannot be written as JSON: {error}. Remove the column: "
             f"`dataset.remove_columns({columns})`."
         ) from error
 

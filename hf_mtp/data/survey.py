@@ -52,17 +52,20 @@ def survey(
         if 0 < length <= longest:
             lengths[index] = length
     left_out = (
-        f"{empty} have an empty prompt, and in {too_long} the prompt and `max_new_tokens` are longer than the model's "
-        "context"
+        f"{empty} have an empty prompt, and in {too_long} the prompt plus `max_new_tokens` exceeds the model's "
+        "context length"
     )
     if not lengths:
-        raise ValueError(f"None of the {len(rows)} rows can be answered: {left_out}. Lower `max_new_tokens`?")
+        raise ValueError(
+            f"None of the {len(rows)} rows can be answered: {left_out}. Lower `max_new_tokens`, or use "
+            "shorter prompts."
+        )
     if empty or too_long:
-        logger.warning(f"{empty + too_long} of {len(rows)} rows are left out: {left_out}.")
+        logger.warning(f"{empty + too_long} of {len(rows)} rows are skipped: {left_out}.")
     return Survey(sorted(lengths, key=lengths.__getitem__, reverse=True), digest.hexdigest()[:16])
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> float:
-    """The most tokens that the model was made for."""
+    """The model's maximum context length in tokens."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return float("inf") if not limit else limit

@@ -37,16 +37,16 @@ def refuse_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
 def refuse_arguments(kwargs: dict) -> None:
     """Raises `ValueError` for arguments that `generate` would consume before the decode loop could check them."""
     if kwargs.get("custom_generate") is not None:
-        raise ValueError("`custom_generate` and `mtp=True` are two ways to decode: pass one of them.")
+        raise ValueError("`custom_generate` and `mtp=True` cannot be combined. Pass only one of them.")
     if kwargs.get("assistant_model") is not None:
-        raise ValueError("`assistant_model` and `mtp=True` are two ways to make drafts: pass one of them.")
+        raise ValueError("`assistant_model` and `mtp=True` cannot be combined. Pass only one of them.")
     if kwargs.get("adapter_names") is not None:
         raise ValueError(
-            "`adapter_names` chooses an adapter for each row, but all masks belong to the active adapter. Choose it "
-            "with `set_adapter`, or leave `mtp` out."
+            "`adapter_names` selects an adapter per row, but with `mtp=True` all masks belong to the active "
+            "adapter. Select it with `set_adapter`, or leave out `mtp`."
         )
     if kwargs.get("use_cache") is False:
-        raise ValueError("`use_cache=False` with `mtp=True`: drafts are verified against a cache. Leave it out.")
+        raise ValueError("`mtp=True` needs a cache to verify drafts, but got `use_cache=False`. Leave it out.")
     _refuse_quantized(kwargs.get("cache_implementation"))  # before transformers asks for its packages
 
 
@@ -71,7 +71,7 @@ def refuse_generation_mode(config: GenerationConfig) -> None:
         given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value and str(value) != "1")
         raise ValueError(
             f"{given} selects {mode.value.replace('_', ' ')}, which does not decode one sequence token by token, so "
-            "`mtp=True` could not return the same output. Leave these settings out, or `mtp=True`."
+            "`mtp=True` could not return the same output. Leave out these settings, or `mtp=True`."
         )
     _refuse_quantized(config.cache_implementation)
 
@@ -89,8 +89,8 @@ def refuse_cache(cache: Cache | None, columns: int) -> None:
         size = layer.get_max_length()
         if size != -1 and not layer.is_sliding and size < columns:
             raise ValueError(
-                f"The cache that was passed has room for {size} tokens, but the prompt and its new tokens need "
-                f"up to {columns}. Make it with max_cache_len={columns}, or lower `max_new_tokens`."
+                f"The cache that was passed has space for {size} tokens, but the prompt and the new tokens need up "
+                f"to {columns}. Create it with max_cache_len={columns}, or lower `max_new_tokens`."
             )
 
 
@@ -104,8 +104,9 @@ def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
     for length in rope_switches(config):
         if columns >= length:
             raise NotImplementedError(
-                f"This model's rotary embeddings change at {length} tokens, and the text may have {columns}: passes "
-                "of a fixed shape would not be exact. Leave `cache_implementation` out, or lower `max_new_tokens`."
+                f"This model's rotary embeddings change at {length} tokens, and the sequence may reach {columns}, so "
+                "passes of a fixed shape would not be exact. Leave out `cache_implementation`, or lower "
+                "`max_new_tokens`."
             )
 
 
@@ -138,7 +139,8 @@ def refuse_for_sequences(
     ):
         if asked:
             raise NotImplementedError(
-                f"This model reads one plain sequence at a time, so `mtp=True` does not support {what}. {instead}, or "
+                f"This model supports only one plain sequence at a time, so `mtp=True` does not support {what}. "
+                f"{instead}, or "
                 "decode with mtp=False."
             )
 
@@ -170,6 +172,6 @@ def refuse_bitwise(model: PreTrainedModel, prompt: Prompt, columns: int, is_stat
     ):
         if asked:
             raise NotImplementedError(
-                f"`mtp_bitwise=True` does not support {what}: passes over several tokens would round in another way "
-                f"than plain decoding. {instead}, or leave `mtp_bitwise` out."
+                f"`mtp_bitwise=True` does not support {what}: passes over several tokens would round differently "
+                f"than plain decoding. {instead}, or leave out `mtp_bitwise`."
             )

@@ -45,26 +45,27 @@ class GenerationMixin:
 
         Greedy decoding returns the same tokens. Sampling draws from the same distribution with any logits processors,
         and the same seed returns the same text with any strategy. `mtp` and the arguments that begin with `mtp_` may
-        also be attributes of the generation config, so that pipelines and chats use them without a change of code.
+        also be attributes of the generation config, so that pipelines can use them without code changes.
 
         Args:
             mtp (`bool`, *optional*, defaults to `False`):
                 Whether to use multi-token prediction. If not, this is exactly the base model's `generate`.
             mtp_strategy (`str`, *optional*, defaults to `"auto"`):
-                `"quadratic"` hangs a whole block of masks on every draft, so that each pass has drafts to verify.
-                `"linear"` hangs one on the last draft only: passes are shorter, but after a rejected draft the next
-                pass has none to verify. `"auto"` computes the masks that are worth their cost on this machine, takes
-                drafts from the text itself where it repeats, verifies second and third candidates beside the likeliest
-                ones where columns are cheap, and decodes plainly while that is faster. For models that read plain
-                sequences only, such as recurrent ones, `"auto"` is `"linear"`.
+                `"quadratic"` appends a whole block of masks to every draft, so that each pass has drafts to verify.
+                `"linear"` appends a block to the last draft only: passes are shorter, but after a rejected draft the
+                next pass has no drafts to verify. `"auto"` computes the masks that are worth their cost on this
+                machine, also drafts by prompt lookup, verifies second and third candidates where columns are cheap,
+                and falls back to plain decoding while that is faster. For models that do not support trees, such as
+                recurrent ones, `"auto"` is `"linear"`.
             mtp_k (`int`, *optional*, defaults to the adapter's `k`):
-                Masks per block, and so the most drafts that masks make per forward pass; at most the adapter's `k`.
+                Masks per block, which is the maximum number of drafts from masks per forward pass; at most the
+                adapter's `k`.
             mtp_bitwise (`bool`, *optional*, defaults to `False`):
-                Whether each regular token is computed bit for bit as in plain decoding, so that the text is the same
-                in bfloat16 and float16, too. Otherwise near-ties may flip there. It costs some time in each pass. A
-                short trial tests whether the model and the device allow it.
+                Whether to compute regular tokens bit for bit as in plain decoding, so that the output is also
+                identical in bfloat16 and float16, where near-ties may otherwise flip. Each pass then takes longer. A
+                short trial checks whether the model and the device support it.
             generator (`torch.Generator`, *optional*):
-                The generator from which sampling draws its seed; torch's global one if `None`.
+                The generator that provides the seed for sampling; torch's global generator if `None`.
             args, kwargs:
                 All arguments of `generate`.
 
@@ -76,8 +77,8 @@ class GenerationMixin:
             ValueError: The strategy is unknown, `mtp_k` is out of range, token ids are outside the vocabulary, a row
                 is all padding, the cache is too short, or the generation mode cannot be exact (beam search,
                 contrastive search, assisted generation, a quantized cache).
-            NotImplementedError: The model does not allow the strategy, or reads plain sequences only and is asked for
-                a static cache, or `mtp_bitwise` cannot be guaranteed.
+            NotImplementedError: The model does not support the strategy or, without tree support, a static cache; or
+                `mtp_bitwise` cannot be guaranteed.
         """
         kwargs = arguments_by_name(self.model, args, kwargs)
         asked = {"mtp": mtp, "mtp_strategy": mtp_strategy, "mtp_k": mtp_k, "mtp_bitwise": mtp_bitwise}
@@ -87,8 +88,8 @@ class GenerationMixin:
             return self.model.generate(**kwargs)
         if self.adapters_disabled:
             warnings.warn(
-                "generate(mtp=True) was called while the adapter is disabled. It decodes plainly, one token per "
-                "forward pass, with the same output.",
+                "generate(mtp=True) was called while the adapter is disabled, so it uses plain decoding, one token "
+                "per forward pass. The output is the same.",
                 stacklevel=2,
             )
             return self.model.generate(**kwargs)
@@ -117,7 +118,7 @@ class GenerationMixin:
         """The strategy, or `None` where plain decoding is faster; and the mode that the model allows."""
         if mtp_strategy not in STRATEGIES:
             raise ValueError(
-                f"`mtp_strategy` must be one of {', '.join(map(repr, STRATEGIES))}, got {mtp_strategy!r}."
+                f"`mtp_strategy` must be one of {', '.join(map(repr, STRATEGIES))}, but got {mtp_strategy!r}."
             )
         if mtp_strategy == "quadratic":
             refuse_attention_without_masks(self.model)
@@ -129,14 +130,14 @@ class GenerationMixin:
                 logger.info("mtp_strategy='auto' is 'linear': %s allows the mode %r", name, mode.value)
                 return "linear", mode
             logger.warning_once(
-                f"generate(mtp=True) decodes plainly, which is faster: {name} cannot continue from its cache with "
-                "several tokens exactly."
+                f"generate(mtp=True) uses plain decoding, which is faster here: {name} cannot process several tokens "
+                "with its cache exactly."
             )
             return None, mode
         if mode is SpeculationMode.NONE or mtp_strategy == "quadratic":
             raise NotImplementedError(
-                f"{mtp_strategy} decoding of {name} would not be exact: it allows the mode {mode.value!r} only. Use "
-                "mtp_strategy='auto'."
+                f"{mtp_strategy} decoding of {name} would not be exact, because its speculation mode is "
+                f"{mode.value!r}. Use mtp_strategy='auto'."
             )
         return mtp_strategy, mode
 

@@ -1,11 +1,11 @@
 """The decode loop: draft, verify, accept, roll back.
 
-One forward pass verifies the drafts of the pass before, and computes masks for the next drafts. Its regular tokens are
-each row's pending token and its drafts, a chain or a tree (in the first pass, the prompt). Masks follow, in blocks
-that hang on these tokens, since decoding may continue after any of them. The cache then keeps the accepted tokens and
-rolls the others back.
+One forward pass verifies the drafts of the previous pass, and computes masks for the next drafts. Its regular tokens
+are each row's pending token and its drafts, a chain or a tree (in the first pass, the prompt). They are followed by
+blocks of masks, anchored to these tokens, since decoding may continue after any of them. The cache then keeps the
+accepted tokens and rolls the others back.
 
-Knows nothing of how drafts are made, verified or scheduled.
+Does not depend on how drafts are made, verified or scheduled.
 
 Shapes: B batch, T regular columns, K drafts per row, k masks per block.
 """

@@ -1,7 +1,7 @@
-"""Prefill of prompts with more than text: the base reads all but the last token itself, as in plain decoding.
+"""Prefill of multimodal prompts: the base processes all but the last token itself, as in plain decoding.
 
-Only the base knows what to do with images, sounds and the caller's own positions. The decode loop then continues from
-one token of text and a cache, and passes on the extra inputs that the model needs with every token.
+Only the base can process images, sounds and position ids of the caller. The decode loop then continues from one token
+of text and a cache, and passes on the extra inputs that the model needs with every token.
 """
 
 from dataclasses import dataclass, field, replace
@@ -146,6 +146,6 @@ def _refuse_end_within_media(model: PreTrainedModel, input_ids: torch.LongTensor
     has_media = bool(media_tokens(model.config)) and input_ids.shape[1] > 0
     if has_media and (is_media(model.config, input_ids[:, -1]).any() or any(kind.any() for kind in kinds)):
         raise NotImplementedError(
-            "The last token of the prompt is not text, but `mtp=True` continues from text. End the prompt with the "
-            "text that introduces the answer, as the processor's chat template does (add_generation_prompt=True)."
+            "The last token of the prompt is not text, but `mtp=True` needs a prompt that ends with text. Use the "
+            "processor's chat template with add_generation_prompt=True, which adds the text before the answer."
         )

@@ -1,7 +1,7 @@
 """Logits processors and stopping criteria: the order of verification in which they work as in plain decoding.
 
 Plain decoding calls each processor and criterion once per token, with all rows of the batch at the same length. With
-several tokens per pass, rows advance at different speeds. Processors that depend on the scores alone do not notice,
+several tokens per pass, rows advance at different speeds. Processors that depend on the scores alone are not affected,
 and most of transformers' own work row by row. All others are called exactly as in plain decoding, with all rows in
 step.
 """
@@ -45,7 +45,7 @@ PER_ROW = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
 
 
 class Order(enum.Enum):
-    """In which order the tokens of a pass are verified."""
+    """The order in which the tokens of a pass are verified."""
 
     TOGETHER = "all rows and positions at once"
     BY_ROW = "each row by itself, position by position"

@@ -74,8 +74,8 @@ class Prompt:
             read, unread = columns - 1, unread[:, -1:]
         if read and not extra.layers and set(tokens_by_layer(cache).values()) - {read}:
             raise NotImplementedError(
-                "The cache that was passed holds something other than tokens, such as an image. `mtp=True` can use "
-                "that only within one call. Leave the cache out, or decode with mtp=False."
+                "The cache that was passed contains more than tokens, such as an image, which `mtp=True` supports "
+                "only within a single call. Leave out the cache, or decode with mtp=False."
             )
         offset_B = _position_offset(positions, start_B, columns)
         return cls(unread, start_B, cache, read, rows, offset_B, hidden_BP, extra)
@@ -114,8 +114,8 @@ def _unread(
         raise ValueError("The prompt is empty. Start it with the tokenizer's bos token.")
     if not unread.shape[1]:
         raise ValueError(
-            f"The cache that was passed holds all {read} tokens of the prompt, so no token is left to read. Pass a "
-            "prompt with at least one token more than the cache holds."
+            f"The cache that was passed already contains all {read} tokens of the prompt. Pass a prompt with at "
+            "least one more token than the cache."
         )
     return unread
 
@@ -135,8 +135,8 @@ def _tokens_read(cache: Cache) -> int:
         return int(cache.get_seq_length())
     if not is_known or cache.has_previous_state():
         raise NotImplementedError(
-            "The cache that was passed holds a recurrent state, which does not tell how many tokens it has read. "
-            "Leave the cache out, or decode with mtp=False."
+            "The cache that was passed contains a recurrent state, whose number of tokens is unknown. Leave out the "
+            "cache, or decode with mtp=False."
         )
     return 0
 
@@ -151,8 +151,8 @@ def _padding(
     if not mask_BP.any(dim=1).all():
         row = int((~mask_BP.any(dim=1)).nonzero()[0])
         raise ValueError(
-            f"Row {row} of the batch is all padding, so there is nothing to continue. Leave it out, or start it with "
-            "the tokenizer's bos token."
+            f"Row {row} of the batch contains only padding, so there is nothing to continue. Remove the row, or "
+            "start it with the tokenizer's bos token."
         )
     start_B = mask_BP.long().argmax(dim=1)
     hidden_BP = ~mask_BP & (torch.arange(mask_BP.shape[1], device=device) > start_B[:, None])

@@ -1,6 +1,6 @@
 """Verify: accepts drafts by the base model's own logits.
 
-A draft is accepted if it is the token that the base model chooses after the draft's parent: the likeliest one, or,
+A draft is accepted if it is the token that the base model chooses after the draft's parent: the most likely one, or,
 when sampling, the one that maximises its score plus the noise of its position. So the output is that of plain
 decoding, whatever the drafts are. Of several alternatives, at most one is that token.
 

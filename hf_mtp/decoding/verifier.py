@@ -140,7 +140,7 @@ class Verifier:
 def _refuse_nonfinite(is_finite: bool) -> None:
     if not is_finite:
         raise FloatingPointError(
-            "The adapter computes hidden states that are NaN or infinite, which would change the base model's own. "
-            "Its weights are broken, or too large for this dtype. Load the model in bfloat16 or float32, or decode "
-            "with mtp=False."
+            "The adapter computes hidden states that are NaN or infinite, which would also change those of the base "
+            "model. Its weights are broken, or too large for this dtype. Load the model in bfloat16 or float32, or "
+            "decode with mtp=False."
         )

@@ -1,7 +1,5 @@
 """Loads an adapter and shows its races on a local page."""
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from fastapi import FastAPI
 
 from ..evaluation.compare import describe_machine
 from ..pretrained import load_upgraded
+from ..serving.port import listen, url_of
 from .page import DEFAULT_TOKENS, STYLE, make_page
 from .race import RaceTrack
 
@@ -51,7 +50,7 @@ class Demo:
     """
 
     def __init__(self, settings: DemoSettings):
-        self.socket = _listen(settings.host, settings.port)  # before the model is loaded, which takes long
+        self.socket = listen(settings.host, settings.port)  # before the model is loaded, which takes long
         try:
             model, tokenizer = load_upgraded(settings.model, settings.adapter, settings.dtype)
             self.track = RaceTrack(model, tokenizer)
@@ -75,8 +74,7 @@ class Demo:
     @property
     def url(self) -> str:
         """The address for browsers."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        return f"{url_of(self.socket)}/"
 
     def run(self) -> None:
         """Shows the page until Ctrl-C, SIGTERM or [`stop`]."""
@@ -88,16 +86,6 @@ class Demo:
     def stop(self) -> None:
         """Asks the server to stop. Any thread may call it."""
         self._uvicorn.should_exit = True
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise OSError(
-            f"Nothing can listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another one with "
-            "--port, or stop the process that uses it."
-        ) from error
 
 
 def _name(name: str) -> str:

@@ -50,8 +50,8 @@ def result_of(frame: Frame, dtype: str, is_bitwise: bool, can_be_bitwise: bool) 
         f"{plain.seconds:.2f} s for {len(plain.ids)}."
     )
     if frame.is_same_text:
-        return f"{speeds} Both texts are the same, token for token."
-    part = f"{speeds} The texts part after {frame.same_tokens} tokens"
+        return f"{speeds} Both outputs are identical, token for token."
+    part = f"{speeds} The outputs diverge after {frame.same_tokens} tokens"
     if is_bitwise:
         return f"{part}. That must not happen bit for bit: please report it."
     advice = " Tick “Bit for bit” to prevent it." if can_be_bitwise else ""

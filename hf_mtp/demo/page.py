@@ -26,13 +26,13 @@ PROMPTS = (
 TITLE = """# One prompt, two decoders
 
 {name} answers twice. Plain decoding writes one token per forward pass. Multi-token prediction drafts several tokens,
-and the model itself verifies them all in one pass. So the text stays the model's own."""
-FAIRNESS = """**A fair race.** Both sides share this machine ({machine}), and at once they would slow each other down.
-So they take turns: after each forward pass, the side whose clock shows less goes on. A clock runs only while its side
-computes, from the start of its call, prompt included. The bars advance as on two machines like this one, at about half
-of the speed. Plain decoding is the base model's own `generate`, without the adapter."""
-WAITING, STOPPED = "Press “Race” to start.", "Stopped. Both columns show how far they came."
-RACING = "Racing. Drafts appear with a dashed line, and the next pass accepts or strikes them."
+and the model itself verifies them all in one pass. So the output is still that of the model."""
+FAIRNESS = """**A fair race.** Both sides share this machine ({machine}) and would slow each other down if they ran at
+the same time. So they take turns: after each forward pass, the side whose clock is behind continues. A clock runs only
+while its side computes, from the start of its call, prefill included. The bars advance as on two such machines, at
+about half the speed. Plain decoding is the base model's own `generate`, without the adapter."""
+WAITING, STOPPED = "Press “Race” to start.", "Stopped. Both columns show their progress so far."
+RACING = "Racing. Drafts appear with a dashed underline, and the next pass accepts or rejects them."
 NAMES = ("prompt", "max_new_tokens", "k", "strategy", "temperature", "seed", "bitwise", "slow")
 
 
@@ -105,7 +105,7 @@ def _settings(track: RaceTrack) -> list[gr.components.Component]:
     bitwise = gr.Checkbox(
         track.defaults("", DEFAULT_TOKENS).bitwise,
         label="Bit for bit",
-        info="The same text in bfloat16 and float16, too, at some cost."
+        info="Identical output in bfloat16 and float16, but slower."
         if track.can_be_bitwise
         else "Not possible with this model on this device.",
         interactive=track.can_be_bitwise,

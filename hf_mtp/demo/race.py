@@ -124,7 +124,9 @@ class RaceTrack:
         options = {"do_sample": False, "max_new_tokens": WARM_UP_TOKENS, "return_dict_in_generate": True}
         output = self.model.generate(**_inputs(ids_1T), **_mtp(settings), **options)
         if not isinstance(output, MTPGenerateOutput):
-            raise ValueError("This model decodes plainly, one token per pass, so there is nothing to race.")
+            raise ValueError(
+                "This model only supports plain decoding, one token per pass, so there is nothing to race."
+            )
 
     def run(self, settings: RaceSettings, seconds_between: float = 0.12) -> Iterator[Frame]:
         """Runs a race, and yields frames until both sides are finished. Closing the iterator cancels the race.

@@ -1,4 +1,4 @@
-"""What a race is run with, and what it refuses."""
+"""The settings of a race, and their checks."""
 
 from dataclasses import dataclass
 
@@ -69,6 +69,6 @@ def refuse_unless_fits(prompt_tokens: int, new_tokens: int, context: int) -> Non
     surplus = prompt_tokens + new_tokens - context
     if surplus > 0:
         raise ValueError(
-            f"The prompt has {prompt_tokens} tokens and the answer may have {new_tokens}, but this model reads at "
-            f"most {context} in all. Shorten the prompt or lower the number of new tokens, by {surplus} together."
+            f"The prompt has {prompt_tokens} tokens and the answer may have {new_tokens}, but this model supports at "
+            f"most {context} in total. Shorten the prompt or lower the number of new tokens, by {surplus} in total."
         )

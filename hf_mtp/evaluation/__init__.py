@@ -1,6 +1,6 @@
-"""Evaluation: `verify` proves that the output is unchanged, and `evaluate` measures what is gained.
+"""Evaluation: `verify` checks that the output is unchanged, and `evaluate` measures the speedup.
 
-`probe` measures what a model knows of the tokens after the next one.
+`probe` measures how well a model predicts tokens beyond the next one.
 """
 
 import importlib
@@ -18,9 +18,9 @@ _LAZY = {
     "load_suite": ".suites",
     "probe": ".probing",
     "verify": ".exactness",
-    "write_card_section": ".files",
+    "write_card_section": ".report_files",
     "write_probe": ".rank_report",
-    "write_report": ".files",
+    "write_report": ".report_files",
 }
 
 __all__ = [

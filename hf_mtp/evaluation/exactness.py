@@ -17,13 +17,13 @@ from .compare import describe_machine
 from .decoded import checked_config, decode_rows
 from .divergence import Divergence, divergence_at
 from .measures import first_difference
+from .methods import STRATEGIES, DecodingMethod, methods_of
 from .prompts import EncodedPrompt, encode_prompts
 from .suites import Suite, load_suite
 from .two_sample import p_value
-from .ways import STRATEGIES, Way, ways_of
 
 SIGNIFICANT = 0.001  # how often a true equality may be taken for a difference
-SAMPLED_TEXTS, SAMPLED_TOKENS = 64, 6  # of the two-sample test, for each way to sample
+SAMPLED_TEXTS, SAMPLED_TOKENS = 64, 6  # of the two-sample test, for each sampling method
 SEED = 17
 GREEDY, SAMPLING = "greedy", "sampling"
 # The base's own distribution, whatever its generation config says.
@@ -32,14 +32,14 @@ AT_TEMPERATURE_1 = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 
 
 @dataclass
 class Comparison:
-    """One way to decode, compared with plain decoding.
+    """One decoding method, compared with plain decoding.
 
     Args:
-        way (`str`): Name of the way.
+        way (`str`): Name of the method.
         mode (`str`): `"greedy"` or `"sampling"`.
         answers (`int`): Number of answers.
         divergences (`list[Divergence]`): The first difference of each answer that differs.
-        refused (`str`, *optional*): Why the model does not allow this way. It then has no answers.
+        refused (`str`, *optional*): Why the model does not support this method. It then has no answers.
     """
 
     way: str
@@ -57,7 +57,7 @@ class VerifyReport:
         dtype (`str`): Dtype of the base's weights.
         batch_size (`int`): Most prompts of a call.
         max_new_tokens (`int`): Most new tokens of an answer.
-        comparisons (`list[Comparison]`): One for each way, greedy and sampled.
+        comparisons (`list[Comparison]`): One for each method, greedy and sampled.
         p_value (`float`, *optional*): Of the two-sample test of sampled texts. `None` without sampling.
         left_out (`dict[str, str]`): Prompts that the model cannot answer, and why.
         machine (`dict`): Processor, threads and versions.
@@ -98,11 +98,11 @@ def verify(
     limit: int | None = 2,
     sampling: bool = True,
 ) -> VerifyReport:
-    """Checks that the output with `mtp=True` is that of plain decoding.
+    """Checks that `mtp=True` gives the same output as plain decoding.
 
-    Greedy answers are compared token by token. Sampled ones, too: plain decoding is given the same noise for each
-    output position, by a logits processor, so both must draw the same tokens. A two-sample test compares texts sampled
-    by the first strategy with texts that the base draws by its own random numbers.
+    Greedy answers are compared token by token, and so are samples: a logits processor adds the same noise for each
+    output position in plain decoding, so both must sample the same tokens. A two-sample test compares outputs sampled
+    with the first strategy with outputs that the base samples with its own random numbers.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
@@ -125,13 +125,13 @@ def verify(
     suite = (load_suite(prompts) if isinstance(prompts, str) else prompts).limited(limit)
     encoded, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
     batches = [encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
-    ways = [way for way in ways_of(strategies, [k or config.k], config.k) if way.k is not None]
+    methods = [method for method in methods_of(strategies, [k or config.k], config.k) if method.k is not None]
     comparisons, sampled = [], None
     with evaluation_mode(model):
         for mode in (GREEDY, SAMPLING) if sampling else (GREEDY,):
-            comparisons += _compare_all(model, ways, batches, mode, max_new_tokens)
+            comparisons += _compare_all(model, methods, batches, mode, max_new_tokens)
         refused = {comparison.way for comparison in comparisons if comparison.refused}
-        allowed = [way for way in ways if way.name not in refused]
+        allowed = [method for method in methods if method.name not in refused]
         if sampling and allowed:
             sampled = _two_sample(model, allowed[0], encoded[0])
     dtype = str(model.get_base_model().dtype).removeprefix("torch.")
@@ -139,19 +139,19 @@ def verify(
 
 
 def _compare_all(
-    model: PeftModel, ways: list[Way], batches: list[list[EncodedPrompt]], mode: str, max_new_tokens: int
+    model: PeftModel, methods: list[DecodingMethod], batches: list[list[EncodedPrompt]], mode: str, max_new_tokens: int
 ) -> list[Comparison]:
-    """Decodes every batch plainly and in every way."""
-    found = {way: Comparison(way.name, mode, 0) for way in ways}
+    """Decodes every batch with plain decoding and with every method."""
+    found = {method: Comparison(method.name, mode, 0) for method in methods}
     for batch in batches:
         ids = [prompt.ids for prompt in batch]
         noises = _noises(model, len(batch)) if mode == SAMPLING else None
         plain = decode_rows(model, ids, max_new_tokens, **_plain_options(noises, ids)).rows
-        for way, comparison in found.items():
+        for method, comparison in found.items():
             if comparison.refused:
                 continue
             try:
-                rows = decode_rows(model, ids, max_new_tokens, **_options(way, mode)).rows
+                rows = decode_rows(model, ids, max_new_tokens, **_options(method, mode)).rows
             except NotImplementedError as error:
                 comparison.refused = " ".join(str(error).split())
                 continue
@@ -160,10 +160,10 @@ def _compare_all(
     return list(found.values())
 
 
-def _options(way: Way, mode: str) -> dict:
+def _options(method: DecodingMethod, mode: str) -> dict:
     if mode == GREEDY:
-        return way.options
-    return {**way.options, **AT_TEMPERATURE_1, "generator": torch.Generator().manual_seed(SEED)}
+        return method.options
+    return {**method.options, **AT_TEMPERATURE_1, "generator": torch.Generator().manual_seed(SEED)}
 
 
 def _noises(model: PeftModel, rows: int) -> list[PositionNoise]:
@@ -212,10 +212,10 @@ def _divergences(
     return found
 
 
-def _two_sample(model: PeftModel, way: Way, prompt: EncodedPrompt) -> float:
+def _two_sample(model: PeftModel, method: DecodingMethod, prompt: EncodedPrompt) -> float:
     """The p-value of texts sampled with `mtp=True` against texts that the base draws by its own random numbers."""
     samples = []
-    for options in ({}, {**way.options, "generator": torch.Generator().manual_seed(SEED)}):
+    for options in ({}, {**method.options, "generator": torch.Generator().manual_seed(SEED)}):
         many = {**AT_TEMPERATURE_1, "num_return_sequences": SAMPLED_TEXTS, **options}
         with own_randomness(SEED):
             rows = decode_rows(model, [prompt.ids], SAMPLED_TOKENS, **many).rows

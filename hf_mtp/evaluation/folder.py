@@ -95,8 +95,8 @@ def refuse_other_run(folder: Path, mine, found) -> None:
     mine, other = dataclasses.asdict(mine), dataclasses.asdict(found)
     different = [name for name in mine if mine[name] != other[name]]
     if different:
-        listed = "; ".join(f"{name} was {other[name]}, now it is {mine[name]}" for name in different)
+        listed = "; ".join(f"{name} was {other[name]}, but is now {mine[name]}" for name in different)
         raise ValueError(
-            f"The folder {folder} has the results of another run: {listed}. Choose another output folder, or delete "
-            "this one."
+            f"The folder {folder} contains the results of a different run: {listed}. Choose another output folder, "
+            "or delete this one."
         )

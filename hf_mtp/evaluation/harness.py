@@ -45,10 +45,16 @@ class UpgradedLM(HFLM):
 
     def __init__(self, pretrained: str, adapter: str | None = None, **kwargs):
         if kwargs.get("peft"):
-            raise ValueError(f"hf-mtp takes its adapter as `adapter`, but `peft={kwargs['peft']}` was passed.")
+            raise ValueError(
+                "The model type hf-mtp takes its adapter as `adapter`, but got "
+                f"`peft={kwargs['peft']}`. Pass `adapter` instead."
+            )
         if adapter is None:
             if not is_adapter(pretrained):
-                raise ValueError(f"{pretrained} is a base model. Pass its adapter, too: adapter=FOLDER_OR_HUB_ID.")
+                raise ValueError(
+                    f"{pretrained} is a base model without an adapter. Pass its adapter as well: "
+                    "adapter=FOLDER_OR_HUB_ID."
+                )
             adapter, pretrained = pretrained, PeftConfig.from_pretrained(pretrained).base_model_name_or_path
         self.adapter, self.forward_passes, self.new_tokens = adapter, 0, 0
         super().__init__(pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""The measures of multi-token prediction, each defined once: tokens per pass, acceptance, agreement.
+"""The metrics of multi-token prediction, each defined once: tokens per pass, acceptance, agreement.
 
 The modules in `metrics/`, [`~hf_mtp.evaluation.evaluate`] and the trainer's callback all compute their figures here.
 Pure functions of counts and token ids.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def tokens_per_pass(tokens: Sequence[int], passes: Sequence[int]) -> dict[str, float]:
-    """New tokens per forward pass, averaged in both ways that are in use.
+    """New tokens per forward pass: pooled, and as a mean over answers.
 
     Every new token counts: accepted drafts, the token that the base itself adds to each pass (the bonus token), and
     the end token. Every forward pass counts, the one over the prompt included. So plain decoding has exactly 1.
@@ -27,7 +27,8 @@ def tokens_per_pass(tokens: Sequence[int], passes: Sequence[int]) -> dict[str, f
     """
     if len(tokens) != len(passes):
         raise ValueError(
-            f"Each answer needs both counts, but got {len(tokens)} of tokens and {len(passes)} of passes."
+            f"Each answer needs a number of tokens and a number of passes, but got {len(tokens)} and {len(passes)} "
+            "numbers."
         )
     if not tokens or min(passes) < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What an untouched base may read in place of masks: several kinds of placeholder.
+"""Placeholders: ordinary tokens or embeddings that an untouched base processes in place of masks.
 
 Shapes: B batch, T tokens, M masks per row, E size of an embedding.
 """

@@ -1,4 +1,4 @@
-"""What a model knows of the tokens after the next one: the ranks of its own future tokens ([`probe`]).
+"""Measures how well a model predicts tokens beyond the next one: the ranks of its own future tokens ([`probe`]).
 
 Shapes: T tokens, M masks, A blocks, k masks per block, D features, E size of an embedding. Texts have one row.
 """
@@ -43,13 +43,13 @@ def probe(
     limit: int | None = 2,
     output: str | Path | None = None,
 ) -> ProbeResults:
-    """Measures what a model knows of the tokens after the next one.
+    """Measures how well a model predicts tokens beyond the next one.
 
-    The base answers prompts greedily. After every token of an answer come k positions without a text of their own,
-    whose logits guess the tokens after the next one. The rank of the true token shows how well. What stands in these
-    positions is a *source* of guesses: placeholders, which the untouched base reads; the adapter's masks; and these
-    after the sampler head, which sees the true tokens before each guess, or its own drafts. The paper shows the first
-    two in its figures 1 and 2 (Samragh et al., arXiv 2507.11851).
+    The base answers prompts greedily. After every token of an answer, k extra positions are appended, whose logits
+    predict the tokens after the next one. The rank of the true token shows how well. The content of these positions is
+    the *source* of the predictions: placeholders, with the untouched base; the adapter's masks; or masks followed by
+    the sampler head, which sees the true previous token or its own draft. The paper shows the first two in its figures
+    1 and 2 (Samragh et al., arXiv 2507.11851).
 
     Args:
         model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]): An upgraded model; or a base alone, for which
@@ -129,13 +129,13 @@ def _measured(
         for prompt in tqdm(prompts, unit="prompts", disable=None):
             answer = decode_rows(model, [prompt.ids], settings.max_new_tokens).rows[0]
             if len(answer) < 2:
-                left_out[prompt.name] = "Its answer has one token, so there is none after the next one."
+                left_out[prompt.name] = "Its answer has only one token, so there is no token after the next one."
                 continue
             ranks = text_ranks(model.base_model, prompt.ids, answer, placeholders, settings.adapter is not None)
             texts.append(ProbedText(prompt.name, prompt.domain, len(prompt.ids), answer, ranks))
     if not texts:
         raise ValueError(
-            "No answer has two tokens, so there is no token after the next one to guess. Pass other prompts, or a "
+            "No answer has two tokens, so there is no token after the next one to predict. Pass other prompts, or a "
             f"larger `max_new_tokens` than {settings.max_new_tokens}."
         )
     seconds, names = round(time.perf_counter() - start, 2), [one.name for one in placeholders]

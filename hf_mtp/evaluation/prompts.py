@@ -50,7 +50,9 @@ def encode_prompts(
         if not ids:
             left_out[row.name] = "The tokenizer makes no tokens of it."
         elif context is not None and len(ids) + max_new_tokens > context:
-            left_out[row.name] = f"{len(ids)} tokens and {max_new_tokens} new ones exceed the context of {context}."
+            left_out[row.name] = (
+                f"{len(ids)} prompt tokens and {max_new_tokens} new tokens exceed the context of {context}."
+            )
         else:
             encoded.append(EncodedPrompt(row.name, row.domain, list(ids)))
     if not encoded:

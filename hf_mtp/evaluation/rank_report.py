@@ -1,4 +1,4 @@
-"""What people read of a probe: tables in Markdown, and the figures beside them."""
+"""The report of a probe: tables in Markdown, and figures."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from ..base.files import write_whole
 from .curves import can_draw
 from .rank_figures import draw_ranks
 from .ranks import TOPS, ProbeResults
-from .report import machine_line, markdown_table
 from .results import ALL
+from .tables import machine_line, markdown_table
 
 TABLE = "probe.md"
 
@@ -36,11 +36,11 @@ def probe_page(results: ProbeResults) -> str:
     """
     sections = {
         "All positions": f"{rank_table(results)}\n\n{papers_claim(results)}",
-        **{f"Share among the likeliest {top}, by position": position_table(results, top) for top in TOPS},
+        **{f"Share in the top {top}, by position": position_table(results, top) for top in TOPS},
         "How it was measured": probe_notes(results),
     }
     settings = results.settings
-    title = f"# What {settings.model} knows of the tokens after the next one, on {settings.suite['name']}\n"
+    title = f"# How well {settings.model} predicts tokens beyond the next one, on {settings.suite['name']}\n"
     return "\n".join([title, *(f"## {name}\n\n{text}\n" for name, text in sections.items())])
 
 
@@ -76,15 +76,15 @@ def papers_claim(results: ProbeResults) -> str:
     """
     pooled = {source: row[ALL] for source, row in results.summaries.items()}
     best = max(results.placeholders, key=lambda source: pooled[source].top_200)
-    found = [f"{pooled[best].top_200:.0%} are among the likeliest 200 at the best placeholder ({best})"]
+    found = [f"{pooled[best].top_200:.0%} are in the top 200 at the best placeholder ({best})"]
     found += [
-        f"{row.top_10:.0%} among the likeliest 10 at {source}"
+        f"{row.top_10:.0%} in the top 10 at {source}"
         for source, row in pooled.items()
         if source not in results.placeholders
     ]
     return (
-        "The paper says of its own model that the true future tokens are among the likeliest 200 before training, and "
-        f"among the likeliest 10 after it. Here {', '.join(found)}."
+        "The paper reports for its own model that the true future tokens are in the top 200 before training, and in "
+        f"the top 10 after it. Here {', '.join(found)}."
     )
 
 
@@ -93,8 +93,9 @@ def probe_notes(results: ProbeResults) -> str:
     settings, adapter = results.settings, results.settings.adapter
     about = "no adapter" if adapter is None else f"adapter {adapter['fingerprint']}, r={adapter['r']}"
     lines = [
-        "The base's own greedy answers. Position i after a token stands for the i-th token that follows, and guesses "
-        "the one after that. Ranks are among the whole vocabulary; 1 is the likeliest token.",
+        "The texts are the base's own greedy answers. Position i after a token stands for the i-th token that "
+        "follows, and predicts the one after that. Ranks are over the whole vocabulary; rank 1 is the most likely "
+        "token.",
         f"{len(results.texts)} of {settings.suite['prompts']} prompts, at most {settings.max_new_tokens} new tokens, "
         f"k={settings.k}, {settings.dtype} on {settings.machine.get('accelerator', settings.device)}; "
         f"{machine_line(settings.machine)}; {about}.",

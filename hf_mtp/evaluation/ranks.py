@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .results import ALL, fields_of, read_document, write_document
+from .documents import fields_of, read_document, write_document
+from .results import ALL
 
 SCHEMA = "hf_mtp.probe/1"
 FILE = "probe.json"
@@ -55,7 +56,7 @@ class RankSummary:
     Args:
         tokens (`int`): Number of guesses.
         median (`float`): Median rank.
-        top_1, top_10, top_200 (`float`): The share of true tokens among the likeliest 1, 10 and 200.
+        top_1, top_10, top_200 (`float`): The share of true tokens among the 1, 10 and 200 most likely.
     """
 
     tokens: int
@@ -167,7 +168,7 @@ def load_probe(path: Path) -> ProbeResults:
         path (`Path`): The file, or its folder.
 
     Raises:
-        ValueError: It is no JSON, has another schema, or a field is missing or unknown.
+        ValueError: It is not valid JSON, has another schema, or a field is missing or unknown.
         OSError: There is no such file.
     """
     path = path / FILE if path.is_dir() else path

@@ -4,14 +4,12 @@ The fields of these classes are the schema. docs/evaluation.md describes them; a
 [`SCHEMA`]'s number.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..base.files import write_whole
+from .documents import fields_of, read_document, write_document
 from .measures import acceptance_per_position, quartiles, tokens_per_pass
-from .ways import PLAIN
+from .methods import PLAIN
 
 SCHEMA = "hf_mtp.evaluation/1"
 ALL = "all"  # the name of all domains together
@@ -43,11 +41,11 @@ class Answer:
 
 @dataclass
 class Call:
-    """One call of `generate`: one prompt, or a batch of them, decoded in one way.
+    """One call of `generate`: one prompt, or a batch of them, decoded with one method.
 
     Args:
         domain (`str`): Domain of its prompts.
-        way (`str`): Name of the way to decode.
+        way (`str`): Name of the decoding method.
         seconds (`float`): Wall-clock time.
         forward_passes (`int`): Forward passes of the base, those over the prompts included.
         row_passes (`int`): The same, counted once for each row that had not ended.
@@ -68,7 +66,7 @@ class Call:
 
 @dataclass
 class Summary:
-    """All calls of one way on one domain.
+    """All calls of one method on one domain.
 
     Args:
         prompts (`int`): Number of answers.
@@ -77,9 +75,10 @@ class Summary:
         tokens_per_pass_mean (`float`): The mean over calls of each call's own ratio.
         seconds (`float`): Wall-clock time of all calls.
         tokens_per_second (`float`): New tokens divided by it.
-        speedup (`float`): Median over calls of plain decoding's seconds divided by this way's, of the same prompts.
+        speedup (`float`): Median over calls of the seconds of plain decoding divided by those of this method, for the
+            same prompts.
         speedup_low, speedup_high (`float`): Lower and upper quartile. A busy machine shows as a wide range.
-        speedup_in_total (`float`): Plain decoding's seconds divided by this way's, all calls together.
+        speedup_in_total (`float`): Total seconds of plain decoding divided by those of this method.
         identical (`int`): Answers equal to those of plain decoding.
         acceptance_per_position (`list[float]`): How often the first, second ... draft of a pass was accepted.
         repeated_4grams (`float`): Mean share of repeated 4-grams.
@@ -111,7 +110,7 @@ class Settings:
         dtype (`str`): Dtype of the base's weights.
         device (`str`): Device of the base's embeddings.
         suite (`dict`): `name`, `fingerprint` and number of `prompts`.
-        ways (`list[dict]`): `name`, `strategy` and `k` of each way to decode.
+        ways (`list[dict]`): `name`, `strategy` and `k` of each decoding method.
         batch_size (`int`): Most prompts of a call.
         max_new_tokens (`int`): Most new tokens of an answer.
         machine (`dict`): Processor, threads, accelerator, Python and versions of libraries.
@@ -135,12 +134,12 @@ class Results:
     Args:
         settings ([`Settings`]): What was measured.
         complete (`bool`): Whether all prompts were answered. `False` after an interrupt.
-        warm_up (`dict[str, float]`): Seconds of each way's first, unmeasured call, which has one-time costs.
-        left_out (`dict[str, str]`): Ways and prompts that could not be measured, and why.
+        warm_up (`dict[str, float]`): Seconds of the warm-up call of each method, which has one-time costs.
+        left_out (`dict[str, str]`): Methods and prompts that could not be measured, and why.
         seconds (`float`): Wall-clock time of the whole run, the warm-up not included.
         load_average (`float`, *optional*): Processes that were waiting for a processor at the start of the run, by the
             system's one-minute average.
-        domains (`dict[str, dict[str, Summary]]`): Summaries by domain and way. The domain `"all"` has all of them.
+        domains (`dict[str, dict[str, Summary]]`): Summaries by domain and method. The domain `"all"` has all of them.
         simulated (`dict[str, float]`): By domain, the tokens per pass that an evaluation in training computes from the
             same answers, for quadratic decoding with the adapter's k. Empty if that way was not measured.
         calls (`list[Call]`): Every call of `generate`.
@@ -174,7 +173,7 @@ def load_results(path: Path) -> Results:
         path (`Path`): The file, or its folder.
 
     Raises:
-        ValueError: It is no JSON, has another schema, or a field is missing or unknown.
+        ValueError: It is not valid JSON, has another schema, or a field is missing or unknown.
         OSError: There is no such file.
     """
     path = path / FILE if path.is_dir() else path
@@ -191,58 +190,6 @@ def load_results(path: Path) -> Results:
         raise ValueError(f"{path} does not follow the schema {SCHEMA!r}: {error}.") from error
 
 
-def write_document(path: Path, results, rows: str) -> None:
-    """Writes a dataclass with a schema as JSON. One of its fields is a long list, which gets one row on each line.
-
-    Args:
-        path (`Path`): The file.
-        results ([`Results`] or [`ProbeResults`]): What to write.
-        rows (`str`): Name of the field.
-    """
-    content = dataclasses.asdict(results)
-    lines = ",\n  ".join(json.dumps(row) for row in content.pop(rows))
-    head = json.dumps({"schema": content.pop("schema"), **content}, indent=1).removesuffix("\n}")
-    write_whole(path, [f'{head},\n "{rows}": [\n  {lines}\n ]\n}}\n'.encode()])
-
-
-def read_document(path: Path, schema: str) -> dict:
-    """Reads a JSON document, and checks that it names the schema.
-
-    Args:
-        path (`Path`): The file.
-        schema (`str`): Name and version.
-
-    Raises:
-        ValueError: It is no JSON, or has another schema.
-        OSError: There is no such file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != schema:
-        raise ValueError(f"{path} has the schema {found!r}, but this version of hf_mtp reads {schema!r}.")
-    return content
-
-
-def fields_of(kind: type, content: dict):
-    """An object of a dataclass from all its fields, and no others.
-
-    Args:
-        kind (`type`): The dataclass.
-        content (`dict`): Values by name.
-
-    Raises:
-        TypeError: A field is missing or unknown.
-    """
-    names = {one.name for one in dataclasses.fields(kind)}
-    if names != content.keys():
-        wrong = sorted(names ^ content.keys())
-        raise TypeError(f"{kind.__name__} has other fields: {', '.join(wrong)}")
-    return kind(**content)
-
-
 def call_of(content: dict) -> Call:
     """A [`Call`] from its JSON.
 
@@ -253,10 +200,10 @@ def call_of(content: dict) -> Call:
 
 
 def summarize_calls(calls: list[Call]) -> dict[str, dict[str, Summary]]:
-    """Summaries by domain and way, with `"all"` for all domains together if there are several.
+    """Summaries by domain and method, with `"all"` for all domains together if there are several.
 
     Args:
-        calls (`list[Call]`): For the same prompts in every way; each way's in the same order.
+        calls (`list[Call]`): For the same prompts with every method; those of each method in the same order.
     """
     domains = list(dict.fromkeys(call.domain for call in calls))
     ways = list(dict.fromkeys(call.way for call in calls))

@@ -25,7 +25,7 @@ def read_rows(path: Path) -> list[dict]:
         OSError: The file cannot be read.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} should be a file of rows, with one of the endings {', '.join(SUFFIXES)}.")
+        raise ValueError(f"{path} is not a supported file of rows. Supported extensions are {', '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
         from datasets import Dataset
 
@@ -67,9 +67,9 @@ def _row(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}.") from error
+        raise ValueError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where} should be a JSON object with columns, but is {type(row).__name__}.")
+        raise ValueError(f"{where} must be a JSON object with columns, but got {type(row).__name__}.")
     return row
 
 
@@ -78,8 +78,8 @@ def _rows_of_json(text: str, path: Path) -> list[dict]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} is no JSON: {error}. One object a line is JSON Lines: give it the ending .jsonl."
+            f"{path} is not valid JSON: {error}. If it has one object per line, it is JSON Lines: rename it to .jsonl."
         ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} should be a JSON list of objects, one for each row.")
+        raise ValueError(f"{path} must contain a JSON list of objects, one per row.")
     return rows

@@ -1,4 +1,4 @@
-"""Measures an adapter: every prompt of a suite decoded in every way, in turn. Knows nothing of tables or plots."""
+"""Measures an adapter: every prompt of a suite decoded with every method in turn. Knows nothing of tables or plots."""
 
 import hashlib
 import os
@@ -16,11 +16,11 @@ from .compare import describe_machine
 from .decoded import DecodedRows, checked_config, decode_rows, end_tokens
 from .folder import RunFolder
 from .measures import first_difference, repeated_share
+from .methods import PLAIN, STRATEGIES, DecodingMethod, methods_of
 from .prompts import EncodedPrompt, encode_prompts
 from .results import ALL, Answer, Call, Results, Settings, summarize_calls
 from .simulated import simulated_decoding
 from .suites import Suite, load_suite
-from .ways import PLAIN, STRATEGIES, Way, ways_of
 
 WARM_UP_TOKENS = 24
 
@@ -37,11 +37,11 @@ def evaluate(
     limit: int | None = None,
     output: str | Path | None = None,
 ) -> Results:
-    """Measures tokens per pass and speed over domains, k and strategies, beside plain decoding and prompt lookup.
+    """Measures tokens per pass and speed over domains, k and strategies, against plain decoding and prompt lookup.
 
-    Decodes greedily, and ends at the end token. Each prompt is decoded in every way before the next one, and the ways
-    take turns in coming first, so a machine that gets slower does so for all of them. With `output`, every finished
-    prompt is kept: after an interrupt, the same call resumes.
+    Decodes greedily until the end-of-sequence token. Each prompt is decoded with every method before the next one, in
+    rotating order, so if the machine slows down, all methods are affected alike. With `output`, every finished prompt
+    is stored: after an interrupt, the same call resumes.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
@@ -66,10 +66,10 @@ def evaluate(
     config = checked_config(model, batch_size, max_new_tokens)
     suite = (load_suite(suite) if isinstance(suite, str) else suite).limited(limit)
     prompts, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
-    ways = ways_of(strategies, k, config.k)
+    methods = methods_of(strategies, k, config.k)
     settings = Settings(
         **describe_run(model, suite),
-        ways=[{"name": way.name, "strategy": way.strategy, "k": way.k} for way in ways],
+        ways=[{"name": method.name, "strategy": method.strategy, "k": method.k} for method in methods],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
@@ -77,8 +77,8 @@ def evaluate(
     if folder.finished is not None:
         return folder.finished
     with evaluation_mode(model):
-        results = _run(model, ways, _batches(prompts, batch_size), folder, left_out)
-        if results.complete and Way("quadratic", config.k).name in results.warm_up:
+        results = _run(model, methods, _batches(prompts, batch_size), folder, left_out)
+        if results.complete and DecodingMethod("quadratic", config.k).name in results.warm_up:
             results.simulated = _simulated(model, prompts, results)
     if folder.folder is not None:
         results.save(folder.folder)
@@ -139,7 +139,7 @@ def _batches(prompts: list[EncodedPrompt], size: int) -> list[list[EncodedPrompt
 
 def _run(
     model: PeftModel,
-    ways: list[Way],
+    methods: list[DecodingMethod],
     batches: list[list[EncodedPrompt]],
     folder: RunFolder,
     left_out: dict[str, str],
@@ -148,11 +148,11 @@ def _run(
     load, complete = _load_average(), False
     warm_up: dict[str, float] = {}
     try:
-        ways, warm_up = _warmed_up(model, ways, batches[0], left_out)
+        methods, warm_up = _warmed_up(model, methods, batches[0], left_out)
         for number, batch in enumerate(tqdm(batches, unit="prompts", disable=None)):
             if number >= len(folder.turns):
                 start = time.perf_counter()
-                calls = _turn(model, ways, batch, number, folder.settings.max_new_tokens)
+                calls = _turn(model, methods, batch, number, folder.settings.max_new_tokens)
                 folder.add(calls, time.perf_counter() - start)
         complete = True
     except KeyboardInterrupt:
@@ -180,37 +180,36 @@ def _load_average() -> float | None:
 
 
 def _warmed_up(
-    model: PeftModel, ways: list[Way], batch: list[EncodedPrompt], left_out: dict[str, str]
-) -> tuple[list[Way], dict[str, float]]:
-    """The ways that work, and the seconds of each one's first call. Those that do not are added to `left_out`."""
+    model: PeftModel, methods: list[DecodingMethod], batch: list[EncodedPrompt], left_out: dict[str, str]
+) -> tuple[list[DecodingMethod], dict[str, float]]:
+    """The methods that work, and the seconds of each one's first call. Those that do not are added to `left_out`."""
     working, seconds = [], {}
-    for way in ways:
+    for method in methods:
         try:
-            decoded = decode_rows(model, [prompt.ids for prompt in batch], WARM_UP_TOKENS, **way.options)
+            decoded = decode_rows(model, [prompt.ids for prompt in batch], WARM_UP_TOKENS, **method.options)
         except (ValueError, NotImplementedError) as error:
-            if way.strategy == PLAIN:
+            if method.strategy == PLAIN:
                 raise
-            left_out[way.name] = " ".join(str(error).split())
+            left_out[method.name] = " ".join(str(error).split())
             continue
-        working.append(way)
-        seconds[way.name] = round(decoded.seconds, 4)
+        working.append(method)
+        seconds[method.name] = round(decoded.seconds, 4)
     return working, seconds
 
 
 def _turn(
-    model: PeftModel, ways: list[Way], batch: list[EncodedPrompt], number: int, max_new_tokens: int
+    model: PeftModel, methods: list[DecodingMethod], batch: list[EncodedPrompt], number: int, max_new_tokens: int
 ) -> list[Call]:
-    """Decodes a batch in every way. Each turn, another one comes first."""
-    first = number % len(ways)
+    """Decodes a batch with every method. Each turn starts with another one."""
+    first = number % len(methods)
+    in_turn = [*methods[first:], *methods[:first]]
     ids = [prompt.ids for prompt in batch]
-    decoded = {
-        way.name: decode_rows(model, ids, max_new_tokens, **way.options) for way in [*ways[first:], *ways[:first]]
-    }
+    decoded = {method.name: decode_rows(model, ids, max_new_tokens, **method.options) for method in in_turn}
     ends = end_tokens(model)
-    return [_call(way.name, batch, decoded[way.name], decoded[PLAIN], ends) for way in ways]
+    return [_call(method.name, batch, decoded[method.name], decoded[PLAIN], ends) for method in methods]
 
 
-def _call(way: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: DecodedRows, ends: set[int]) -> Call:
+def _call(method: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: DecodedRows, ends: set[int]) -> Call:
     answers = []
     for prompt, ids, expected in zip(batch, decoded.rows, plain.rows, strict=True):
         difference = first_difference(ids, expected)
@@ -222,12 +221,12 @@ def _call(way: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: Dec
                 ended=ids[-1] in ends,
                 first_difference=difference,
                 repeated_4grams=round(repeated_share(ids), 4),
-                ids=ids if difference is not None or way == PLAIN else None,
+                ids=ids if difference is not None or method == PLAIN else None,
             )
         )
     return Call(
         domain=batch[0].domain,
-        way=way,
+        way=method,
         seconds=round(decoded.seconds, 6),
         forward_passes=decoded.forward_passes,
         row_passes=decoded.row_passes,

@@ -1,4 +1,4 @@
-"""What an evaluation in training says about answers that were decoded: do validation and serving agree?
+"""Simulates decoding of answers as evaluation during training does, to compare both figures.
 
 Shapes: T tokens.
 """

@@ -1,4 +1,4 @@
-"""Suites of prompts: the one that ships, public benchmarks, and the user's own.
+"""Prompt suites: the built-in one, public benchmarks, and the user's own.
 
 A row of a suite has `prompt`, a text or the turns of a conversation, and optionally `name`, `domain` and `reference`.
 """
@@ -62,7 +62,9 @@ class Suite:
         if limit is None:
             return self
         if limit < 1:
-            raise ValueError(f"`limit` must be at least 1 prompt of each domain, but got {limit}.")
+            raise ValueError(
+                f"`limit`, the maximum number of prompts per domain, must be at least 1, but got {limit}."
+            )
         kept = [row for rows in self.by_domain().values() for row in _spread(rows, limit)]
         return Suite(self.name, tuple(kept))
 
@@ -101,7 +103,7 @@ def load_suite(name: str, limit: int | None = None, data: Path | None = None) ->
         return suite_of_rows(path.name, read_rows(path)).limited(limit)
     if path.suffix in SUFFIXES or name.count("/") != 1:
         raise ValueError(
-            f"There is no suite {name!r}. Pass 'quick', 'paper', one of {', '.join(BENCHMARKS)}, an existing file "
+            f"Unknown suite {name!r}. Pass 'quick', 'paper', one of {', '.join(BENCHMARKS)}, an existing file "
             f"({', '.join(SUFFIXES)}) or a dataset of the Hub as 'owner/name'."
         )
     return suite_of_rows(name, _hub_rows(name)).limited(limit)

@@ -1,4 +1,4 @@
-"""Checks whether multi-token prediction supports a model, by decoding with a tiny random model of its kind."""
+"""Checks whether multi-token prediction supports a model, by decoding with a tiny random model of the same type."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class SupportReport:
         mode (`str`, *optional*): The speculation mode that the model allows: `"tree"`, `"chain"`, `"chain on a copied
             state"`, `"recomputed chain"` or `"none"`. `None` if it cannot be upgraded at all.
         reason (`str`, *optional*): Why it cannot be upgraded, or why no tiny model could be built.
-        checks (`dict[str, str]`): For each way to decode, `"exact"` or a description of the difference or error.
+        checks (`dict[str, str]`): For each check, `"exact"` or a description of the difference or error.
     """
 
     model_type: str
@@ -52,7 +52,7 @@ class SupportReport:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every way to decode that was not refused had the output of plain decoding."""
+        """Whether every supported check gave the output of plain decoding."""
         return all(result == EXACT or result.startswith("refused") for result in self.checks.values())
 
     def __str__(self) -> str:
@@ -63,10 +63,10 @@ class SupportReport:
 
 
 def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | str) -> SupportReport:
-    """Compares every way to decode with plain decoding, on a tiny random model of the same kind, in float64.
+    """Compares decoding with `mtp=True` to plain decoding, on a tiny random model of the same type, in float64.
 
-    The ways are all strategies, a batch of prompts, a static cache, and eager attention in addition to the model's
-    default. Flex attention takes long to compile and flash attention needs a GPU, so both are left out.
+    The checks cover all strategies, a batch of prompts, a static cache, and eager attention in addition to the model's
+    default. Flex attention takes long to compile and flash attention needs a GPU, so both are skipped.
 
     Only the config of a Hub id is downloaded. Adapter weights are random. Drafts are partly right and partly wrong, so
     that acceptance and roll-back are tested, too.

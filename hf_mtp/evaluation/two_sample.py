@@ -1,4 +1,4 @@
-"""A two-sample test for sampled texts: do two ways to sample draw from one distribution?
+"""A two-sample test for sampled texts: do two sampling methods have the same distribution?
 
 Shapes: N texts, S = 2 N, L positions, W pairs of a position and a token, P permutations.
 """

@@ -1,1 +1,1 @@
-"""Adapters in the files of other engines: a folder for vLLM, and Uno's layout, which SGLang reads."""
+"""Converts adapters for other engines: the vLLM format, and Uno's format, which SGLang reads."""

@@ -41,8 +41,8 @@ def read_adapter(name: str) -> AdapterFiles:
     kind = PeftConfig.from_pretrained(name)
     if not isinstance(kind, GatedLoraConfig):
         raise ValueError(
-            f"{name} is an adapter of type {getattr(kind.peft_type, 'value', kind.peft_type)!r}, but only adapters of "
-            "hf_mtp ('GATED_LORA') can be exported. Convert one of Uno's by `hf-mtp export --from uno` first."
+            f"{name} is an adapter of type {getattr(kind.peft_type, 'value', kind.peft_type)!r}, but only adapters "
+            "of hf_mtp ('GATED_LORA') can be exported. Convert a Uno adapter with `hf-mtp export --from uno` first."
         )
     config = GatedLoraConfig.from_pretrained(name)
     # The sampler head has the name of the adapter in the file.
@@ -55,7 +55,7 @@ def read_adapter(name: str) -> AdapterFiles:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Within, a hidden folder to write to. It gets the name `folder` at the end, unless the body raises.
+    """A context with a hidden folder to write to, which is renamed to `folder` at the end, unless the body raises.
 
     Args:
         folder (`str` or `Path`): Must be empty or missing.
@@ -66,7 +66,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(
-            f"{folder} exists and is not an empty folder, and nothing is written over. Name another folder."
+            f"{folder} exists and is not an empty folder, and existing files are never overwritten. Choose another "
+            "folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:

@@ -1,4 +1,4 @@
-"""Checks that an adapter's files fit a base of which only the config is read."""
+"""Checks that an adapter's files fit a base, from the base's config alone."""
 
 import copy
 
@@ -28,7 +28,7 @@ def fitted(files: AdapterFiles, base: str | None = None) -> PeftModelForCausalLM
     """
     name, revision = (base, None) if base else (files.config.base_model_name_or_path, files.config.revision)
     if not name:
-        raise ValueError(f"{files.name} does not say which base it is for. Pass `base` (`--base`).")
+        raise ValueError(f"{files.name} does not name its base. Pass its Hub id or folder as `base` (`--base`).")
     model = PeftModelForCausalLM(without_weights(name, revision), copy.deepcopy(files.config), low_cpu_mem_usage=True)
     try:
         refuse_weights_unlike(files.weights, get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -52,8 +52,8 @@ def without_weights(name: str, revision: str | None = None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         raise OSError(
-            f"The config of the base {name} cannot be read, so nobody can tell whether the adapter fits it. Pass a "
-            "Hub id or a folder as `base` (`--base`); no weights are needed."
+            f"The config of the base {name} cannot be read, so the adapter cannot be checked against it. Pass the "
+            "Hub id or folder of the base as `base` (`--base`); no weights are needed."
         ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

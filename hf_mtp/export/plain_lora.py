@@ -1,4 +1,4 @@
-"""A gated adapter's LoRA in the files of a plain one, for engines that gate it themselves.
+"""Writes the LoRA of a gated adapter as a plain LoRA, for engines that gate it themselves.
 
 Shapes: r rank, D features of a layer's input, E of its output.
 """
@@ -52,9 +52,9 @@ class PlainLora:
 
 
 def plain_lora(files: AdapterFiles, model: PeftModel) -> PlainLora:
-    """The LoRA of an adapter with one rank and one scale, of the same effect.
+    """An equivalent LoRA with a single rank and a single scale.
 
-    Where layers differ in scale, it goes into B. Where they differ in rank, the smaller ones are filled up with zeros.
+    If layers differ in scale, the scale is folded into B. If they differ in rank, smaller ones are padded with zeros.
 
     Args:
         files ([`AdapterFiles`]): The adapter.
@@ -67,8 +67,8 @@ def plain_lora(files: AdapterFiles, model: PeftModel) -> PlainLora:
     for name in _VARIANTS:
         if getattr(config, name, None):
             raise ValueError(
-                f"{files.name} has `{name}={getattr(config, name)!r}`, which other engines do not compute. Only plain "
-                "LoRA on linear layers can be exported: train an adapter without it."
+                f"{files.name} has `{name}={getattr(config, name)!r}`, which other engines do not support. Only "
+                "plain LoRA on linear layers can be exported: train an adapter without this setting."
             )
     scales = {name: layer.scaling["default"] for name, layer in layers.items()}
     r = max(layer.r["default"] for layer in layers.values())

@@ -53,9 +53,10 @@ def export_uno(adapter: str, folder: str | Path, base: str | None = None) -> Pat
     others = [name for name in lora.weights if not _LAYERS.fullmatch(name)]
     if others:
         raise ValueError(
-            f"{adapter} has a LoRA on {len(others)} layer(s) that Uno's layout does not know, such as {others[0]!r}. "
-            "It knows model.layers.N.self_attn.{q,k,v,o}_proj and model.layers.N.mlp.{gate,up,down}_proj: train an "
-            "adapter with these `target_modules`, on a base that has them."
+            f"{adapter} has a LoRA on {len(others)} layer(s) that Uno's format does not support, such as "
+            f"{others[0]!r}. It supports model.layers.N.self_attn.{{q,k,v,o}}_proj and "
+            "model.layers.N.mlp.{gate,up,down}_proj: train an adapter with these `target_modules`, on a base that has "
+            "them."
         )
     with new_folder(folder) as draft:
         write_plain_lora(lora, model.active_peft_config.base_model_name_or_path, "Uno and SGLang", draft)
@@ -65,19 +66,19 @@ def export_uno(adapter: str, folder: str | Path, base: str | None = None) -> Pat
 def _refuse_more_than_noise(files: AdapterFiles) -> None:
     config = files.config
     has = {
-        "mask embeddings of its own (`masks='learned'`)": config.masks != "noise",
+        "mask embeddings (`masks='learned'`)": config.masks != "noise",
         "a sampler head (`sampler=True`)": config.sampler,
     }
     if any(has.values()):
         raise ValueError(
-            f"{files.name} has {' and '.join(what for what, it_has in has.items() if it_has)}, but Uno's layout holds "
-            "a LoRA and nothing else, and that LoRA would draft badly alone. Train an adapter with "
+            f"{files.name} has {' and '.join(what for what, it_has in has.items() if it_has)}, but Uno's format "
+            "contains only a LoRA, which would draft badly without them. Train an adapter with "
             "GatedLoraConfig(masks='noise', sampler=False)."
         )
 
 
 def import_uno(adapter: str, folder: str | Path, base: str | None = None, k: int = 8) -> Path:
-    """Writes an adapter of Uno's as one of ours, with `masks="noise"` and `sampler=False`.
+    """Converts a Uno adapter into an adapter of this package, with `masks="noise"` and `sampler=False`.
 
     Args:
         adapter (`str`): Hub id or folder of Uno's adapter, or of a repository that has it in `adapter/`.
@@ -90,7 +91,8 @@ def import_uno(adapter: str, folder: str | Path, base: str | None = None, k: int
         `Path`: The folder.
 
     Raises:
-        ValueError: There is no such adapter, it is none of Uno's, its file is a pickle, or it does not fit the base.
+        ValueError: There is no such adapter, it is not a Uno adapter, its file is a pickle, or it does not fit the
+            base.
         OSError: There is no such base, or the folder is not empty.
     """
     found = {inside: find_adapter_config_file(adapter, subfolder=inside) for inside in _SUBFOLDERS}
@@ -116,10 +118,10 @@ def import_uno(adapter: str, folder: str | Path, base: str | None = None, k: int
 def _config_of_uno(adapter: str, fields: dict, k: int) -> GatedLoraConfig:
     """Our config for the fields of Uno's, which are those of a plain [`~peft.LoraConfig`]."""
     if fields.get("peft_type") == ExtensionPeftType.GATED_LORA.value:
-        raise ValueError(f"{adapter} is an adapter of hf_mtp already. Load it as it is, or export it with `--to uno`.")
+        raise ValueError(f"{adapter} is already an adapter of hf_mtp. Load it directly, or export it with `--to uno`.")
     if fields.get("peft_type") != "LORA":
         raise ValueError(
-            f"{adapter} is an adapter of type {fields.get('peft_type')!r}, but Uno's layout is a LoRA ('LORA')."
+            f"{adapter} is an adapter of type {fields.get('peft_type')!r}, but Uno adapters have type 'LORA'."
         )
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     unknown = sorted(name for name, value in fields.items() if name not in known and value)

@@ -40,11 +40,11 @@ def export_vllm(adapter: str, folder: str | Path, base: str | None = None, k: in
     config = files.config
     masks = config.k if k is None else k
     if not 1 <= masks <= config.k:
-        raise ValueError(f"`k={k}` is not possible: {adapter} has {config.k} masks. Choose 1 to {config.k}.")
+        raise ValueError(f"`k` must be between 1 and {config.k}, the number of masks of {adapter}, but got {k}.")
     if config.sampler and config.sampler_recurrent:
         raise ValueError(
-            f"{adapter} has a recurrent sampler head (`sampler_recurrent=True`), which the integration with vLLM does "
-            "not compute. Train an adapter without it."
+            f"{adapter} has a recurrent sampler head (`sampler_recurrent=True`), which the vLLM integration does not "
+            "support. Train an adapter without it."
         )
     model = fitted(files, base)
     lora, tensors = plain_lora(files, model), _mask_and_sampler_tensors(files, model, masks)

@@ -1,1 +1,1 @@
-"""Positions of masks and what they attend to: functions of integer tensors that know no model."""
+"""Positions and attention of masks: functions of integer tensors that do not depend on a model."""

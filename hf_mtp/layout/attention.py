@@ -1,7 +1,7 @@
-"""Attention masks: which column attends to which, in the forms that attention layers accept.
+"""Attention masks: which column attends to which, in the formats that attention layers accept.
 
-Pure functions of a layout that know no model. From a config they read only the kinds of attention of its layers
-(`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
+Pure functions of a layout that do not depend on a model. From a config they read only the kinds of attention of its
+layers (`layer_types`, `sliding_window`, `attention_chunk_size`), never its architecture.
 
 Shapes: B batch, Q query columns, N = T + M columns of this pass, S key columns: those of this pass and those in a
 cache, which are all regular and belong to one document.

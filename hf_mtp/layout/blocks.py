@@ -2,9 +2,9 @@
 
 Pure functions of integer tensors, the same for training and for decoding. Knows nothing of models, losses or configs.
 
-A forward pass has N columns: regular tokens first, then A blocks of k masks. Block a hangs on the regular token in
-column `anchor[a]`. Its i-th mask (i = 1..k) stands for the token i columns after the anchor, has the position of that
-token and predicts the next one:
+A forward pass has N columns: regular tokens first, then A blocks of k masks. The anchor of block a is the regular
+token in column `anchor[a]`. Its i-th mask (i = 1..k) stands for the token i columns after the anchor, has the position
+of that token and predicts the next one:
 
     columns   x1 x2 x3 x4 | m1 m2 (after x2) | m1 m2 (after x4)
     positions  0  1  2  3 |  2  3            |  4  5
@@ -33,12 +33,12 @@ class BlockLayout:
     Args:
         position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the regular tokens.
         segment_BT (`torch.LongTensor` of shape `(B, T)`): Document of each regular token, -1 for padding.
-        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular column that each mask's block hangs on. The masks of
-            a block are adjacent.
-        step_BM (`torch.LongTensor` of shape `(B, M)`): Place of each mask in its block, 1..k: it stands for the token
+        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular column of the anchor of each mask's block. The masks
+            of a block are adjacent.
+        step_BM (`torch.LongTensor` of shape `(B, M)`): Index of each mask in its block, 1..k: it stands for the token
             that many columns after the anchor.
         alive_BM (`torch.BoolTensor` of shape `(B, M)`, *optional*): False for masks that only fill up a row.
-        is_chain (`bool`): Whether all masks form one block on the last regular token: a plain causal sequence.
+        is_chain (`bool`): Whether all masks form one block after the last regular token: a plain causal sequence.
         weight_B (`torch.Tensor` of shape `(B,)`, *optional*): If the blocks are a sample, the number of blocks that
             each block of a row represents.
         ancestor_BTT (`torch.BoolTensor` of shape `(B, T, T)`, *optional*): For a tree of drafts, whether the second
@@ -58,7 +58,7 @@ class BlockLayout:
     def of_blocks(
         cls, anchor_BA: torch.LongTensor, position_BT: torch.LongTensor, segment_BT: torch.LongTensor, k: int
     ) -> "BlockLayout":
-        """A whole block of k masks on each of the regular columns `anchor_BA`, `(B, A)`."""
+        """A whole block of k masks for each of the anchors `anchor_BA`, regular columns of shape `(B, A)`."""
         step_M = torch.arange(1, k + 1, device=anchor_BA.device).repeat(anchor_BA.shape[1])
         return cls(position_BT, segment_BT, anchor_BA.repeat_interleave(k, dim=1), step_M.expand(len(anchor_BA), -1))
 
@@ -156,7 +156,7 @@ def segments(attention_mask_BT: torch.Tensor | None, position_BT: torch.LongTens
 
 
 def useful_anchors(labels_BT: torch.LongTensor, segment_BT: torch.LongTensor) -> torch.BoolTensor:
-    """Tokens that are worth a block: the next two tokens are inside the loss, and the first mask predicts the second.
+    """Tokens that are useful anchors: the next two tokens are inside the loss, and the first mask predicts the second.
 
     Args:
         labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss.
@@ -182,21 +182,22 @@ def training_layout(
     generator: torch.Generator | None = None,
     same_in_all_rows: bool = False,
 ) -> BlockLayout:
-    """Hangs a block on every token whose next token is inside the loss, or on a random sample of these per row.
+    """Adds a block to every token whose next token is inside the loss, or to a random sample of these tokens per row.
 
-    These include the last token of a prompt, where decoding hangs its first block.
+    These include the last token of a prompt, which has the first block in decoding.
 
     Args:
         labels_BT (`torch.LongTensor` of shape `(B, T)`): Labels, -100 outside the loss (the prompt, padding).
         position_BT (`torch.LongTensor` of shape `(B, T)`): Position ids.
         segment_BT (`torch.LongTensor` of shape `(B, T)`): Documents, see [`segments`].
         k (`int`): Masks per block.
-        anchors_per_row (`int`, *optional*): Most blocks per row, drawn without replacement; all blocks if `None`.
+        anchors_per_row (`int`, *optional*): Maximum number of blocks per row, sampled without replacement; all if
+            `None`.
         generator (`torch.Generator`, *optional*): Generator for the draw.
         same_in_all_rows (`bool`, *optional*, defaults to `False`): Whether all rows have blocks on the same columns.
 
     Returns:
-        [`BlockLayout`] with as many blocks per row as the row that needs most. Rows that need fewer get blocks on
+        [`BlockLayout`] in which all rows have as many blocks as the row with most. Rows that need fewer get blocks on
         other tokens, whose masks have no target. There is no block if no mask of the batch has a target.
     """
     useful_BT = useful_anchors(labels_BT, segment_BT)
@@ -245,7 +246,7 @@ def decoding_layout(
         position_BT (`torch.LongTensor` of shape `(B, T)`): Positions of the step's regular tokens if these are a plain
             sequence, below 0 at padding.
         plan ([`MaskPlan`]): The masks.
-        first (`int`, *optional*, defaults to 0): The regular column that is number 0 in the plan.
+        first (`int`, *optional*, defaults to 0): The regular column that has index 0 in the plan.
         parent_BK (`torch.LongTensor` of shape `(B, T - 1)`, *optional*): The column of each draft's parent, if the
             drafts are a tree. The pending token is then the first regular column.
     """

@@ -1,9 +1,9 @@
 """Mask plan: which masks the next forward pass computes.
 
-A block of up to k masks can hang on each of R regular tokens. The i-th mask of a block is useful if decoding ends at
-the block's token and the drafts of the i - 1 masks before it are accepted too. A budget of M masks goes to the most
-useful of all R * k. With M = R * k this is quadratic decoding, and with one block on the last token it is linear
-decoding (Samragh et al., arXiv 2507.11851). Budgeted quadratic decoding follows github.com/mandt-lab/ptp.
+A block of up to k masks can follow each of R regular tokens, its anchor. The i-th mask of a block is useful if the
+anchor is the last accepted token and the drafts of the i - 1 masks before it are accepted too. A budget of M masks
+goes to the most useful of all R * k. With M = R * k this is quadratic decoding, and with one block on the last token
+it is linear decoding (Samragh et al., arXiv 2507.11851). Budgeted quadratic decoding follows github.com/mandt-lab/ptp.
 
 Pure functions of tensors. Shapes: B batch, K drafts, R = K + 1 regular tokens, k masks per block, M masks per row.
 """
@@ -20,12 +20,12 @@ class MaskPlan:
     """The masks of one forward pass.
 
     Args:
-        anchor_BM (`torch.LongTensor` of shape `(B, M)`): Regular token, 0..R-1, that each mask hangs on.
-        step_BM (`torch.LongTensor` of shape `(B, M)`): Place of each mask in its block, 1..k.
+        anchor_BM (`torch.LongTensor` of shape `(B, M)`): The anchor of each mask, a regular token 0..R-1.
+        step_BM (`torch.LongTensor` of shape `(B, M)`): Index of each mask in its block, 1..k.
         alive_BM (`torch.BoolTensor` of shape `(B, M)`): False for masks that only fill up a row.
         column_BRk (`torch.LongTensor` of shape `(B, R, k)`): Place of each mask of each block among the M, -1 if
             absent.
-        is_chain (`bool`): Whether the masks of every row form one block on the last regular token.
+        is_chain (`bool`): Whether the masks of every row form one block after the last regular token.
     """
 
     anchor_BM: torch.LongTensor
@@ -41,7 +41,7 @@ class MaskPlan:
 
     @property
     def drafts_BR(self) -> torch.LongTensor:
-        """`(B, R)`: how many masks hang on each regular token."""
+        """`(B, R)`: the number of masks in the block of each regular token."""
         return (self.column_BRk >= 0).sum(dim=2)
 
 
@@ -52,13 +52,14 @@ def no_masks(batch: int, regular: int, k: int, device: torch.device) -> MaskPlan
 
 
 def whole_blocks(drafts_B: torch.LongTensor, count: int, k: int, linear: bool) -> MaskPlan:
-    """Whole blocks of k masks: on every regular token of a row (quadratic decoding), or on its last one (linear).
+    """Whole blocks of k masks: after every regular token of a row (quadratic decoding), or after its last one
+    (linear).
 
     Args:
         drafts_B (`torch.LongTensor` of shape `(B,)`): Drafts of each row.
         count (`int`): K, the largest number of drafts, to which all rows are padded.
         k (`int`): Masks per block; may be 0.
-        linear (`bool`): Whether blocks hang on the last token only.
+        linear (`bool`): Whether only the last token has a block.
     """
     anchor_R = torch.arange(count + 1, device=drafts_B.device)
     wanted_BR = anchor_R == drafts_B[:, None] if linear else anchor_R <= drafts_B[:, None]
@@ -96,7 +97,7 @@ def mask_values(landing_BR: torch.Tensor, survival_k: torch.Tensor) -> torch.Ten
 
 
 def choose_masks(value_BRk: torch.Tensor, budget: int) -> MaskPlan:
-    """Gives a budget to the most valuable masks of each row.
+    """Chooses the most valuable masks of each row within a budget.
 
     Args:
         value_BRk (`torch.Tensor` of shape `(B, R, k)`): See [`mask_values`]. Values do not grow along a block; useless

@@ -18,7 +18,7 @@ class Recipe:
             [`Recipe.without_sampler`] for models that have none.
         lcm (`float`): Weight of the consistency of last hidden states (latent consistency).
         auxiliary (`float`): Weight of the consistency of intermediate layers' states.
-        targets (`"model"`, `"soft"` or `"data"`): Masks learn the base's likeliest token, the base's whole
+        targets (`"model"`, `"soft"` or `"data"`): Masks learn the base's most likely token, the base's full
             distribution, or the token of the data.
         position_decay (`float`): Weight of each mask relative to the mask before it. Early masks are worth more,
             because a draft counts only if all drafts before it were accepted.

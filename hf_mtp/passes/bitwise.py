@@ -1,11 +1,11 @@
-"""Computes regular columns bit for bit as passes over a single column compute them.
+"""Computes regular columns bit for bit as in passes over a single column.
 
-A pass over several columns rounds in other places than passes over one column, for two reasons. A matrix product over
-many rows may sum up in another order. And attention gets longer keys and a mask. Within `bitwise_columns`, products
-have as many rows as keep the order, and each regular column attends in a call of its own, to the keys that plain
-decoding would pass. Masks need no exactness, so they share one call.
+A pass over several columns rounds differently than passes over one column, for two reasons. A matrix product over many
+rows may sum in a different order. And attention gets longer keys and a mask. Within `bitwise_columns`, products have
+only as many rows as keep the order, and attention runs separately for each regular column, over the keys that plain
+decoding would pass. Masks need not be exact, so they share one call.
 
-Everything else in a decoder acts on each column by itself. `bitwise_check` tests that for the model at hand.
+All other layers of a decoder process each column independently. `bitwise_check` tests this for the given model.
 
 Shapes: B batch, T regular columns, M masks, N = T + M, D features, I and O input and output features.
 """
@@ -29,7 +29,8 @@ _whole: "weakref.WeakKeyDictionary[PreTrainedModel, set[tuple]]" = weakref.WeakK
 
 @contextmanager
 def bitwise_columns(model: PreTrainedModel, rows: Rows, batch: int, regular: int, masks: int) -> Iterator[None]:
-    """Within, a decoding pass of this thread computes its regular columns as passes over one column would.
+    """Within the context, decoding passes of this thread compute regular columns bit for bit as passes over one
+    column.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
@@ -51,7 +52,7 @@ def bitwise_columns(model: PreTrainedModel, rows: Rows, batch: int, regular: int
 
 
 class OrderedProducts(TorchFunctionMode):
-    """Within, products with the base's weights sum up each regular column in the order of plain decoding.
+    """Within the context, products with the base's weights sum each regular column in the order of plain decoding.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base. Adapters' weights act on masks only.

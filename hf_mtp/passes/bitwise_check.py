@@ -1,4 +1,4 @@
-"""Tests by trial whether a pass over several columns gives, bit for bit, what passes over one column give."""
+"""Tests whether a pass over several columns gives, bit for bit, the results of passes over one column."""
 
 import inspect
 import weakref
@@ -42,10 +42,10 @@ def refuse_unless_bitwise(tuner: GatedLoraTuner, rows: int) -> None:
     if not known[key]:
         raise NotImplementedError(
             f"`mtp_bitwise=True` cannot be guaranteed for {type(model).__name__} with {rows} rows in {model.dtype} on "
-            f"{device.type} (attn_implementation={model.config._attn_implementation!r}): a trial with several tokens "
-            "per pass rounded in another way than one token at a time. It works where attention is 'sdpa' and linear "
-            "layers are ordinary ones, in most cases on a CPU. Leave `mtp_bitwise` out: in float32 the text is the "
-            "same in practice, and in half precision only near-ties may flip."
+            f"{device.type} (attn_implementation={model.config._attn_implementation!r}): in a trial, several tokens "
+            "per pass rounded differently than one token at a time. It needs 'sdpa' attention and ordinary linear "
+            "layers, and works on most CPUs. Leave out `mtp_bitwise`: in float32 the output is the same in "
+            "practice, and in half precision only near-ties may flip."
         )
 
 

@@ -1,6 +1,6 @@
-"""The forward pass of decoding: from regular tokens and masks to the logits of the former and states of the latter.
+"""The forward pass of decoding: computes logits of regular tokens and hidden states of masks.
 
-Knows the upgraded model and its cache, and nothing of strategies, verification or stopping.
+Depends on the upgraded model and its cache, and not on strategies, verification or stopping.
 
 Shapes: B batch, T regular columns, M masks, N = T + M, R positions with logits, D features, V vocabulary, H heads.
 """
@@ -224,7 +224,7 @@ class DecodingPass:
         return attention_masks(layout, self.kinds, self.form, cache.seen_by(regular + layout.masks))
 
     def catch_up(self, cache: RollbackCache, ids_BS: torch.LongTensor) -> None:
-        """Fills up the cache of rows that ended before others, with their last token and the padding after it.
+        """Extends the cache of rows that ended before others by their last token and the padding after it.
 
         Args:
             cache ([`RollbackCache`]): The cache of rows that are all finished.

@@ -1,8 +1,8 @@
 """Forward passes for models that read plain sequences only and keep a state that cannot be rolled back.
 
-If the model can continue from its cache with several tokens at a time, a step reads confirmed tokens into that cache,
-and drafts and masks into a copy that is dropped afterwards. That takes two calls of the model, and accepted drafts are
-read again in the next step. Other models read the whole text again in each step.
+If the model can continue from its cache with several tokens at a time, a step processes confirmed tokens with that
+cache, and drafts and masks with a copy that is discarded afterwards. That takes two calls of the model, and accepted
+drafts are processed again in the next step. Other models recompute the whole sequence in each step.
 
 Shapes: one row; T regular columns, K drafts, M masks, R = K + 1 positions with logits, D features.
 """

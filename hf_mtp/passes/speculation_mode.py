@@ -1,4 +1,4 @@
-"""Finds by trial which kind of speculation a base model allows. The name of the architecture never decides.
+"""Determines by trial which speculation mode a base model supports. The name of the architecture never matters.
 
 Speculation needs passes over several tokens with exactly the results of one token at a time. The modes, best first:
 a tree, which quadratic decoding needs; a chain whose cache rolls back; a chain on a copy of a state that cannot be
@@ -115,8 +115,8 @@ def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
         known[implementation] = best
     else:
         logger.warning(
-            f"{type(model).__name__} failed in a trial of several tokens per pass, but a tiny model of its kind did "
-            f"not. This call uses the mode {best.value!r}, and the next call tries again."
+            f"{type(model).__name__} failed in a trial with several tokens per pass, but a tiny model of the same "
+            f"type did not. This call uses mode {best.value!r}, and the next call tries again."
         )
     return best
 

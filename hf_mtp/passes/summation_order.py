@@ -1,8 +1,8 @@
-"""Finds out how many rows a matrix product may have before it sums up in another order.
+"""Finds the maximum number of rows for which a matrix product keeps its order of summation.
 
-A product over many rows may use another kernel than one over a single row, with another order of summation. Then its
-rows round differently. The order depends on the shapes, not on the values. So a few rows whose terms cancel out show
-it: all that is left of their dot products is rounding, which differs between any two orders.
+A product over many rows may use a different kernel than one over a single row, with a different order of summation.
+Then its rows round differently. The order depends on the shapes, not on the values. So it can be detected with a few
+rows whose terms cancel: their dot products consist of rounding errors only, which differ between any two orders.
 
 Shapes: n rows, I input features, O output features.
 """

@@ -1,8 +1,9 @@
 """The forward passes of training: the regular tokens of a batch once, then chunks of its blocks of masks.
 
-Regular tokens depend on frozen weights only. So they are read first, without a graph, and each chunk of masks attends
-to their keys and values in one cache. A chunk can go backward before the next one is read, so memory does not grow
-with the number of blocks. Knows the speculation modes of models, and nothing of losses.
+Regular tokens depend on frozen weights only. So they are processed first, without an autograd graph, and each chunk of
+masks attends to their keys and values in one cache. The backward pass of a chunk can run before the next chunk is
+processed, so memory does not grow with the number of blocks. This module depends on the speculation modes of models,
+and not on losses.
 
 Shapes: B batch, T regular tokens, M masks per row (of a chunk), N = T + M, Q query columns, D features.
 """
@@ -39,9 +40,10 @@ class TrainingPass:
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
         input_ids_BT (`torch.LongTensor` of shape `(B, T)`): Regular tokens.
-        layout ([`BlockLayout`]): Their positions, and the blocks that hang on them.
+        layout ([`BlockLayout`]): Their positions, and their blocks of masks.
         all_layers (`bool`): Whether to return states of all layers.
-        masks (`int`): Most mask tokens per chunk, all rows together. A chunk has at least one block per row.
+        masks (`int`): Maximum number of mask tokens per chunk, summed over rows. A chunk has at least one block per
+            row.
         base_inputs (`dict`): Further inputs of the base's forward pass, such as images.
 
     Attributes:
@@ -195,9 +197,9 @@ class MultimodalPass(TrainingPass):
         error_B = (found_BD - true_BD).float().norm(dim=1) / true_BD.float().norm(dim=1)
         if (error_B[is_text_B] > max(16 * torch.finfo(self.dtype).eps, 1e-3)).any():
             raise NotImplementedError(
-                f"{type(self.tuner.model).__name__} computes other states for text when it also gets "
-                f"{', '.join(sorted(self.base_inputs))}, so masks would learn from states that decoding lacks. "
-                "Leave these out of the batches, or train on text alone."
+                f"{type(self.tuner.model).__name__} computes different hidden states for text when it also gets "
+                f"{', '.join(sorted(self.base_inputs))}, so masks would learn from states that decoding does not "
+                "have. Remove these inputs from the batches, or train on text only."
             )
 
 
@@ -214,14 +216,14 @@ class SequencePass(TrainingPass):
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
         if not each_row_is_one_text(layout):
             raise ValueError(
-                f"{type(self.tuner.model).__name__} reads one sequence per row, but rows of the batch hold several "
-                "texts or are padded at their start. Set packing=False, and pad at the end."
+                f"{type(self.tuner.model).__name__} supports one sequence per row, but rows of this batch hold "
+                "several texts or are padded on the left. Set packing=False, and pad on the right."
             )
         if is_sharded(self.tuner):
             raise NotImplementedError(
-                f"{type(self.tuner.model).__name__} reads each block of masks in a separate pass. Processes that "
-                "shard its weights would wait for each other forever, since they have different numbers of blocks. "
-                "Train with whole weights in every process: DDP or DeepSpeed ZeRO-2."
+                f"{type(self.tuner.model).__name__} processes each block of masks in a separate pass. Processes that "
+                "shard its weights would deadlock, because they have different numbers of blocks. Use DDP or "
+                "DeepSpeed ZeRO-2, where every process has all weights."
             )
         self.input_ids_BT = input_ids_BT
         with torch.no_grad():
@@ -278,9 +280,11 @@ def training_pass(
 def _refuse_multimodal(tuner: GatedLoraTuner, base_inputs: dict, allows_tree: bool) -> None:
     name = type(tuner.model).__name__
     if not allows_tree:
-        reason = f"{name} reads each block of masks as a separate text. Train it on text alone."
+        reason = f"{name} processes each block of masks as a separate text. Train it on text only."
     elif is_sharded(tuner):
-        reason = "the weights are sharded over processes. Train with whole weights in every process."
+        reason = (
+            "the weights are sharded over processes. Use DDP or DeepSpeed ZeRO-2, where every process has all weights."
+        )
     else:
         return
     raise NotImplementedError(f"The batch has {', '.join(sorted(base_inputs))} besides text, but {reason}")

@@ -51,7 +51,7 @@ class CheckedHandler:
         if choices == 1:
             return await self._answer(body, request_id)
         if body.get("stream"):
-            raise bad_request(f"`n` is {choices} with `stream`: leave one of them out.")
+            raise bad_request(f"`n` is {choices} with `stream`, which cannot be combined. Leave out one of them.")
         numbered = [{**body, "number": number} for number in range(choices)]
         return _joined(await asyncio.gather(*(self._answer(each, request_id) for each in numbered)))
 
@@ -105,7 +105,7 @@ def _check_messages(body: dict) -> None:
         for part in parts if isinstance(parts, list) else []:
             kind = part.get("type") if isinstance(part, dict) else part
             if kind not in TEXT:  # the host would leave it out
-                raise bad_request(f"A message has a part of type {kind!r}, but this server takes text only.")
+                raise bad_request(f"A message has a part of type {kind!r}, but this server supports text only.")
 
 
 def _sample_if_asked(config: GenerationConfig, body: dict) -> None:

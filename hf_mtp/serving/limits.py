@@ -1,4 +1,4 @@
-"""What a server takes, and what it answers to everything else."""
+"""The limits of a server, and its answers to invalid requests."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class Limits:
 
 
 def bad_request(message: str, code: int = 400) -> HTTPException:
-    """An error of the client's, which says what to change.
+    """A client error that says what to change.
 
     Args:
         message (`str`): What was passed, and what is needed.
@@ -55,7 +55,7 @@ def refuse_ignored_fields(body: dict) -> None:
     for name, neutral in NEUTRAL.items():
         value = body.get(name)
         if value is not None and value not in neutral:
-            raise bad_request(f"`{name}` is {value!r}, which this server cannot do. Leave it out.")
+            raise bad_request(f"`{name}={value!r}` is not supported by this server. Leave it out.")
 
 
 def whole_number(body: dict, name: str, least: int, most: int) -> int | None:
@@ -70,5 +70,5 @@ def whole_number(body: dict, name: str, least: int, most: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise bad_request(f"`{name}` must be a whole number from {least} to {most}, but got {value!r}.")
+        raise bad_request(f"`{name}` must be an integer from {least} to {most}, but got {value!r}.")
     return value

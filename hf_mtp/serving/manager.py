@@ -47,8 +47,8 @@ class AdapterManager(ModelManager):
         name, hub = self._pinned(model_id_and_revision)
         if not is_adapter(name, **hub):
             raise ValueError(
-                f"{name} is no adapter, so there is nothing to predict several tokens with. Pass an adapter that was "
-                "trained with hf_mtp, or serve the model with `transformers serve`."
+                f"{name} is not an adapter, so it cannot predict several tokens. Pass an adapter that was trained "
+                "with hf_mtp, or serve the model with `transformers serve`."
             )
         return load_tokenizer(name, **hub)
 
@@ -62,7 +62,7 @@ class AdapterManager(ModelManager):
 
     def _pinned(self, model_id_and_revision: str) -> tuple[str, dict]:
         if model_id_and_revision != self.process_model_name(self.force_model):
-            raise ValueError(f"This server has one model, {self.force_model}, but got {model_id_and_revision}.")
+            raise ValueError(f"This server has only the model {self.force_model}, but got {model_id_and_revision}.")
         if Path(self.force_model).exists():
             return self.force_model, {}
         name, _, revision = model_id_and_revision.partition("@")
@@ -155,7 +155,7 @@ class BatchedManager(BaseGenerateManager):
         if speculation_mode(tuner.model) is SpeculationMode.TREE:
             self._engine = self._make(tuner)
         else:
-            logger.warning("This model reads plain sequences only, so requests are decoded one after the other.")
+            logger.warning("This model does not support trees of drafts, so requests are decoded one after the other.")
 
     @property
     def is_alive(self) -> bool:
@@ -205,7 +205,9 @@ class BatchedManager(BaseGenerateManager):
         tokens, context = inputs["input_ids"].shape[-1], context_length(model)
         most = min(self.limits.prompt_tokens, context - 1)
         if tokens > most:
-            raise bad_request(f"The prompt has {tokens} tokens, but this server takes {most}. Send a shorter one.")
+            raise bad_request(
+                f"The prompt has {tokens} tokens, but this server accepts at most {most}. Send a shorter prompt."
+            )
         if tokens == 0:
             raise bad_request("The prompt is empty. Send at least one token of text.")
         gen_config.max_new_tokens = int(min(gen_config.max_new_tokens, context - tokens))

@@ -1,4 +1,4 @@
-"""What a server tells Prometheus about its requests and about multi-token prediction."""
+"""Prometheus metrics of a server: its requests, drafts and forward passes."""
 
 import time
 

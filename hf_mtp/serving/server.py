@@ -1,7 +1,5 @@
 """An OpenAI-compatible server for an adapter, from the parts of `transformers serve`."""
 
-import os
-import socket
 from dataclasses import dataclass, field
 
 import uvicorn
@@ -17,6 +15,7 @@ from .limits import Limits
 from .manager import AdapterManager, BatchedManager, BatchedState
 from .metrics import Metrics
 from .middleware import ApiKey, WholeBody, error_response
+from .port import listen, url_of
 
 TEXT_ENDPOINTS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/load_model", "/health"}
 
@@ -28,9 +27,9 @@ class ServerSettings:
     Args:
         adapter (`str`): Hub id or folder of the adapter. It is also the id of the model for clients.
         host (`str`), port (`int`): Where to listen; port 0 is any free one.
-        api_key (`str`, *optional*): Clients must send it. Without, anybody is answered.
+        api_key (`str`, *optional*): Key that clients must send. If `None`, no key is needed.
         strategy (`str`): As `mtp_strategy` of `generate`.
-        max_rows (`int`): Most requests that are decoded together.
+        max_rows (`int`): Maximum number of requests in the batch.
         limits ([`Limits`]): Of each request.
         dtype, device (`str`): Of the model.
         shutdown_seconds (`int`): How long running requests may take after Ctrl-C.
@@ -63,7 +62,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings):
         self.settings, self.metrics = settings, Metrics()
-        self.socket = _listen(settings.host, settings.port)  # before the model is loaded, which takes long
+        self.socket = listen(settings.host, settings.port)  # before the model is loaded, which takes long
         try:
             models = AdapterManager(device=settings.device, dtype=settings.dtype, force_model=settings.adapter)
         except BaseException:
@@ -81,8 +80,7 @@ class Server:
     @property
     def url(self) -> str:
         """The address for clients."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        return f"{url_of(self.socket)}/v1"
 
     def run(self) -> None:
         """Answers requests until Ctrl-C, SIGTERM or [`stop`]. Running requests are finished first."""
@@ -117,20 +115,6 @@ class Server:
         if self.settings.api_key:
             app.add_middleware(ApiKey, key=self.settings.api_key)
         return app
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise OSError(
-            f"Nothing can listen on port {port} of {host}: {os.strerror(error.errno)}. Choose another one with "
-            "--port, or stop the process that uses it."
-        ) from error
-    # asyncio does this for its own sockets only. Without, the end of a response waits 40 ms for an acknowledgement.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
 
 
 def _keep_text_endpoints(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI-compatible server for an adapter, as a process of another environment."""
+"""Runs vLLM's own OpenAI-compatible server for an adapter, as a process in another environment."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ class VllmSettings:
     Args:
         adapter (`str`): Hub id or folder of the adapter, or folder of an exported one. Clients name it as the model.
         host (`str`), port (`int`): Where to listen.
-        api_key (`str`, *optional*): Clients must send it. Without, anybody is answered.
+        api_key (`str`, *optional*): Key that clients must send. If `None`, no key is needed.
         strategy (`str`): `"auto"` or `"linear"`, see [`~hf_mtp.serving.vllm.arguments.engine_arguments`].
         max_rows (`int`): Most requests that are decoded together.
         dtype (`str`): Of the model.
@@ -83,8 +83,8 @@ def _require_vllm(python: str) -> None:
     found = subprocess.run([python, "-c", FINDS], capture_output=True, text=True)
     if found.returncode:
         raise ImportError(
-            f"{python} has no {' and no '.join(found.stderr.split())}. Make an environment for vLLM: pip install "
-            "'vllm==0.32.*' and pip install --no-deps hf_mtp. Name its Python with --vllm-python."
+            f"{python} has no {' and no '.join(found.stderr.split())}. Create an environment for vLLM: pip install "
+            "'vllm==0.32.*' and pip install --no-deps hf_mtp. Pass its Python with --vllm-python."
         )
 
 

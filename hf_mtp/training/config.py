@@ -42,8 +42,8 @@ class MTPConfig(SFTConfig):
             Named set of loss weights and targets: `"default"`, or `"paper"` for those of Samragh et al., arXiv
             2507.11851. The parameters below override single entries.
         targets (`str`, *optional*):
-            What masks learn to predict: `"model"`, the base's likeliest token, which a draft must match to be
-            accepted; `"soft"`, the base's whole distribution; or `"data"`, the token of the text.
+            What masks learn to predict: `"model"`, the base's most likely token, which a draft must match to be
+            accepted; `"soft"`, the base's full distribution; or `"data"`, the token of the dataset.
         base_weight, sampler_weight, lcm_weight, auxiliary_weight (`float`, *optional*):
             Weights of the four losses. The base and the auxiliary loss are not computed if their weight is 0. Without
             a sampler head, the base loss replaces the sampler loss.
@@ -67,8 +67,8 @@ class MTPConfig(SFTConfig):
         > Parameters that control memory
 
         masks_per_part (`int`, *optional*, defaults to `1024`):
-            Number of mask tokens that go forward and backward at a time. A larger number takes more memory and uses a
-            large GPU better. With sharded parameters or gradient checkpointing, all masks go at once.
+            Number of mask tokens per forward and backward pass. A larger number takes more memory and uses a large GPU
+            better. With sharded parameters or gradient checkpointing, all masks are processed at once.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Whether to recompute layers in the backward pass. `masks_per_part` bounds memory without computing layers
             twice.

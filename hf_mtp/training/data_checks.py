@@ -85,7 +85,7 @@ def refuse_settings(args: MTPConfig, tuner: GatedLoraModel) -> None:
     k = tuner.active_mtp_config.k
     if args.max_length is not None and args.max_length < k + 2:
         raise ValueError(
-            f"`max_length={args.max_length}` leaves no room for a token, its successor and the {k} tokens that its "
+            f"`max_length={args.max_length}` is too short for a token, its successor and the {k} tokens that its "
             f"masks predict. Set it to at least k + 2 = {k + 2}."
         )
     refuse_attention_without_masks(tuner.model)

@@ -54,8 +54,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     """
     Trains the adapter of an upgraded model.
 
-    An [`~trl.SFTTrainer`] with another loss. It takes every dataset format of TRL, and saves, resumes, evaluates and
-    reports as [`~transformers.Trainer`] does. Checkpoints hold the adapter, not the base. A process that is killed
+    An [`~trl.SFTTrainer`] with a different loss. It accepts every dataset format of TRL, and saves, resumes, evaluates
+    and reports like [`~transformers.Trainer`]. Checkpoints hold the adapter, not the base. A process that is killed
     while it saves leaves no incomplete checkpoint.
 
     Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position

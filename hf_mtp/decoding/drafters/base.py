@@ -17,7 +17,7 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Drafts:
-    """Guesses at each row's next tokens: a chain, or a tree of alternatives.
+    """Draft tokens of each row: a chain, or a tree of alternatives.
 
     Args:
         token_BK (`torch.LongTensor` of shape `(B, K)`): The drafts, -1 where a row has no more.

@@ -1,7 +1,7 @@
 """Drafts from masks: turns the hidden states of one block of masks per row into tokens.
 
-Drafts need only be likely, because verification decides. So the unembedding is applied to all masks at once, and its
-likeliest tokens form a shortlist. The sampler head then chooses from it, one draft after the other.
+Drafts need not be exact, because they are verified. So the unembedding is applied to all masks at once, and its most
+likely tokens form a shortlist. The sampler head then chooses from it, one draft after the other.
 
 Shapes: B batch, K drafts per row, C shortlisted tokens, D features, V vocabulary.
 """
@@ -25,7 +25,7 @@ SHORTLIST_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
 class MaskDrafter:
-    """Drafts from the masks that hang on each row's last token.
+    """Drafts from the masks that follow each row's last accepted token.
 
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.

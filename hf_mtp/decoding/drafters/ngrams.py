@@ -1,7 +1,6 @@
-"""Drafts from a row's own text: the tokens that followed the previous occurrence of its last n-gram.
+"""Drafts by prompt lookup: the tokens that followed the previous occurrence of a row's last n-gram.
 
-This is prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding). Where a text repeats its
-prompt or itself, such drafts cost nothing.
+This is prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding). The drafts need no model.
 """
 
 import weakref

@@ -1,7 +1,7 @@
-"""The adaptive schedule of `mtp_strategy="auto"`: the columns that pay for themselves, or plain decoding.
+"""The adaptive schedule of `mtp_strategy="auto"`: the columns that are worth their cost, or plain decoding.
 
-It decides by counts and by costs that were measured once, never by the time of single passes. So a busy machine does
-not disturb it, and processes that share a model decide alike.
+Its decisions depend on acceptance counts and on costs that were measured once, never on the time of single passes. So
+a busy machine does not disturb it, and processes that share a model make the same decisions.
 
 Shapes: B batch, K drafts, k masks per block.
 """
@@ -21,11 +21,11 @@ OF_MASKS = 0  # number of the drafter that drafts from masks
 
 
 class AdaptiveSchedule:
-    """Chooses the drafts and masks of each pass by what they are expected to bring and what they cost.
+    """Chooses the drafts and masks of each pass by their expected tokens and their cost.
 
-    The unit of all costs is a plain pass over one token. A token is worth its cost at the throughput of the last
-    passes. While passes with masks are expected to be slower than those without, no masks are computed; a trial
-    follows once 1.5 % of the cost of the passes since covers its expected loss. A model's schedule is kept from one
+    The unit of all costs is a plain pass over one token. The value of a token is its cost at the throughput of the
+    last passes. While passes with masks are expected to be slower than those without, no masks are computed; a trial
+    runs once 1.5 % of the cost of the passes since then covers its expected loss. A model's schedule is kept from one
     `generate` to the next.
 
     Args:

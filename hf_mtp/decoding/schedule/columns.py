@@ -1,8 +1,8 @@
-"""One rule for all columns of a pass: the tokens that a column is expected to bring against what it costs.
+"""One rule for all columns of a pass: compare the expected number of tokens of a column with its cost.
 
-A draft brings one token if decoding reaches it. A mask brings one token in the next pass if decoding ends at the
-mask's anchor and the drafts of its block are right up to it; its draft then needs a column, too. A column is worth
-having if its tokens are worth more than its marginal cost. Candidates are sorted by what they bring, so the result is
+A draft gives one token if it is accepted. A mask gives one token in the next pass if its anchor is the last accepted
+token and the drafts of its block are right up to it; its draft then needs a column, too. A column is computed if its
+expected tokens are worth more than its marginal cost. Candidates are sorted by their expected tokens, so the result is
 a number of drafts and a number of masks.
 
 Pure functions of numbers. The unit of all costs is a plain pass over one token.

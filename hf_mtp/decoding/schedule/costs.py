@@ -17,9 +17,9 @@ DIP = 0.9  # a larger pass that costs less than this share is faster; costs near
 class PassCosts:
     """The cost of passes, in units of a plain pass over one token.
 
-    More columns may cost less, where a matrix product has a slow way for few rows, as in float32 on some CPUs. There
-    is a *gap* between two numbers of columns if passes of sizes between them are slower than the larger one. They are
-    padded to that one.
+    More columns may cost less if matrix products use a slow kernel for few rows, as in float32 on some CPUs. There is
+    a *gap* between two numbers of columns if passes of sizes between them are slower than the larger one. They are
+    padded to the larger one.
 
     Args:
         plain (`list[tuple[int, float]]`): Columns and cost of passes without masks; the first is `(1, 1.0)`.

@@ -16,7 +16,7 @@ class FixedSchedule:
 
     Args:
         k (`int`): Masks per block.
-        linear (`bool`): Whether to hang a block on the last token of each row only.
+        linear (`bool`): Whether only the last token of each row has a block.
     """
 
     def __init__(self, k: int, linear: bool):

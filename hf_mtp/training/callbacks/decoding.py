@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from ...base.distributed import is_sharded
 from ...base.inspection import evaluation_mode, input_device
 from ...data.prompts import TextOrTurns, encode_prompt
-from ...data.randomness import own_randomness
+from ...data.randomness import fork_rng
 from ...evaluation.compare import Record, decode_both_ways, summarize
 
 PREFIX = "eval_decoding"
@@ -84,7 +84,7 @@ class DecodingCallback(TrainerCallback):
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         found = [None]
         if state.is_world_process_zero or is_sharded(model):
-            with evaluation_mode(model), own_randomness(model, seed=0):
+            with evaluation_mode(model), fork_rng(model, seed=0):
                 found = [self._decode(model, tokenizer)]
         (found,) = broadcast_object_list(found)  # all processes must choose the same best checkpoint
         metrics.update({name: value for name, value in found.items() if isinstance(value, float)})

@@ -1,4 +1,4 @@
-"""The ways to decode that are compared: plain decoding, prompt lookup, and each strategy with each k."""
+"""The decoding methods that are compared: plain decoding, prompt lookup, and each strategy with each k."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 PLAIN, PROMPT_LOOKUP = "plain", "prompt lookup"
 STRATEGIES = ("auto", "quadratic", "linear")
 PAPER_K = (1, 4, 8)  # the columns of the paper's table
-LOOKUP_TOKENS = 8  # the most drafts of prompt lookup, as in transformers' own examples
+LOOKUP_TOKENS = 8  # drafts per pass of prompt lookup, as in transformers' own examples
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to decode.
+class DecodingMethod:
+    """One decoding method.
 
     Args:
         strategy (`str`): `"plain"`, `"prompt lookup"` or a value of `mtp_strategy`.
@@ -36,7 +36,7 @@ class Way:
         return {"mtp": True, "mtp_strategy": self.strategy, "mtp_k": self.k}
 
 
-def ways_of(strategies: Sequence[str], ks: Sequence[int] | None, trained_k: int) -> list[Way]:
+def methods_of(strategies: Sequence[str], ks: Sequence[int] | None, trained_k: int) -> list[DecodingMethod]:
     """Plain decoding, prompt lookup, and every strategy with every k.
 
     Args:
@@ -61,4 +61,8 @@ def ways_of(strategies: Sequence[str], ks: Sequence[int] | None, trained_k: int)
         strategy: sorted(set(ks)) if ks else of_paper if strategy == "quadratic" else [trained_k]
         for strategy in dict.fromkeys(strategies)
     }
-    return [Way(PLAIN), Way(PROMPT_LOOKUP), *(Way(strategy, k) for strategy in chosen for k in chosen[strategy])]
+    return [
+        DecodingMethod(PLAIN),
+        DecodingMethod(PROMPT_LOOKUP),
+        *(DecodingMethod(strategy, k) for strategy in chosen for k in chosen[strategy]),
+    ]

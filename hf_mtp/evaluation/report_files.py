@@ -1,4 +1,4 @@
-"""Writes what people read of an evaluation: the table, the curves and the section of a model card."""
+"""Writes the report of an evaluation: the tables, the plots and the section of a model card."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END, README, is_replacea
 from ..adapter.config import GatedLoraConfig
 from ..base.files import write_whole
 from .curves import can_draw, draw_curves
-from .report import card_section, table_page
 from .results import ALL, Results
+from .tables import card_section, table_page
 
 TABLE = "table.md"
 
@@ -45,11 +45,14 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
     """
     folder = Path(adapter)
     if not results.complete:
-        raise ValueError("The evaluation was interrupted, so its results are not for a model card. Finish it first.")
+        raise ValueError(
+            "The evaluation was interrupted, and partial results are not written to a model card. "
+            "Finish the evaluation first."
+        )
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"A model card is written into the folder of an adapter, but {folder} has no adapter_config.json. "
-            "Download the adapter first, for example with `hf download`."
+            f"{folder} is not the folder of an adapter: it has no adapter_config.json. Pass an adapter's folder; "
+            "download the adapter first, for example with `hf download`."
         )
     card = folder / README
     if is_replaceable(card):

@@ -1,8 +1,8 @@
 """The results of an evaluation as tables in Markdown: [`table_page`], and the section of a model card."""
 
 from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END
+from .methods import PLAIN, DecodingMethod
 from .results import ALL, Results, Summary
-from .ways import PLAIN, Way
 
 BUSY = 0.75  # processes that wait for a processor besides this one, on average
 
@@ -14,7 +14,7 @@ def table_page(results: Results) -> str:
         results ([`Results`]): The results.
     """
     if not results.domains:
-        return "# Evaluation\n\nNothing was measured: the run was interrupted before its first prompt was finished.\n"
+        return "# Evaluation\n\nThere are no results: the run was interrupted before the first prompt was finished.\n"
     sections = {
         "Tokens per pass": tokens_table(results),
         "Speed by the wall clock": speed_table(results),
@@ -38,45 +38,55 @@ def card_section(results: Results) -> str:
 
 
 def tokens_table(results: Results) -> str:
-    """Tokens per pass by domain and way, pooled over answers."""
-    return _by_way(results, lambda row: f"{row.tokens_per_pass:.2f}", [PLAIN])
+    """Tokens per pass by domain and method, pooled over answers."""
+    return _by_method(results, lambda row: f"{row.tokens_per_pass:.2f}", [PLAIN])
 
 
 def speed_table(results: Results) -> str:
-    """Speed against plain decoding by domain and way: the median over prompts, and the quartiles."""
-    return _by_way(results, _speed, [PLAIN])
+    """Speed against plain decoding by domain and method: the median over prompts, and the quartiles."""
+    return _by_method(results, _speed, [PLAIN])
 
 
 def acceptance_table(results: Results) -> str:
     """How often the first, second ... draft of a pass was accepted, over all domains."""
-    ways = {way: row.acceptance_per_position for way, row in _overall(results).items()}
-    drafting = {way: rates for way, rates in ways.items() if rates}
+    methods = {method: row.acceptance_per_position for method, row in _overall(results).items()}
+    drafting = {method: rates for method, rates in methods.items() if rates}
     if not drafting:
-        return "No way drafted a token."
+        return "No method drafted a token."
     positions = max(map(len, drafting.values()))
     rows = [
-        [way, *(f"{rate:.2f}" for rate in rates), *[""] * (positions - len(rates))] for way, rates in drafting.items()
+        [method, *(f"{rate:.2f}" for rate in rates), *[""] * (positions - len(rates))]
+        for method, rates in drafting.items()
     ]
-    return markdown_table(["way", *map(str, range(1, positions + 1))], rows)
+    return markdown_table(["method", *map(str, range(1, positions + 1))], rows)
 
 
 def simulated_table(results: Results) -> str:
     """Tokens per pass that an evaluation in training computes from the same answers, beside the decoded ones."""
-    way = Way("quadratic", results.settings.adapter["k"]).name
+    method = DecodingMethod("quadratic", results.settings.adapter["k"]).name
     rows = []
     for domain, told in results.simulated.items():
-        decoded = results.domains[domain][way].tokens_per_pass
+        decoded = results.domains[domain][method].tokens_per_pass
         rows.append([domain, f"{told:.3f}", f"{decoded:.3f}", f"{100 * (told / decoded - 1):+.1f} %"])
-    return markdown_table(["domain", "simulated", way, "difference"], rows)
+    return markdown_table(["domain", "simulated", method, "difference"], rows)
 
 
 def full_table(results: Results) -> str:
-    """Every figure of every domain and way."""
-    head = ["domain", "way", "tokens per pass", "mean of means", "speed", "tokens/s", "same text", "repeated 4-grams"]
+    """Every figure of every domain and method."""
+    head = [
+        "domain",
+        "method",
+        "tokens per pass",
+        "mean of means",
+        "speed",
+        "tokens/s",
+        "same text",
+        "repeated 4-grams",
+    ]
     rows = [
         [
             domain,
-            way,
+            method,
             f"{row.tokens_per_pass:.2f}",
             f"{row.tokens_per_pass_mean:.2f}",
             _speed(row),
@@ -84,8 +94,8 @@ def full_table(results: Results) -> str:
             f"{row.identical}/{row.prompts}",
             f"{row.repeated_4grams:.2f}",
         ]
-        for domain, ways in results.domains.items()
-        for way, row in ways.items()
+        for domain, methods in results.domains.items()
+        for method, row in methods.items()
     ]
     return markdown_table(head, rows)
 
@@ -94,11 +104,11 @@ def notes(results: Results) -> str:
     """How the figures were measured, and what to know about them."""
     settings, adapter = results.settings, results.settings.adapter
     lines = [
-        "Greedy decoding, ended by the end token. Tokens per pass are new tokens divided by forward passes of the "
-        "base, pooled over answers: the token that the base adds to each pass (the bonus token), the end token and "
-        "the pass over the prompt are included, so plain decoding has 1. Speed is plain decoding's seconds divided "
-        "by the way's own: the median over prompts, and the quartiles. Every prompt was decoded in all ways in turn, "
-        "after a warm-up.",
+        "Greedy decoding until the end-of-sequence token. Tokens per pass are new tokens divided by forward passes "
+        "of the base, pooled over answers. They include the token that the base adds to each pass (the bonus "
+        "token), the end-of-sequence token and prefill, so plain decoding has 1. Speed is the seconds of plain "
+        "decoding divided by those of the method: the median over prompts, and the quartiles. Every prompt was "
+        "decoded with all methods in turn, after a warm-up.",
         f"{_count(results)} of {settings.suite['prompts']} prompts, at most {settings.max_new_tokens} new tokens, "
         f"batch {settings.batch_size}, {settings.dtype} on {settings.machine.get('accelerator', settings.device)}; "
         f"{machine_line(settings.machine)}. Adapter {adapter['fingerprint']}, k={adapter['k']}, r={adapter['r']}.",
@@ -128,11 +138,11 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def _by_way(results: Results, cell, left_out: list[str]) -> str:
-    """A row for each domain, a column for each way."""
-    ways = [way for way in _overall(results) if way not in left_out]
-    rows = [[domain, *(cell(row[way]) for way in ways)] for domain, row in results.domains.items()]
-    return markdown_table(["domain", *ways], rows)
+def _by_method(results: Results, cell, left_out: list[str]) -> str:
+    """A row for each domain, a column for each method."""
+    methods = [method for method in _overall(results) if method not in left_out]
+    rows = [[domain, *(cell(row[method]) for method in methods)] for domain, row in results.domains.items()]
+    return markdown_table(["domain", *methods], rows)
 
 
 def _overall(results: Results) -> dict[str, Summary]:
@@ -149,11 +159,11 @@ def _count(results: Results) -> int:
 
 
 def _warnings(results: Results) -> list[str]:
-    found = [] if results.complete else ["**Partial:** the run was interrupted. The same command goes on with it."]
+    found = [] if results.complete else ["**Partial:** the run was interrupted. Run the same command to resume."]
     if results.load_average is not None and results.load_average > BUSY:
         found.append(
             f"**Busy machine:** other programs were running when it started (load average {results.load_average}). "
-            "Tokens per pass do not depend on it, but those of `auto` do, which decides by measured costs. Speeds are "
-            "ratios of neighbours in time: trust them only as far as their quartiles are close."
+            "This does not affect tokens per pass, except for `auto`, which uses measured costs. Each speedup "
+            "compares runs close in time: trust it only if its quartiles are close."
         )
     return found

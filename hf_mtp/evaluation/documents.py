@@ -1,0 +1,59 @@
+"""JSON documents with a schema, such as `results.json` and `probe.json`: written from and read into dataclasses."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ..base.files import write_whole
+
+
+def write_document(path: Path, results, rows: str) -> None:
+    """Writes a dataclass with a schema as JSON. One of its fields is a long list, which gets one row on each line.
+
+    Args:
+        path (`Path`): The file.
+        results: The dataclass.
+        rows (`str`): Name of the field.
+    """
+    content = dataclasses.asdict(results)
+    lines = ",\n  ".join(json.dumps(row) for row in content.pop(rows))
+    head = json.dumps({"schema": content.pop("schema"), **content}, indent=1).removesuffix("\n}")
+    write_whole(path, [f'{head},\n "{rows}": [\n  {lines}\n ]\n}}\n'.encode()])
+
+
+def read_document(path: Path, schema: str) -> dict:
+    """Reads a JSON document, and checks that it names the schema.
+
+    Args:
+        path (`Path`): The file.
+        schema (`str`): Name and version.
+
+    Raises:
+        ValueError: It is not valid JSON, or has another schema.
+        OSError: There is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != schema:
+        raise ValueError(f"{path} has the schema {found!r}, but this version of hf_mtp reads {schema!r}.")
+    return content
+
+
+def fields_of(kind: type, content: dict):
+    """An object of a dataclass from all its fields, and no others.
+
+    Args:
+        kind (`type`): The dataclass.
+        content (`dict`): Values by name.
+
+    Raises:
+        TypeError: A field is missing or unknown.
+    """
+    names = {one.name for one in dataclasses.fields(kind)}
+    if names != content.keys():
+        wrong = sorted(names ^ content.keys())
+        raise TypeError(f"{kind.__name__} has other fields: {', '.join(wrong)}")
+    return kind(**content)
