@@ -16,7 +16,6 @@ from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
-from .tuner import GatedLoraTuner
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +85,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
 
     def _warn_of_what_is_not_saved(self) -> None:
         """Warns if the base, or an adapter of its own, is being trained: a trainer that saves this model loses it."""
-        if not isinstance(self.base_model, GatedLoraTuner):  # a tuner that its user registered under this config
+        if not hasattr(self.base_model, "gated_layers"):  # a tuner that its user registered for this config
             return
         layers = self.base_model.gated_layers().values()
         gated = {
