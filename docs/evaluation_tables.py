@@ -1,6 +1,6 @@
 """Tables of docs/evaluation.md, from what `hf-mtp verify`, `hf-mtp evaluate` and `hf-mtp probe` wrote."""
 
-from tables import RESULTS, load, machine, table
+from tables import RESULTS, aim, load, machine, table
 
 from hf_mtp.evaluation.rank_report import papers_claim, rank_table
 from hf_mtp.evaluation.ranks import load_probe
@@ -18,6 +18,17 @@ def verification() -> str:
             gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
             rows.append([report["dtype"], one["way"], f"{one['answers'] - len(units)} of {one['answers']}", gaps])
     return table(["dtype", "method", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
+
+
+def commands() -> str:
+    """How long the commands take on the toy, beside what we aimed at."""
+    report = load("commands")
+    aims = {"hf-mtp --help": 1, "hf-mtp verify": 60, "hf-mtp evaluate --suite quick": 180, "hf-mtp probe": 120}
+    rows = [
+        [f"`{name}`", f"{report['seconds'][name]:.1f} s", aim(f"{most} s", report["seconds"][name] <= most)]
+        for name, most in aims.items()
+    ]
+    return table(["command", "time", "target"], rows) + f"\n{machine(report)}.\n"
 
 
 def quality() -> str:

@@ -16,8 +16,17 @@ LOAD_ROWS = {
 
 
 def server() -> str:
-    """One client at a time, and many."""
-    report = load("server")
+    """One client at a time, and many, of a toy."""
+    return _server("server")
+
+
+def server_smollm2() -> str:
+    """The same of a real model."""
+    return _server("server_smollm2")
+
+
+def _server(name: str) -> str:
+    report = load(name)
     one, many = loads = report["loads"]
     head = ["", *(f"{load['clients']} client{'s' if load['clients'] > 1 else ''}" for load in loads)]
     rows = [[name, *(show(load) for load in loads)] for name, show in LOAD_ROWS.items()]

@@ -11,7 +11,7 @@ K = (1, 2, 4, 8)
 
 
 def smollm2() -> str:
-    """The first screen: `auto` against plain decoding and against the best other way."""
+    """The first screen: `auto` against plain decoding and against the fastest baseline."""
     report = load("smollm2")
     rows = []
     for domain, ways in report["domains"].items():
@@ -26,8 +26,8 @@ def smollm2() -> str:
                 f"{bitwise['speedup']:.2f}x, {same(bitwise)}",
             ]
         )
-    head = ["text", "tokens per pass", "speed against plain", "against the best other way", "same text (ours, other)"]
-    return table([*head, "bit for bit: speed, same text"], rows) + note(report)
+    head = ["text", "tokens per pass", "speedup", "against the fastest baseline", "same text (ours, baseline)"]
+    return table([*head, "bit for bit: speedup, same text"], rows) + note(report)
 
 
 def best_peer(ways: dict[str, dict]) -> tuple[str, dict]:
@@ -175,3 +175,37 @@ def columns() -> str:
 def _replayed_cell(row: dict) -> str:
     counts = f", {row['tokens'] / row['passes']:.2f}" if "passes" in row else ""
     return f"{row['tokens'] / row['cost']:.2f}x{counts}"
+
+
+def smollm2_recipe() -> str:
+    """Short trainings for equal processor time, each with one change."""
+    report = load("smollm2_recipe")
+    rows = [
+        [
+            f"**{name}**" if number == 0 else name,
+            *(f"{rate:.2f}" for rate in run["tokens_per_step"].values()),
+            str(run["steps"]),
+            f"{run['masks_trained'] / 1000:.0f}k",
+            f"{run['trainable_parameters'] / 1e6:.1f}M",
+        ]
+        for number, (name, run) in enumerate(report["runs"].items())
+    ]
+    head = ["run", *NAMES.values(), "steps", "masks", "parameters"]
+    what = f"{report['seconds']:.0f} s of the processor each, {report['prompts']} held-out prompts of each kind"
+    return table(head, rows) + f"\n{what}; {machine(report)}.\n"
+
+
+def smollm2_layers() -> str:
+    """What an adapter loses without the LoRA of some layers."""
+    report = load("layers")
+    whole = report["left_out"]["nothing"]["tokens_per_step"]
+    rows = [
+        [
+            group,
+            str(found["layers"]),
+            *(f"{rate:.2f} ({rate / whole[name] - 1:+.0%})" for name, rate in found["tokens_per_step"].items()),
+        ]
+        for group, found in report["left_out"].items()
+    ]
+    head = ["without the LoRA of", "layers", *NAMES.values()]
+    return table(head, rows) + f"\n{report['prompts']} held-out prompts of each kind; {machine(report)}.\n"

@@ -83,6 +83,6 @@ def test_adapters_with_other_layers_beside_each_other(tmp_path):
             torch.testing.assert_close(masks_of(model), alone[name])
             for strategy in STRATEGIES:
                 assert torch.equal(generate(model, prompt(), mtp=True, mtp_strategy=strategy), expected)
-        model.delete_adapter(first)
-        model.set_adapter(second)
+        model.delete_adapter(first)  # the active one
+        assert model.active_adapters == [second]
         torch.testing.assert_close(masks_of(model), alone[second])

@@ -181,7 +181,7 @@ def main() -> None:
     settings = {
         "experiment": args.experiment,
         "machine": describe_machine(),
-        "adapter": hashlib.sha256((args.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16],
+        "adapter": fingerprint(args.adapter),
         "dtype": str(models.base.dtype).removeprefix("torch."),
         "new_tokens": args.new_tokens,
         "rare": args.rare,
@@ -197,6 +197,11 @@ def main() -> None:
     print_table(domains)
     if args.card:
         write_card(args.adapter, domains)
+
+
+def fingerprint(adapter: Path) -> str:
+    """The start of the SHA-256 of an adapter's weights."""
+    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def best_of(experiment: str, domains: dict[str, dict[str, dict]]) -> dict[str, dict[str, str]]:

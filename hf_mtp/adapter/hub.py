@@ -85,6 +85,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
 
     def _warn_of_what_is_not_saved(self) -> None:
         """Warns if the base, or an adapter of its own, is being trained: a trainer that saves this model loses it."""
+        if not hasattr(self.base_model, "gated_layers"):  # a tuner that its user registered for this config
+            return
         layers = self.base_model.gated_layers().values()
         gated = {
             id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")

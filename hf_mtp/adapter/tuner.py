@@ -217,8 +217,13 @@ class GatedLoraTuner(MaskInput, LoraModel):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         del self.peft_config[adapter_name]
-        remaining = functional.delete_adapter(self._tree, adapter_name, self.prefix, self.tuner_layer_cls)
-        self.active_adapter = remaining or []
+        was_active = adapter_name in self.active_adapters
+        active = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
+        functional.delete_adapter(self._tree, adapter_name, self.prefix, self.tuner_layer_cls)
+        if was_active and active:  # PEFT asks the first layer, which may have none of the others
+            is_frozen = all(self.peft_config[name].inference_mode for name in active)
+            functional.set_adapter(self._tree, active, is_frozen, self.tuner_layer_cls)
+        self.active_adapter = active
         for heads in (self.lora_mask_embeddings, self.lora_sampler_heads, self.noise_tokens):
             heads.pop(adapter_name) if adapter_name in heads else None
         self._sync_heads()

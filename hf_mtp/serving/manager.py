@@ -21,6 +21,7 @@ from transformers.cli.serving.utils import (
 from transformers.utils import logging
 
 from ..adapter.tuner import GatedLoraTuner
+from ..base.threads import in_own_thread
 from ..data.survey import context_length
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from ..pretrained import is_adapter, load_model, load_tokenizer
@@ -152,7 +153,7 @@ class BatchedManager(BaseGenerateManager):
     def start(self, model) -> None:
         """Starts the engine, if the model allows one: rows of other models cannot join a batch between passes."""
         tuner = model.base_model
-        if speculation_mode(tuner.model) is SpeculationMode.TREE:
+        if in_own_thread(lambda: speculation_mode(tuner.model)) is SpeculationMode.TREE:
             self._engine = self._make(tuner)
         else:
             logger.warning("This model does not support trees of drafts, so requests are decoded one after the other.")

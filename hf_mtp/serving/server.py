@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 
+from ..base.threads import in_own_thread
 from .handlers import CheckedChatHandler, CheckedCompletionHandler, CheckedResponseHandler
 from .limits import Limits
 from .manager import AdapterManager, BatchedManager, BatchedState
@@ -69,7 +70,8 @@ class Server:
             self.socket.close()
             raise
         manager = BatchedManager(settings.limits, self.metrics, settings.strategy, settings.max_rows)
-        self.model, self.tokenizer = models.load_model_and_processor(models.process_model_name(settings.adapter))
+        name = models.process_model_name(settings.adapter)
+        self.model, self.tokenizer = in_own_thread(lambda: models.load_model_and_processor(name))
         manager.start(self.model)
         self.state = BatchedState(manager)
         self.app = self._app(models)
