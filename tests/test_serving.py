@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.cli.main import app as command
+from hf_mtp.serving import manager
 from hf_mtp.serving.limits import Limits
 from hf_mtp.serving.server import Server, ServerSettings
 from hf_mtp.serving.text import StopStrings, TextStream
@@ -514,3 +515,21 @@ def test_tokens_after_a_stop_string_do_not_count():
     stream = TextStream(tokenizer.backend_tokenizer, ["–"])
     assert stream.feed(tokenizer("abc–def")["input_ids"]) == "abc"
     assert stream.is_stopped and stream.tokens == 3 + len("–".encode()) and stream.end() == ""
+
+
+def test_the_model_is_loaded_and_tried_out_in_threads_that_end(adapter, monkeypatch):
+    """OpenMP's helpers of any other thread would slow down the one that decodes."""
+    threads = []
+
+    def recorded(function):
+        def record(*args, **kwargs):
+            threads.append(threading.current_thread())
+            return function(*args, **kwargs)
+
+        return record
+
+    monkeypatch.setattr(manager, "load_model", recorded(manager.load_model))
+    monkeypatch.setattr(manager, "speculation_mode", recorded(manager.speculation_mode))
+    with served(adapter):
+        assert len(threads) == 2
+        assert not any(thread.is_alive() for thread in threads)

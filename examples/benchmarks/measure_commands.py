@@ -4,8 +4,7 @@
     python examples/benchmarks/measure_commands.py ADAPTER --output docs/results/commands.json
 
 ADAPTER is the folder of an adapter that `make quickstart` trained: its base is a small one, which ships with this
-repository. Each command runs once, in a process of its own, with its default settings. Prints a table; the last line is
-one JSON document.
+repository. Each command runs once, in a process of its own. Prints a table; the last line is one JSON document.
 """
 
 import argparse
@@ -29,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         commands = {
-            "hf-mtp verify": ["verify", args.adapter],
+            "hf-mtp verify": ["verify", args.adapter, "--dtype", "float32"],
             "hf-mtp evaluate --suite quick": ["evaluate", args.adapter, "--suite", "quick", "--output", f"{folder}/1"],
             "hf-mtp probe": ["probe", args.adapter, "--output", f"{folder}/2"],
         }
@@ -45,7 +44,7 @@ def main() -> None:
 def seconds_of(arguments: list[str]) -> float:
     """Seconds of one command."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "hf_mtp.cli.main", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([Path(sys.executable).with_name("hf-mtp"), *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     found = json.loads(args.output.read_text(encoding="utf-8"))["left_out"] if args.output.is_file() else {}
     held_out = held_out_answers(args)
     base, tokenizer = load_base(args.base)
-    model = PeftModel.from_pretrained(base, args.adapter)
+    model = PeftModel.from_pretrained(base, args.adapter, is_trainable=True)  # which the trainer wants
     settings = SETTINGS | BATCHES["cpu"] | {"disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
         texts = next(iter(held_out.values()))

@@ -10,10 +10,9 @@ T = TypeVar("T")
 def in_own_thread(call: Callable[[], T]) -> T:
     """Runs a call in a thread that ends with it.
 
-    On a CPU, OpenMP gives each thread that computes helpers of its own, which stay as long as the thread. Once there are
-    more of them than cores, GNU's OpenMP lets all helpers sleep between two operations instead of spinning. Waking them
-    takes long: a small model decodes at little more than half of its speed. So where one thread of a process decodes, no
-    other one may keep helpers.
+    On a CPU, OpenMP gives each thread that computes helpers of its own, which stay as long as the thread. Once there
+    are more of them than cores, GNU's OpenMP lets all helpers sleep between two operations instead of spinning, and
+    waking them takes long. So where one thread of a process decodes, no other one may keep helpers.
 
     Args:
         call (`Callable`): A function without arguments.

@@ -65,13 +65,14 @@ class Server:
         self.settings, self.metrics = settings, Metrics()
         self.socket = listen(settings.host, settings.port)  # before the model is loaded, which takes long
         try:
-            models = AdapterManager(device=settings.device, dtype=settings.dtype, force_model=settings.adapter)
+            models = in_own_thread(
+                lambda: AdapterManager(device=settings.device, dtype=settings.dtype, force_model=settings.adapter)
+            )  # which loads the model
         except BaseException:
             self.socket.close()
             raise
         manager = BatchedManager(settings.limits, self.metrics, settings.strategy, settings.max_rows)
-        name = models.process_model_name(settings.adapter)
-        self.model, self.tokenizer = in_own_thread(lambda: models.load_model_and_processor(name))
+        self.model, self.tokenizer = models.load_model_and_processor(models.process_model_name(settings.adapter))
         manager.start(self.model)
         self.state = BatchedState(manager)
         self.app = self._app(models)
