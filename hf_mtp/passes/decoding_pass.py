@@ -212,7 +212,7 @@ class DecodingPass:
         """
         few = masks if masks <= FEW_MASKS else 0
         wanted = logits_rows + few
-        if wanted == regular + masks or self.bitwise:  # plain decoding takes a slice
+        if few == masks and (wanted == regular + masks or self.bitwise):  # plain decoding takes a slice
             return wanted
         return torch.arange(regular - logits_rows, regular + few, device=device)
 
