@@ -261,7 +261,7 @@ def test_what_goes_wrong_on_one_side_ends_the_race(track, monkeypatch):
     "settings, message",
     [
         ({"prompt": "  "}, "The prompt is empty"),
-        ({"prompt": "w6 " * 300}, r"The prompt has 302 tokens .* at most 256 in all. .* by 66 together"),
+        ({"prompt": "w6 " * 300}, r"The prompt has 302 tokens .* at most 256 in total. .* by 66 in total"),
         ({"k": 4}, r"\(k\) must be a number from 1 to 3, but got 4"),
         ({"seed": None}, "The seed must be a number from 0 up, but got None"),
         ({"temperature": -1}, "The temperature must be a number from 0 to 2.0, but got -1"),

@@ -124,14 +124,15 @@ NOT_OURS = re.compile(
 TARGET, SETTING, VERSION = "a target, not a result", "a setting, not a result", "a version"
 ALLOWED = {
     "README.md": {
-        "206 minutes on a CPU core": "sums of examples/smollm2/training/*.json, not measured again",
+        "276 minutes on a CPU core": "sums of examples/smollm2/training/*.json, not measured again",
         "from PyPI (93 MB)": "the size of a download",
     },
     "docs/benchmarks.md": {
         "were 1.7x, 1.6x and 1.35x on": TARGET,
         "A further target was 1.15 times": TARGET,
         "The target was 1.1 times the speed": TARGET,
-        "the target for 17 columns is 1.2 times": TARGET,
+        "The target was 0.8 of the greedy tokens per pass": TARGET,
+        "The target for 17 columns was 1.2 times": TARGET,
         "The data is 13 % maths, 13 % instructions and 74 % Python": SETTING,
         "The targets for this run: 2.5 tokens per step": TARGET,
         "1.8 on held-out text for chat": TARGET,

@@ -95,7 +95,7 @@ def test_fields_are_checked_when_they_are_used_and_saved(field, value, tmp_path)
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"], r".*(q_proj|lm_head)"])
 def test_layers_that_could_only_fail_later_are_refused(targets):
     fresh, changed = tiny_base("llama"), tiny_base("llama")
-    with pytest.raises(ValueError, match="includes lm_head.*Leave them out"):
+    with pytest.raises(ValueError, match="includes lm_head.*Leave these layers out"):
         get_peft_model(changed, GatedLoraConfig(k=2, r=4, target_modules=targets))
     assert [name for name, _ in changed.named_modules()] == [name for name, _ in fresh.named_modules()]
 

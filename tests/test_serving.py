@@ -455,7 +455,7 @@ def test_a_port_in_use(server, adapter):
 
 
 def test_a_base_is_no_adapter(adapter):
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="is not an adapter"):
         Server(ServerSettings(adapter.replace("adapter", "base"), port=0))
 
 

@@ -350,7 +350,7 @@ def test_some_prompts_alone_among_others_are_no_problem(tmp_path):
 
 @pytest.mark.parametrize("max_length", [1, K + 1])
 def test_max_length_without_room_for_a_block_is_refused(max_length, tmp_path):
-    with pytest.raises(ValueError, match=rf"`max_length={max_length}` leaves no room.*at least k \+ 2 = 5"):
+    with pytest.raises(ValueError, match=rf"`max_length={max_length}` is too short.*at least k \+ 2 = 5"):
         trainer(tmp_path, max_length=max_length)
 
 

@@ -72,7 +72,7 @@ def train_missing(base: str, answers: Path, folder: Path, minutes: float, seed: 
 def train_ours(name: str, base: str, rows: list[dict], folder: Path, minutes: float, seed: int) -> dict:
     """A small gated-LoRA adapter, by the training of examples/smollm2."""
     model, tokenizer = load_base(base)
-    model = upgrade(model, ADAPTER | {"k": K}, seed)
+    model = upgrade(model, ADAPTER | {"k": K, "layers_to_transform": None}, seed)
     settings = SETTINGS | OURS | {"max_steps": SCHEDULE_STEPS, "save_strategy": "no", "training_curves": False}
     texts, clock = Dataset.from_list(rows).shuffle(seed), ProcessorClock(minutes)
     trainer = make_trainer(model, tokenizer, texts, folder, None, settings, callbacks=[clock], seed=seed)

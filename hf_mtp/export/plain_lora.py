@@ -100,7 +100,6 @@ def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> N
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
-        "exclude_modules": lora.exclude_modules or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -117,6 +116,8 @@ def write_plain_lora(lora: PlainLora, base: str, engine: str, folder: Path) -> N
         "use_dora": False,
         "use_rslora": False,
     }
+    if lora.exclude_modules:
+        config["exclude_modules"] = lora.exclude_modules
     tensors = {
         f"{PREFIX}{name}.lora_{part}.weight": weight.contiguous()
         for name, pair in lora.weights.items()
