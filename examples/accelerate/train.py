@@ -49,6 +49,7 @@ def main() -> None:
     trainer = MTPTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output) if Path(args.output).is_dir() else None)
     trainer.save_model()
+    trainer.accelerator.end_training()  # else a process may be aborted when it exits before its communication threads
 
 
 if __name__ == "__main__":
