@@ -10,6 +10,7 @@ from tiny_models import adapter_parameters, prompt, randomised, tiny_base, upgra
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.decoding.drafters.masks import SHARPNESS
 from hf_mtp.decoding.noise import PositionNoise
 from hf_mtp.objective.recipe import get_recipe
 from hf_mtp.objective.request import ObjectiveRequest
@@ -178,6 +179,23 @@ def test_noise_of_decided_positions_is_not_kept(model, monkeypatch):
     monkeypatch.setattr(PositionNoise, "at", counting)
     sample(model, ids(), mtp_strategy="quadratic", new_tokens=60)
     assert max(held) <= 2 * (1 + 4)  # drafts of two passes
+
+
+def test_a_draft_is_the_maximum_of_its_power_and_the_noise():
+    tuner = upgraded(tiny_base("llama", torch.float64), k=1, sampler=False).base_model
+    hidden_1KD = torch.randn(1, 1, tuner.model.config.hidden_size, dtype=torch.float64)
+    two_best = tuner.unembedding()(hidden_1KD)[0, 0].topk(2)
+    first, second = two_best.indices.tolist()
+    gap = SHARPNESS * (two_best.values[0] - two_best.values[1])
+
+    def drafted(noise: float) -> int:
+        def noise_of(step, candidate_BC):
+            return noise * (candidate_BC == second)
+
+        return tuner.draft(torch.tensor([0]), hidden_1KD, noise_of, LogitsProcessorList()).token_BK.item()
+
+    assert drafted(0.99 * gap) == first
+    assert drafted(1.01 * gap) == second
 
 
 # ---------------------------------------------------------------- the distribution

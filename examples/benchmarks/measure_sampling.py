@@ -8,7 +8,8 @@ PROMPTS is a JSON Lines file of conversations (`prompt`) with the model's own an
 at tokens taken at random, let p be the base's distribution of the token after next, and q that of the first mask.
 Rejection sampling accepts a draft from q with probability sum(min(p, q)). With shared noise, a draft is accepted if
 adding one noise to log p and to log q has the same maximum; with n candidates, if the maximum of the former is among
-the n largest of the latter. The best that any coupling of one draft can reach is rejection sampling's rate.
+the n largest of the latter. Rejection sampling's rate is the best that a draft from q can reach. A power of q may
+reach more, because a mask is less certain than the base.
 Prints a table; the last line is one JSON document.
 """
 
@@ -21,13 +22,14 @@ from peft import PeftModel
 from report import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_mtp.decoding.drafters.masks import SHORTLIST
 from hf_mtp.decoding.noise import PositionNoise
 from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.layout.blocks import IGNORE, segments, training_layout
 from hf_mtp.objective.compute import drafted_features
 from hf_mtp.passes.training_pass import training_pass
 
-TEMPERATURES, CANDIDATES, DRAWS, PLACES = (0.7, 1.0), (1, 2, 3), 16, (1, 2)
+TEMPERATURES, CANDIDATES, POWERS, DRAWS, PLACES = (0.7, 1.0), (1, 2, 3), (1.25, 1.5, 2.0), 16, (1, 2)
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,15 +65,18 @@ def rates(base_AV: torch.Tensor, draft_AV: torch.Tensor, temperature: float, see
     p_AV, q_AV = (logits / temperature for logits in (base_AV, draft_AV))
     found = {"rejection sampling": torch.minimum(p_AV.softmax(-1), q_AV.softmax(-1)).sum(-1)}
     noise = PositionNoise(seed, 0, p_AV.shape[1], p_AV.device)
-    hits = {count: torch.zeros(len(p_AV)) for count in CANDIDATES}
+    ways = {f"shared noise, {count} candidate(s)": (1.0, count) for count in CANDIDATES}
+    ways |= {f"shared noise, 1 candidate, q to the power of {power}": (power, 1) for power in POWERS}
+    shortlist = q_AV.topk(SHORTLIST, dim=-1)
+    hits = {way: torch.zeros(len(p_AV)) for way in ways}
     for draw in range(DRAWS):
         noise_V = noise.at(draw)
         noise.forget_before(draw + 1)
         chosen_A1 = (p_AV + noise_V).argmax(dim=-1, keepdim=True)
-        candidate_AC = (q_AV + noise_V).topk(max(CANDIDATES), dim=-1).indices
-        for count in CANDIDATES:
-            hits[count] += (candidate_AC[:, :count] == chosen_A1).any(dim=-1) / DRAWS
-    return found | {f"shared noise, {count} candidate(s)": hits[count] for count in CANDIDATES}
+        for way, (power, count) in ways.items():
+            best_AC = (power * shortlist.values + noise_V[shortlist.indices]).topk(count, dim=-1).indices
+            hits[way] += (shortlist.indices.gather(1, best_AC) == chosen_A1).any(dim=-1) / DRAWS
+    return found | hits
 
 
 def main() -> None:

@@ -20,6 +20,9 @@ from .acceptance import MaskAcceptance
 from .base import Drafts, no_drafts
 
 SHORTLIST = 32  # with masks trained, the right token is among the first ten (Samragh et al., arXiv 2507.11851, fig. 2)
+# A mask does not know the tokens just before its own, so it is less certain than the base will be. Raised to this
+# power, its distribution hits the base's choice most often (docs/benchmarks.md, "Sampled drafts").
+SHARPNESS = 1.5
 # Processors that also work on a shortlist. Others use token ids as indices.
 SHORTLIST_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
@@ -121,7 +124,7 @@ def draft(
     for step, candidate_BC in enumerate(candidate_BKC.unbind(dim=1)):
         score_BC = score_BKC[:, step].float() if sampler is None else rescore(step, refine(step, embedding(pending_B)))
         if noise_of is not None:
-            score_BC = warpers(None, score_BC) + noise_of(step, candidate_BC)
+            score_BC = warpers(None, score_BC) + noise_of(step, candidate_BC) / SHARPNESS
         best_B1 = score_BC.argmax(dim=-1, keepdim=True)
         if siblings:
             others.append(
