@@ -30,7 +30,7 @@ data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise sequence states outcome
 decoding.drafters: base acceptance ngrams masks
-decoding.schedule: costs candidates columns fixed adaptive store
+decoding.schedule: base costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained attached
 export: files fit plain_lora vllm uno
