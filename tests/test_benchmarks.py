@@ -1,11 +1,11 @@
 """Scripts in `examples/benchmarks` that measure single passes still run: their parts, on a tiny model."""
 
-import importlib
-import sys
+from importlib import import_module as script
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import importable
 from tiny_models import prompt, tiny_base, upgraded
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
@@ -13,16 +13,9 @@ K = 3
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    """Lets tests import the scripts by their names; afterwards these are free again."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
-def script(name: str):
-    return importlib.import_module(name)
+def _importable():
+    with importable(FOLDER):
+        yield
 
 
 @pytest.fixture
