@@ -1,8 +1,8 @@
 """The tables of the peers that were trained, from what examples/benchmarks/peers.py wrote."""
 
+from smollm2_tables import NAMES
 from tables import load, machine, table
 
-NAMES = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
 TRAINING = {  # which training a way needs
     "Medusa-style heads": "medusa",
     "EAGLE-style head": "eagle",

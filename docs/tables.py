@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from hf_mtp.evaluation.tables import markdown_table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -11,7 +13,7 @@ def load(name: str) -> dict:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
+    return markdown_table(head, rows) + "\n"
 
 
 def value(path: str, form: str) -> str:

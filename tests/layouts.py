@@ -11,7 +11,7 @@ from hf_mtp.passes.training_pass import training_pass
 def masked_states(tuner, input_ids, layout: BlockLayout, all_layers: bool = False, masks: int = 1024):
     """Hidden states of a training batch: two lists of `(B, T, D)` and `(B, M, D)`, read `masks` masks at a time."""
     reading = training_pass(tuner, input_ids, layout, all_layers, masks)
-    parts = [reading.masks(part) for part in reading.chunks]
+    parts = [reading.masks(chunk) for chunk in reading.chunks]
     return reading.regular, [torch.cat(layer, dim=1) for layer in zip(*parts, strict=True)]
 
 

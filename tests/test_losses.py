@@ -157,7 +157,7 @@ def test_sampler_head(residual, recurrent):
     found = head(previous, hidden)
     torch.testing.assert_close(found, torch.stack(outputs, dim=1))
     assert torch.equal(found, untrained) != recurrent
-    refine = head.given(hidden)
+    refine = head.refiner(hidden)
     torch.testing.assert_close(torch.stack([refine(step, previous[:, step]) for step in range(4)], dim=1), found)
 
 

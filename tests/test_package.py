@@ -21,7 +21,8 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 layout: tree mask_plan blocks attention
-base: files threads autocast caches inspection embedding head rope randomness sizes tiny distributed lora_layers
+base: files padding threads autocast caches inspection head rope randomness sizes tiny distributed embedding
+base: lora_layers
 cache: column_attention shared_heads rows rollback sequence protocol
 adapter: access peft_type loading config base_identity custom_generate card hub
 adapter: prepared gate parameters stacked sampler noise_tokens mask_input tuner
@@ -30,7 +31,7 @@ data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise sequence states outcome
 decoding.drafters: base acceptance ngrams masks
-decoding.schedule: costs candidates columns fixed adaptive store
+decoding.schedule: base costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
 : model registration pretrained attached
 export: files fit plain_lora vllm uno

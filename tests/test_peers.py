@@ -1,14 +1,15 @@
 """`examples/benchmarks/peers.py`: peers decode exactly like plain decoding, and draft what they learned."""
 
-import importlib
 import json
 import sys
+from importlib import import_module as script
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import RIGHT
 from peft import get_peft_model
+from scripts import importable
 from tiny_models import VOCAB, prompt, tiny_base, upgraded
 from transformers import AutoModelForCausalLM
 
@@ -16,25 +17,14 @@ from hf_mtp import GatedLoraConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT / "examples" / "benchmarks", ROOT / "examples" / "smollm2", ROOT / "docs"]
-MODULES = [path.stem for folder in FOLDERS for path in folder.glob("*.py")]
 DRAFTERS = ("medusa", "eagle", "two passes")
 NEW, K = 20, 3
 
 
 @pytest.fixture(autouse=True)
-def short_names(monkeypatch):
-    """Lets tests import the scripts' modules by their names; afterwards these are free again."""
-    for folder in FOLDERS:
-        monkeypatch.syspath_prepend(str(folder))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield
-    for name in MODULES:
-        sys.modules.pop(name, None)
-
-
-def script(name: str):
-    return importlib.import_module(name)
+def _importable():
+    with importable(*FOLDERS):
+        yield
 
 
 def peer(name: str, count: int = K, dtype: torch.dtype = torch.float64) -> tuple:

@@ -4,7 +4,6 @@ Without a network it falls back to the small base that ships with it. Its part w
 base, too.
 """
 
-import importlib
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import importable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "examples" / "quickstart" / "quickstart.py"
@@ -126,15 +126,9 @@ def test_a_missing_package_is_named():
 
 
 @pytest.fixture
-def quickstart(monkeypatch):
-    """Imports a module of the quickstart by its name; afterwards these names are free again."""
-    names = ("walkthrough", "display", "side_by_side", "training")
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
+def quickstart():
+    with importable(SCRIPT.parent) as quickstart:
+        yield quickstart
 
 
 @pytest.mark.parametrize("is_fast, dtype", [(True, "bfloat16"), (False, "float32, because this CPU")])

@@ -144,13 +144,13 @@ def test_sampling_draws_from_the_seed_and_leaves_chance_outside_alone(tmp_path):
 
 
 def test_the_longest_prompts_come_first_and_rows_keep_their_order(tmp_path, monkeypatch):
-    widths, whole = [], answers._padded_left
+    widths, whole = [], answers.left_padded
 
     def spy(prompts, pad):
         widths.append([len(prompt) for prompt in prompts])
         return whole(prompts, pad)
 
-    monkeypatch.setattr(answers, "_padded_left", spy)
+    monkeypatch.setattr(answers, "left_padded", spy)
     result = own_words(chats(), tmp_path / "out")
     lengths = [length for batch in widths for length in batch]
     assert lengths == sorted(lengths, reverse=True)
@@ -173,7 +173,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_an_interrupted_run_ends_with_the_same_file(do_sample, tmp_path, monkeypatch):
     whole = own_words(chats(), tmp_path / "whole", do_sample=do_sample)
-    answer, calls = responses.answer, []
+    answer, calls = responses.answer_batch, []
 
     def dies(*args):
         calls.append(1)
@@ -181,7 +181,7 @@ def test_an_interrupted_run_ends_with_the_same_file(do_sample, tmp_path, monkeyp
             raise Killed
         return answer(*args)
 
-    monkeypatch.setattr(responses, "answer", dies)
+    monkeypatch.setattr(responses, "answer_batch", dies)
     out = tmp_path / "out"
     with pytest.raises(Killed):
         own_words(chats(), out, do_sample=do_sample)
@@ -271,7 +271,7 @@ def test_other_arguments_are_refused(tmp_path):
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
-    Shard(tmp_path, 1, of=2).claim({})
+    Shard(tmp_path, 1, count=2).claim({})
     with pytest.raises(ValueError, match="begun by 2 process.*now there are 1"):
         own_words(chats(), tmp_path)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripts import importable
 
 from hf_mtp.evaluation import load_probe, load_results
 
@@ -96,10 +97,14 @@ def test_a_result_says_where_it_was_measured(path):
 # ---------------------------------------------------------------- the figures of the pages
 
 
-def test_pages_use_every_result(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    import make_tables
+@pytest.fixture
+def docs_script():
+    with importable(ROOT / "docs") as script:
+        yield script
 
+
+def test_pages_use_every_result(docs_script, monkeypatch):
+    make_tables = docs_script("make_tables")
     read, read_text = set(), pathlib.Path.read_text
     monkeypatch.setattr(
         pathlib.Path, "read_text", lambda path, *args, **options: read.add(path) or read_text(path, *args, **options)
@@ -185,11 +190,8 @@ def test_a_number_of_a_sentence_begins_no_line(page):
     assert not re.search(r"^\s*<!-- value", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_a_number_of_a_sentence_follows_its_result(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    import make_tables
-    import tables
-
+def test_a_number_of_a_sentence_follows_its_result(docs_script, monkeypatch):
+    make_tables, tables = (docs_script(name) for name in ("make_tables", "tables"))
     monkeypatch.setattr(tables, "load", lambda name: {"rows": [{"name": "a", "n": 3}, {"name": "b c", "n": [4.0]}]})
     for path, form, shown in (
         ("any/rows/name=b c/n/0", "{:.1f}x", "4.0x"),

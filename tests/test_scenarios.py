@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from scripts import importable
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
@@ -29,14 +30,14 @@ def adapter(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(adapter, monkeypatch):
     """Runs a script as a command, with these options."""
-    monkeypatch.syspath_prepend(str(EXAMPLES / "scenarios"))
 
     def run(script: str, *options: str, base: Path = TOY) -> None:
         known = ["--base", str(base), "--adapter", str(adapter), "--repeats", "1", "--threads", "1"]
         monkeypatch.setattr(sys, "argv", [script, *options, *known])
         runpy.run_path(str(EXAMPLES / "scenarios" / f"{script}.py"), run_name="__main__")
 
-    return run
+    with importable(EXAMPLES / "scenarios"):
+        yield run
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

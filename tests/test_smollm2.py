@@ -1,6 +1,5 @@
 """`examples/smollm2`: what is refused before anything is written, and what is never trained on."""
 
-import importlib
 import json
 import shutil
 import sys
@@ -9,20 +8,15 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from scripts import importable
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "smollm2"
-MODULES = ("base", "held_out", "own_prompts", "prompts", "train")
 
 
 @pytest.fixture
-def example(monkeypatch):
-    """Imports a module of the example by its name; afterwards such short names are free again."""
-    monkeypatch.syspath_prepend(str(EXAMPLE))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def example():
+    with importable(EXAMPLE) as example:
+        yield example
 
 
 def write_rows(path: Path, *rows: dict) -> None:

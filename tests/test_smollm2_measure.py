@@ -1,14 +1,15 @@
 """`examples/smollm2/measure.py`: every way on the same prompts in turn, and tables from what it writes."""
 
-import importlib
 import json
 import sys
+from importlib import import_module as script
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import get_peft_model
+from scripts import importable
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
@@ -16,21 +17,14 @@ from hf_mtp import GatedLoraConfig
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE, DOCS = ROOT / "examples" / "smollm2", ROOT / "docs"
 BASE = ROOT / "examples" / "quickstart" / "base"
-MODULES = ("measure", "paired", "ways", "held_out", "make_tables", "smollm2_tables", "tables")
 TEXTS = {"maths": "2 + 2?", "code": "Sort a list.", "chat": "Hello!"}
 BEST = {"prompt lookup": "5 tokens, n-grams up to 3", "early exit": "layer 10, 2 tokens", "small draft": "6 tokens"}
 
 
 @pytest.fixture(autouse=True)
-def short_names(monkeypatch):
-    """Lets tests import the example's modules and those of docs/ by their names; afterwards these are free again."""
-    for folder in (EXAMPLE, DOCS):
-        monkeypatch.syspath_prepend(str(folder))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def _importable():
+    with importable(EXAMPLE, DOCS):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +58,8 @@ def run(data, adapter, monkeypatch):
         output = data / f"{experiment}.json"
         command = [experiment, data, output, "--base", base, "--adapter", adapter, "--threads", 1, *arguments]
         monkeypatch.setattr(sys, "argv", ["measure.py", *map(str, command)])
-        monkeypatch.setattr(importlib.import_module("paired"), "WARM_UP_TOKENS", 2)
-        importlib.import_module("measure").main()
+        monkeypatch.setattr(script("paired"), "WARM_UP_TOKENS", 2)
+        script("measure").main()
         return json.loads(output.read_text(encoding="utf-8"))
 
     return run
@@ -75,7 +69,7 @@ def run(data, adapter, monkeypatch):
 
 
 def test_every_way_decodes_the_same_prompts_and_gives_the_same_text(run, data, monkeypatch):
-    measure = importlib.import_module("measure")
+    measure = script("measure")
     (data / "peers.json").write_text(json.dumps({"best": BEST}))
     speed = measure.Experiment(measure.speed_ways, measure.held_out, prompts=2, dtype="float32")
     monkeypatch.setitem(measure.EXPERIMENTS, "speed", speed)
@@ -95,7 +89,7 @@ def test_every_way_decodes_the_same_prompts_and_gives_the_same_text(run, data, m
 
 
 def test_batches_hold_different_prompts_and_end_separately(run, monkeypatch):
-    measure = importlib.import_module("measure")
+    measure = script("measure")
     batches = measure.Experiment(measure.just(auto=measure.mtp()), measure.batches, prompts=1, dtype="float32")
     monkeypatch.setitem(measure.EXPERIMENTS, "batches", batches)
     report = run("batches", "--new-tokens", "6")
@@ -114,7 +108,7 @@ def test_sampling_is_compared_with_greedy_decoding(run):
 
 
 def test_what_was_measured_is_not_measured_again(run, data, monkeypatch):
-    paired = importlib.import_module("paired")
+    paired = script("paired")
     done, one_turn = [], paired.one_turn
 
     def interrupted(models, ways, texts, turn, new_tokens):
@@ -136,7 +130,7 @@ def test_what_was_measured_is_not_measured_again(run, data, monkeypatch):
 
 
 def test_other_settings_start_anew(tmp_path, capsys):
-    paired = importlib.import_module("paired")
+    paired = script("paired")
     row = {"domain": "maths", "turn": 0, "answers": {}}
     paired.Record(tmp_path / "some.json", {"new_tokens": 4}).add(row)
     assert paired.Record(tmp_path / "some.json", {"new_tokens": 4}).has("maths", 0)
@@ -145,7 +139,7 @@ def test_other_settings_start_anew(tmp_path, capsys):
 
 
 def test_the_clock_ends_a_measurement_between_turns(run, data, monkeypatch):
-    paired = importlib.import_module("paired")
+    paired = script("paired")
     clock = iter([0.0, 0.0, 59.0, 61.0])
     fake = SimpleNamespace(monotonic=lambda: next(clock))
     monkeypatch.setattr(paired, "time", fake)
@@ -157,7 +151,7 @@ def test_the_clock_ends_a_measurement_between_turns(run, data, monkeypatch):
 
 
 def test_ways_take_turns_in_coming_first():
-    paired, ways = (importlib.import_module(name) for name in ("paired", "ways"))
+    paired, ways = (script(name) for name in ("paired", "ways"))
     order = []
 
     class Models:
@@ -178,7 +172,7 @@ def test_ways_take_turns_in_coming_first():
 
 
 def test_a_gap_is_in_units_of_rounding():
-    paired = importlib.import_module("paired")
+    paired = script("paired")
     logits = torch.tensor([[[10.0, 9.875, 3.0]]], dtype=torch.bfloat16)  # between 8 and 16 bfloat16 rounds to 1/16
     read = []
 
@@ -197,7 +191,7 @@ def test_a_gap_is_in_units_of_rounding():
 
 
 def test_speed_is_the_median_of_seconds_per_token():
-    paired = importlib.import_module("paired")
+    paired = script("paired")
 
     def turn(turn: int, seconds: float, tokens: int) -> dict:
         common = {"rows": 1, "passes": 10, "repeated_4grams": 0.0, "identical": 1, "gaps": []}
@@ -213,7 +207,7 @@ def test_speed_is_the_median_of_seconds_per_token():
 
 
 def test_the_best_setting_is_the_fastest_over_all_domains():
-    measure = importlib.import_module("measure")
+    measure = script("measure")
     domains = {
         domain: {
             f"{family}: {setting}": {"speedup": 2.0 if setting == BEST[family] else 1.9 if domain == "code" else 1.0}
@@ -311,12 +305,12 @@ WARM = {f"{s}, {t}": 2.0 if t == "greedy" else 1.5
     ],
 )
 def test_tables_show_what_was_measured(table, file, report, row, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("tables"), "RESULTS", tmp_path)
+    monkeypatch.setattr(script("tables"), "RESULTS", tmp_path)
     (tmp_path / f"{file}.json").write_text(json.dumps(report), encoding="utf-8")
-    lines = importlib.import_module("make_tables").fill(table).splitlines()
+    lines = script("make_tables").fill(table).splitlines()
     assert row in lines and any("Some CPU, 2 threads, Python 3.12" in line for line in lines)
     (tmp_path / f"{file}.json").unlink()
-    assert importlib.import_module("make_tables").fill(table) == "Not measured yet.\n"
+    assert script("make_tables").fill(table) == "Not measured yet.\n"
 
 
 def test_curves_by_k_can_be_drawn(tmp_path, monkeypatch):
@@ -324,7 +318,7 @@ def test_curves_by_k_can_be_drawn(tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(str(DOCS / "figures"))
     (tmp_path / "by_k.json").write_text(json.dumps(by_k_report()), encoding="utf-8")
-    importlib.import_module("draw_by_k").main(tmp_path, tmp_path)
+    script("draw_by_k").main(tmp_path, tmp_path)
     pixels = imread(tmp_path / "by_k.png")
     for red, green, blue in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0), (0, 0x9E, 0x73)):  # linear, quadratic, auto
         assert (abs(pixels[..., :3] * 255 - (red, green, blue)).sum(axis=-1) < 8).sum() > 300

@@ -1,11 +1,10 @@
 """`examples/smollm2/replay.py`: recorded texts are decoded again, and no schedule beats hindsight."""
 
-import importlib
 import random
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import importable
 
 from hf_mtp.decoding.schedule.costs import PassCosts
 
@@ -16,9 +15,9 @@ K, PROMPT, LENGTH = 4, 9, 90
 
 
 @pytest.fixture
-def replay(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLE), *sys.path])
-    return importlib.import_module("replay")
+def replay():
+    with importable(EXAMPLE) as example:
+        yield example("replay")
 
 
 @pytest.fixture

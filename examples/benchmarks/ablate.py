@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as multiprocessing
 from datasets import Dataset
 from measure_reference import simulated
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
+from processes import MIB, in_a_process
 from reference_data import DOMAINS, test_dataset, train_dataset
 from report import finish
 from train_reference import ADAPTER, SETTINGS, train
@@ -29,8 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.evaluation.compare import decode_all, describe_machine, tokens_per_step
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -187,13 +185,6 @@ def run(variant: Variant, args: argparse.Namespace, tokenizer, texts: dict[str, 
             for strategy in ("quadratic", "linear")
         }
     return result
-
-
-def in_a_process(function) -> dict:
-    """Calls a function in a process of its own, whose memory is its own."""
-    context = multiprocessing.get_context("fork")
-    with context.Pool(1) as pool:
-        return pool.apply(function)
 
 
 def main() -> None:

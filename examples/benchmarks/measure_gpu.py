@@ -171,9 +171,9 @@ class MaskedDecoding:
         value_BRk = torch.rand(1, 1 + self.drafts.count, self.k, device=self.regular.device) / 2
         value_BRk[:, accepted] = 1
         plan = choose_masks(value_BRk, self.masks if self.drafts.count else self.k)
-        layout = decoding_layout(self.cache.rows.next_columns(self.regular.shape[1]), plan, first=first)
+        layout = decoding_layout(self.cache.rows.next_places(self.regular.shape[1]), plan, first=first)
         output = self.forward(self.regular, layout, self.cache, logits_rows=1 + self.drafts.count)
-        tokens, _, _ = verify_together(output.logits_BRV, self.drafts, None, [])
+        tokens, *_ = verify_together(output.logits_BRV, self.drafts, None, [])
         tokens.tolist()  # where decoding waits for the device
         if keep:
             self.cache.keep([first + 1 + accepted])

@@ -12,7 +12,6 @@ Prints a table; the last line is one JSON document.
 """
 
 import argparse
-import multiprocessing
 import resource
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from processes import MIB, in_a_process
 from reference_data import train_dataset
 from report import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config, TrainerCallback
@@ -32,7 +32,6 @@ from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.objective.losses import ROWS_PER_CHUNK
 
-MIB = 2**20
 K, RANK, BATCH = 8, 32, 4
 COMMON = {
     "per_device_train_batch_size": BATCH,
@@ -148,12 +147,6 @@ def train(way: str, args: argparse.Namespace, tokenizer, dataset: Dataset, **set
         "positions": log["mask_tokens"] if way == "hf_mtp" else options["per_device_train_batch_size"] * (length - 1),
         "memory_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024 / MIB,
     }
-
-
-def in_a_process(function) -> dict:
-    """Calls a function in a process of its own, whose memory is its own."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function)
 
 
 def compare(args: argparse.Namespace, tokenizer, dataset: Dataset) -> list[dict]:

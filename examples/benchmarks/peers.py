@@ -18,13 +18,11 @@ flips no near-ties.
 import argparse
 import json
 import os
-import statistics
-from functools import partial
 from pathlib import Path
 
 import torch
 from held_out import held_out_questions
-from paired import Record, measure, summarize
+from paired import Record, fastest_setting, measure, one_by_one, summarize
 from peer_memory import peak_memory
 from peer_training import TRAINED, train_missing
 from peer_ways import OURS, PeerModels, families, refused_generators
@@ -113,10 +111,6 @@ def run(models: PeerModels, ways: dict[str, Way], best: dict[str, str], args: ar
     return about
 
 
-def one_by_one(questions: dict[str, list[str]]) -> dict[str, list[list[str]]]:
-    return {domain: [[text] for text in texts] for domain, texts in questions.items()}
-
-
 def chosen_settings(models: PeerModels, args: argparse.Namespace) -> dict[str, str]:
     """Family to its fastest setting: known ones of transformers' ways, and for the peers a measurement, kept."""
     kept = args.trained / "settings.json"
@@ -145,12 +139,8 @@ def best_settings(models: PeerModels, known: dict[str, str], domains: dict[str, 
         elif len(settings) == 1:
             best[family] = next(iter(settings))
         else:
-            best[family] = max(settings, key=partial(mean_speed, domains, family))
+            best[family] = fastest_setting(domains, family, settings)
     return best
-
-
-def mean_speed(domains: dict[str, dict], family: str, setting: str) -> float:
-    return statistics.geometric_mean(ways[f"{family}: {setting}"]["speedup"] for ways in domains.values())
 
 
 def chosen_ways(models: PeerModels, best: dict[str, str]) -> dict[str, Way]:

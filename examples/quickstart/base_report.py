@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from hf_mtp.evaluation.compare import repeated_share
+from hf_mtp.evaluation.measures import repeated_share
 
 NEW_TOKENS = 128  # length of the measured greedy answers
 

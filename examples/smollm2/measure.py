@@ -19,7 +19,6 @@ instructions a prompt of 128 new tokens takes 3 to 6 seconds per way, and one of
 import argparse
 import hashlib
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 from held_out import held_out_questions, own_questions
-from paired import Record, measure, summarize
+from paired import Record, fastest_setting, measure, one_by_one, summarize
 from ways import PEERS, PLAIN, PLAIN_IN_A_BATCH, Models, Way, mtp, sampled
 
 from hf_mtp import GatedLoraConfig
@@ -122,10 +121,6 @@ def batches(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     }
 
 
-def one_by_one(questions: dict[str, list[str]]) -> dict[str, list[list[str]]]:
-    return {domain: [[text] for text in texts] for domain, texts in questions.items()}
-
-
 def just(**ways: Way) -> Callable[[argparse.Namespace], dict[str, Way]]:
     """These ways and plain decoding, whatever the command line says."""
     return lambda args: {"plain": PLAIN, **ways}
@@ -208,14 +203,7 @@ def best_of(experiment: str, domains: dict[str, dict[str, dict]]) -> dict[str, d
     """The setting of each peer that is fastest over all domains."""
     if experiment != "peers":
         return {}
-    best = {}
-    for family, settings in PEERS.items():
-        speed = {
-            setting: statistics.geometric_mean(ways[f"{family}: {setting}"]["speedup"] for ways in domains.values())
-            for setting in settings
-        }
-        best[family] = max(speed, key=speed.get)
-    return {"best": best}
+    return {"best": {family: fastest_setting(domains, family, settings) for family, settings in PEERS.items()}}
 
 
 def print_table(domains: dict[str, dict[str, dict]]) -> None:

@@ -7,14 +7,15 @@ for a while is so for all of them. Knows nothing of what is measured and why.
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from ways import Models, Way
 
-from hf_mtp.evaluation.compare import repeated_share
 from hf_mtp.evaluation.divergence import divergence_at
+from hf_mtp.evaluation.measures import first_difference, repeated_share
 
 WARM_UP_TOKENS = 24  # `auto` measures what passes cost when it first decodes
 
@@ -98,6 +99,11 @@ def measure(
                 bar.update(turn < len(texts))
 
 
+def one_by_one(questions: dict[str, list[str]]) -> dict[str, list[list[str]]]:
+    """Groups of one prompt each, by domain."""
+    return {domain: [[text] for text in texts] for domain, texts in questions.items()}
+
+
 def warm_up(models: Models, ways: dict[str, Way], groups: dict[str, list[list[str]]]) -> None:
     """Lets every way decode a little with every size of group, so that nothing that happens once is timed."""
     for size in {len(texts) for domain in groups.values() for texts in domain}:
@@ -153,10 +159,7 @@ def gap(base, prompt_T: torch.LongTensor, plain: list[int], other: list[int]) ->
 
     `None` if one answer is the start of the other.
     """
-    place = next((i for i, pair in enumerate(zip(plain, other, strict=False)) if pair[0] != pair[1]), None)
-    if place is None:
-        return None
-    return divergence_at(base, "", prompt_T.tolist(), plain, other, place).units
+    return divergence_at(base, "", prompt_T.tolist(), plain, other, first_difference(plain, other)).units
 
 
 def summarize(rows: list[dict]) -> dict[str, dict[str, dict]]:
@@ -185,6 +188,21 @@ def summary(turns: list[dict], name: str) -> dict:
         gaps = [gap for answer in own for gap in answer["gaps"] if gap is not None]
         result |= {"identical": total(own, "identical"), "largest_gap": max(gaps, default=0.0)}
     return result
+
+
+def fastest_setting(domains: dict[str, dict[str, dict]], family: str, settings: Iterable[str]) -> str:
+    """The setting of a family of ways with the largest speedup, as the geometric mean over domains.
+
+    Args:
+        domains (`dict`): Made by [`summarize`]. The ways have the names `FAMILY: SETTING`.
+        family (`str`): The family.
+        settings (`Iterable[str]`): Its settings.
+    """
+
+    def mean_speedup(setting: str) -> float:
+        return statistics.geometric_mean(ways[f"{family}: {setting}"]["speedup"] for ways in domains.values())
+
+    return max(settings, key=mean_speedup)
 
 
 def total(answers: list[dict], name: str) -> float:

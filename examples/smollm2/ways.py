@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.evaluation.compare import same_weights
-from hf_mtp.evaluation.decoded import timed_generate
+from hf_mtp.evaluation.decoded import timed_generate, up_to_end
 
 # 10 million parameters; the smallest SmolLM2 is the base itself.
 SMALL_DRAFT = Path(__file__).resolve().parents[1] / "quickstart" / "base"
@@ -122,8 +122,5 @@ class Models:
         new_BN, passes, seconds = timed_generate(
             model, **inputs, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options
         )
-        return [self._until_end(ids) for ids in new_BN.tolist()[: len(new_BN) // way.copies]], passes, seconds
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        return ids[: ids.index(end) + 1] if end in ids else ids
+        rows, ends = new_BN.tolist()[: len(new_BN) // way.copies], {self.tokenizer.eos_token_id}
+        return [up_to_end(ids, ends) for ids in rows], passes, seconds

@@ -26,8 +26,7 @@ def refuse_without_access(name: str, **hub) -> None:
     except GatedRepoError as error:
         raise OSError(
             f"{name} is a gated repository, and you do not have access. Request access at "
-            f"https://huggingface.co/{name}, "
-            f"then {_LOG_IN}."
+            f"https://huggingface.co/{name}, then {_LOG_IN}."
         ) from error
     except RepositoryNotFoundError as error:
         raise OSError(

@@ -30,7 +30,7 @@ def record_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_size: in
     Args:
         config ([`GatedLoraConfig`]): Its `base_hidden_size` and `base_vocab_size` are filled in.
         model ([`~transformers.PreTrainedModel`]): The base.
-        hidden_size (`int`): Of the states that the base's prediction head reads.
+        hidden_size (`int`): Size of the states that the base's prediction head reads.
     """
     config.base_hidden_size, config.base_vocab_size = hidden_size, _rows(model)
 
@@ -61,7 +61,7 @@ def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_si
     Args:
         config ([`GatedLoraConfig`]): What it records of the base counts.
         model ([`~transformers.PreTrainedModel`]): The base.
-        hidden_size (`int`): Of the states that the base's prediction head reads.
+        hidden_size (`int`): Size of the states that the base's prediction head reads.
 
     Raises:
         ValueError: The base has a different hidden size, vocabulary or tokenizer.

@@ -82,8 +82,8 @@ class GatedLoraConfig(LoraConfig):
     ```
     """
 
-    # Whether the adapter's layers run alongside the base's layers instead of wrapping them. Not a field, so it is not
-    # saved.
+    # Whether gated layers run beside the base's layers instead of wrapping them, although the base has no adapters of
+    # its own. Not a field, so it is not saved.
     beside = False
 
     r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})

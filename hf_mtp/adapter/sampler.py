@@ -44,7 +44,8 @@ class SamplerHead(nn.Module):
             nn.init.zeros_(self.recurrence.weight)
 
     def forward(self, previous_CKE: torch.Tensor, hidden_CKD: torch.Tensor) -> torch.Tensor:
-        """
+        """Refines the hidden states of masks, where the token before each is known.
+
         Args:
             previous_CKE (`torch.Tensor` of shape `(C, K, E)`): Embeddings of the tokens before those to predict.
             hidden_CKD (`torch.Tensor` of shape `(C, K, D)`): Last hidden states of the masks that stand for them, in
@@ -54,15 +55,15 @@ class SamplerHead(nn.Module):
             `torch.Tensor` of shape `(C, K, D)`, to be unembedded.
         """
         if self.recurrence is not None:
-            refine = self.given(hidden_CKD)
+            refine = self.refiner(hidden_CKD)
             return torch.stack([refine(step, previous) for step, previous in enumerate(previous_CKE.unbind(1))], dim=1)
         # The head may be kept in float32 over a half-precision base, as PEFT keeps the LoRA weights.
         dtype = self.blocks[0].weight.dtype
         refined = self.blocks(concatenate([previous_CKE, hidden_CKD], dim=-1).to(dtype)).to(hidden_CKD.dtype)
         return hidden_CKD + refined if self.residual else refined
 
-    def given(self, hidden_BKD: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
-        """The same for a block of masks whose tokens become known one after the other.
+    def refiner(self, hidden_BKD: torch.Tensor) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """Refines the hidden states of masks one by one, as the tokens before them become known.
 
         What depends on the hidden states alone is computed at once.
 

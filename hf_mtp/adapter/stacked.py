@@ -62,7 +62,7 @@ def run_beside(layer: LoraLayer, gate: Gate) -> RemovableHandle:
         gate ([`Gate`]): The gate of the model.
 
     Returns:
-        What removes it.
+        A handle that removes the LoRA again.
     """
     base = layer._modules.pop("base_layer")
     layer.__dict__["base_layer"] = base
@@ -77,3 +77,15 @@ def _add(layer: LoraLayer, gate: Gate, base: nn.Module, args: tuple, output: tor
 def renamed(weights: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
     """The same weights, with another beginning where their names have this one."""
     return {new + key.removeprefix(old) if key.startswith(old) else key: t for key, t in weights.items()}
+
+
+def own_weights(state: dict[str, torch.Tensor], adapter_name: str, is_stacked: bool) -> dict[str, torch.Tensor]:
+    """Tensors of a gated adapter, without those of one of the base's own adapters that has the same name.
+
+    Args:
+        state (`dict[str, torch.Tensor]`): Tensors of the whole model by their names.
+        adapter_name (`str`): The name of the gated adapter.
+        is_stacked (`bool`): Whether the gated layers are beside the base, which may then have adapters of its own.
+    """
+    own = {key: tensor for key, tensor in state.items() if f".{adapter_name}." in key}
+    return {key: t for key, t in own.items() if not key.startswith(IN_FILES)} if is_stacked else own

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from ..base.distributed import whole_weight
+from ..base.embedding import random_embedding
 from ..base.head import PredictionHead, prediction_head
 from ..base.inspection import input_device, is_checkpointing, refuse_unsupported, weight_shape
 from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, refuse_layers_out_of_reach, shortened
@@ -26,7 +26,17 @@ from .mask_input import MaskInput
 from .noise_tokens import NoiseTokens
 from .parameters import gate_parameter
 from .sampler import SamplerHead
-from .stacked import IN_FILES, IN_TREE, branch, has_adapters, innermost, refuse_parameters, renamed, run_beside
+from .stacked import (
+    IN_FILES,
+    IN_TREE,
+    branch,
+    has_adapters,
+    innermost,
+    own_weights,
+    refuse_parameters,
+    renamed,
+    run_beside,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -47,8 +57,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
             raise ValueError(
                 "A gated adapter needs a PeftModel for its mask embeddings and sampler head, but this call would "
                 "inject it into the base alone: one of AutoModelForCausalLM.from_pretrained(adapter), "
-                "`load_adapter` or `add_adapter` of a transformers model, or `inject_adapter_in_model`. Load it "
-                "with "
+                "`load_adapter` or `add_adapter` of a transformers model, or `inject_adapter_in_model`. Load it with "
                 "AutoPeftModelForCausalLM.from_pretrained(adapter) or PeftModel.from_pretrained(base, adapter). "
                 "Create a new one with get_peft_model(base, config)."
             )
@@ -137,25 +146,15 @@ class GatedLoraTuner(MaskInput, LoraModel):
 
     def _add_heads(self, adapter_name: str, config: GatedLoraConfig) -> None:
         """Mask embeddings or noise tokens, and the sampler head, in float32."""
-        size = weight_shape(self.model.get_input_embeddings())[1]
         if config.masks == "noise":
             self.noise_tokens[adapter_name] = NoiseTokens(config.k, self.vocab_size)
         else:
-            self.lora_mask_embeddings[adapter_name] = self._new_mask_embeddings(config.k, size)
+            self.lora_mask_embeddings[adapter_name] = random_embedding(self.model, config.k)
         if config.sampler:
+            size = weight_shape(self.model.get_input_embeddings())[1]
             self.lora_sampler_heads[adapter_name] = SamplerHead(
                 size, config.base_hidden_size, config.sampler_residual, config.sampler_recurrent
             )
-
-    def _new_mask_embeddings(self, k: int, size: int) -> nn.Embedding:
-        """Mask embeddings drawn like the base's own token embeddings."""
-        embedding, masks = self.model.get_input_embeddings(), nn.Embedding(k, size)
-        if masks.weight.device.type != "meta" and embedding.weight.device.type != "meta":
-            with whole_weight(embedding) as table:
-                sample = table.detach()[:: max(1, len(table) // 4096)].float().cpu()
-            nn.init.normal_(masks.weight)
-            masks.weight.data.mul_(sample.std(dim=0)).add_(sample.mean(dim=0))
-        return masks
 
     def _heads(self, adapter_name: str) -> list[nn.Module]:
         """The mask embeddings and the sampler head of an adapter, as far as it has them."""
@@ -177,7 +176,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the base has adapters of its own, so that the gated layers are beside it."""
+        """Whether the gated layers are beside the base, as where it has adapters of its own."""
         return self.lora_layers is not None
 
     @property
@@ -225,7 +224,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
             functional.set_adapter(self._tree, active, is_frozen, self.tuner_layer_cls)
         self.active_adapter = active
         for heads in (self.lora_mask_embeddings, self.lora_sampler_heads, self.noise_tokens):
-            heads.pop(adapter_name) if adapter_name in heads else None
+            if adapter_name in heads:
+                del heads[adapter_name]
         self._sync_heads()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -273,7 +273,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
         """What is saved: weights of this adapter, under the names that they have on a base without adapters."""
-        own = _of_adapter(state_dict, adapter_name, model)
+        own = own_weights(state_dict, adapter_name, model.base_model.is_stacked)
         if config.save_dtype is not None:
             own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
         refuse_to_save(own, config.save_dtype)
@@ -285,21 +285,12 @@ class GatedLoraTuner(MaskInput, LoraModel):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Refuses weights that are not this adapter's; PEFT would leave what is missing at its random start."""
-        if model.base_model.is_stacked:
+        is_stacked = model.base_model.is_stacked
+        if is_stacked:
             state_dict = renamed(state_dict, IN_FILES, IN_TREE)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
         remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
-        expected = {
-            key: t for key, t in _of_adapter(model.state_dict(), adapter_name, model).items() if "lora_" in key
-        }
-        refuse_weights_unlike(remapped, expected)
+        own = own_weights(model.state_dict(), adapter_name, is_stacked)
+        refuse_weights_unlike(remapped, {key: t for key, t in own.items() if "lora_" in key})
         return remapped
-
-
-def _of_adapter(state: dict[str, torch.Tensor], adapter_name: str, model: PeftModel) -> dict[str, torch.Tensor]:
-    """What belongs to a gated adapter, and not to one of the base's own that may have the same name."""
-    own = {key: tensor for key, tensor in state.items() if f".{adapter_name}." in key}
-    if model.base_model.is_stacked:
-        own = {key: tensor for key, tensor in own.items() if not key.startswith(IN_FILES)}
-    return own

@@ -32,10 +32,10 @@ def _copied_layer(layer):
     return twin
 
 
-def replace_contents(cache: Cache, copy: Cache) -> None:
-    """Gives a cache the contents of its copy, in one step that cannot fail halfway."""
-    if cache is not copy:
-        cache.layers[:] = copy.layers
+def replace_contents(cache: Cache, other: Cache) -> None:
+    """Gives a cache the layers of another one, such as a copy that has grown, in one step that cannot fail halfway."""
+    if cache is not other:
+        cache.layers[:] = other.layers
 
 
 def tokens_by_layer(cache: Cache) -> dict[int, int]:

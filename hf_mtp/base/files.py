@@ -7,11 +7,11 @@ from pathlib import Path
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
     """Writes a file under a hidden name, and renames it to `path` once all of it is on the disk."""
-    draft = path.with_name(f".{path.name.lstrip('.')}.tmp")
-    with draft.open("wb") as file:
+    temporary = path.with_name(f".{path.name.lstrip('.')}.tmp")
+    with temporary.open("wb") as file:
         file.writelines(chunks)
-    sync(draft)
-    draft.replace(path)
+    sync(temporary)
+    temporary.replace(path)
 
 
 def sync(path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Caches of decoding, whose rows keep accepted tokens and roll back the others."""

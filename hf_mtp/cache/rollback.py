@@ -10,9 +10,10 @@ import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..layout.attention import CachedColumns, padded_right
+from ..layout.attention import CachedColumns
 from .column_attention import KeysByColumn
 from .rows import Rows
 from .shared_heads import SharedHeads
@@ -166,18 +167,12 @@ class RollbackCache(Cache):
     def select_rows(self, rows: list[int]) -> None:
         """Drops all other rows."""
         index = torch.tensor(rows, device=self.rows.length_B.device)
-        self.rows.starts = [self.rows.starts[row] for row in rows]
-        self.rows.set_lengths([self.rows.lengths[row] for row in rows])
-        self.rows.start_B, self.rows.length_B = self.rows.start_B[index], self.rows.length_B[index]
-        self.rows.offset_B, self.rows.hidden_BP = self.rows.offset_B[..., index], self.rows.hidden_BP[index]
+        self.rows.select(rows, index)
         self.extra_inputs = {name: value[index.to(value.device)] for name, value in self.extra_inputs.items()}
         for layer in self.layers:
-            if not layer.is_initialized:  # cross-attention to an image, without an image
-                continue
-            layer.keys, layer.values = (
-                layer.keys[index.to(layer.keys.device)],
-                layer.values[index.to(layer.keys.device)],
-            )
+            if layer.is_initialized:  # else cross-attention to an image, without an image
+                there = index.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys[there], layer.values[there]
 
     def adopt(self, given: Cache) -> None:
         """Copies the tokens of the cache that was passed to `generate`.
@@ -192,9 +187,8 @@ class RollbackCache(Cache):
             keys, values = layer.keys.to(layer.device), layer.values.to(layer.device)  # they may be offloaded
             if layer.get_max_length() == -1 or held < length:  # a growing layer, or a full window
                 keys, values = keys[:, :, -held:], values[:, :, -held:]
-            padding = (0, 0, length - held, 0)
-            pad = torch.nn.functional.pad
-            self.update(pad(keys[:, :, :held], padding), pad(values[:, :, :held], padding), index)
+            keys, values = (F.pad(states[:, :, :held], (0, 0, length - held, 0)) for states in (keys, values))
+            self.update(keys, values, index)
         self.keep([length] * len(self.rows.lengths))
 
     def give_back(self, given: Cache) -> Cache:
@@ -213,26 +207,19 @@ class RollbackCache(Cache):
 
     def append_rows(self, other: "RollbackCache") -> None:
         """Appends the rows of another growing cache of the same model. `other` must not be used afterwards."""
-        rows, more = self.rows, other.rows
-        rows.starts = rows.starts + more.starts
-        rows.set_lengths(rows.lengths + more.lengths)
-        rows.start_B = torch.cat([rows.start_B, more.start_B])
-        rows.length_B = torch.cat([rows.length_B, more.length_B])
-        rows.set_position_offset(torch.cat([rows.offset_B, more.offset_B], dim=-1))
-        columns = max(rows.hidden_BP.shape[1], more.hidden_BP.shape[1])
-        rows.hidden_BP = torch.cat([padded_right(each.hidden_BP, columns) for each in (rows, more)])
+        self.rows.append(other.rows)
         for layer, new in zip(self.layers, other.layers, strict=True):
             columns = max(layer.keys.shape[2], new.keys.shape[2])
             layer.keys = torch.cat([_padded(layer.keys, columns), _padded(new.keys, columns)])
             layer.values = torch.cat([_padded(layer.values, columns), _padded(new.values, columns)])
 
     def share_layers(self, cache: Cache, layers: list[int], extra_inputs: dict[str, torch.Tensor]) -> None:
-        """Adds what is not text, such as an image. No pass or rollback changes it.
+        """Shares the layers of another cache that hold no text, such as an image. No pass or rollback changes them.
 
         Args:
             cache ([`~transformers.Cache`]): The cache that was passed to `generate`.
             layers (`list[int]`): Indices of its layers that hold something other than text.
-            extra_inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): What the model is given with each token.
+            extra_inputs (`dict[str, torch.Tensor]` of shapes `(B, 1, ...)`): Inputs of the model with each token.
         """
         for index in layers:
             self.layers[index] = copy.copy(cache.layers[index])
@@ -251,4 +238,4 @@ def _rows_of(storage: torch.Tensor) -> torch.LongTensor:
 
 def _padded(storage: torch.Tensor, columns: int) -> torch.Tensor:
     """`(B, H, columns, D)`: keys or values, padded on the right with zeros."""
-    return torch.nn.functional.pad(storage, (0, 0, 0, columns - storage.shape[2]))
+    return F.pad(storage, (0, 0, 0, columns - storage.shape[2]))

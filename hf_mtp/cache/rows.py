@@ -2,6 +2,7 @@
 
 import torch
 
+from ..layout.attention import padded_right
 from .column_attention import ColumnAttention
 
 
@@ -16,7 +17,8 @@ class Rows:
         hidden_BP (`torch.BoolTensor` of shape `(B, P)`, or `(B, 0)`): Columns after each row's first token that the
             prompt's attention mask hides.
         column_attention ([`ColumnAttention`] or `None`): How the running pass attends, if column by column.
-        shares_heads (`bool`): Whether the running pass' attention takes [`SharedHeads`].
+        shares_heads (`bool`): Whether attention in the running pass takes
+            [`~hf_mtp.cache.shared_heads.SharedHeads`].
     """
 
     def __init__(self, start_B: torch.LongTensor, columns: int | None = None):
@@ -62,3 +64,20 @@ class Rows:
             tokens_B = torch.tensor(tokens, device=self.length_B.device)
         self.set_lengths([length + kept for length, kept in zip(self.lengths, tokens, strict=True)])
         self.length_B += tokens_B
+
+    def select(self, rows: list[int], index: torch.LongTensor) -> None:
+        """Drops all other rows. `index` are the numbers `rows` on the device."""
+        self.starts = [self.starts[row] for row in rows]
+        self.set_lengths([self.lengths[row] for row in rows])
+        self.start_B, self.length_B = self.start_B[index], self.length_B[index]
+        self.offset_B, self.hidden_BP = self.offset_B[..., index], self.hidden_BP[index]
+
+    def append(self, other: "Rows") -> None:
+        """Appends the rows of `other`, which has the same number of position ids per token."""
+        self.starts = self.starts + other.starts
+        self.set_lengths(self.lengths + other.lengths)
+        self.start_B = torch.cat([self.start_B, other.start_B])
+        self.length_B = torch.cat([self.length_B, other.length_B])
+        self.set_position_offset(torch.cat([self.offset_B, other.offset_B], dim=-1))
+        columns = max(self.hidden_BP.shape[1], other.hidden_BP.shape[1])
+        self.hidden_BP = torch.cat([padded_right(rows.hidden_BP, columns) for rows in (self, other)])

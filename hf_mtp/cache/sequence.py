@@ -14,7 +14,7 @@ class SequenceCache:
 
     Args:
         start_B (`torch.LongTensor` of shape `(1,)`): 0, since such rows have no padding.
-        held (`Any`, *optional*): The model's own cache, created by `generate` or by the model.
+        held ([`~transformers.Cache`], *optional*): The model's own cache. `None` until the model creates one.
     """
 
     def __init__(self, start_B: torch.LongTensor, held: Cache | None = None):

@@ -77,10 +77,11 @@ class RepeatedHeads(torch.Tensor):
 
     @classmethod
     def of(cls, states: torch.Tensor, repeats: int) -> "RepeatedHeads":
-        """
+        """States that count as repeated, without a copy.
+
         Args:
             states (`torch.Tensor` of shape `(B, G, S, D)`): Keys or values.
-            repeats (`int`): n.
+            repeats (`int`): How many heads share a group's states, H / G.
         """
         batch, groups, columns, features = states.shape
         size = batch, groups * repeats, columns, features

@@ -1,0 +1,1 @@
+"""The command `hf-mtp`, with one file for each verb."""

@@ -7,8 +7,8 @@ import typer
 STDOUT = Path("-")  # as commands name it
 
 
-def write_document(text: str, path: Path | None) -> None:
-    """Writes a document where a verb's `--json` wants it.
+def write_json(text: str, path: Path | None) -> None:
+    """Writes a JSON document where a verb's `--json` wants it.
 
     Args:
         text (`str`): The JSON.

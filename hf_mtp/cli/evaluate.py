@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .documents import say, write_document
+from .documents import say, write_json
 from .lists import numbers, words
 from .verb import verb
 
@@ -71,7 +71,7 @@ def evaluate(
         output=output,
     )
     write_report(results, output)
-    write_document((output / FILE).read_text(encoding="utf-8"), as_json)
+    write_json((output / FILE).read_text(encoding="utf-8"), as_json)
     if results.domains:
         say(f"Tokens per pass:\n\n{tokens_table(results)}\n", as_json)
     missing = "" if can_draw() else ", but no curves: matplotlib is not installed"

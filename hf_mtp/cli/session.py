@@ -41,7 +41,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed."""
+        """New tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property

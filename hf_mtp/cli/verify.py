@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from .documents import say, write_document
+from .documents import say, write_json
 from .lists import words
 from .verb import verb
 
@@ -70,7 +70,7 @@ def verify(
         say(_as_text(reports[-1], tokenizer), as_json)
     is_equal = all(report.is_equal for report in reports)
     content = {"equal": is_equal, "reports": [report.to_dict() for report in reports]}
-    write_document(json.dumps(content, indent=1), as_json)
+    write_json(json.dumps(content, indent=1), as_json)
     if not is_equal:
         raise typer.Exit(DIFFERENT)
 

@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.inspection import input_device
+from ..base.padding import left_padded
 from .prompts import decode_response, encode_prompt, question_of
 
 STOP, LENGTH = "stop", "length"  # finish_reason, in the words of serving engines
@@ -19,7 +19,7 @@ class Answer(NamedTuple):
     tokens: int
 
 
-def answer(
+def answer_batch(
     rows: list[dict],
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -39,7 +39,7 @@ def answer(
     """
     questions = [question_of(row, tokenizer, prompt_tokens) for row in rows]
     prompts = [encode_prompt(question.prompt, tokenizer, row) for question, row in zip(questions, rows, strict=True)]
-    input_ids_BT, mask_BT = _padded_left(prompts, options["pad_token_id"])
+    input_ids_BT, mask_BT = left_padded(prompts, options["pad_token_id"])
     device = input_device(model)
     output_BN = model.generate(
         input_ids=input_ids_BT.to(device),
@@ -54,14 +54,6 @@ def answer(
         row = question.with_response(decode_response(prompt, response, tokenizer))
         answers.append(Answer({**row, "finish_reason": finish_reason}, len(response)))
     return answers
-
-
-def _padded_left(prompts: list[list[int]], pad: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """`(B, T)` ids, padded on the left, and their attention mask."""
-    length = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 def _until_end(ids: list[int], options: dict) -> tuple[list[int], str]:

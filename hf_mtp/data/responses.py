@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..adapter.base_identity import tokenizer_fingerprint
 from ..adapter.tuner import GatedLoraTuner
 from ..base.inspection import evaluation_mode
-from .answers import answer, end_tokens, pad_token
+from .answers import answer_batch, end_tokens, pad_token
 from .prompts import form_of
 from .randomness import fork_rng
 from .shard import Shard
@@ -134,7 +134,8 @@ def regenerate_responses(
         with evaluation_mode(model), _Progress(len(asked.order), done * batch_size, processes) as progress:
             for batch in batches[done:]:
                 with fork_rng(model, seed + batch[0]):
-                    answers = answer([rows[index] for index in batch], model, tokenizer, prompt_tokens, mtp, options)
+                    batch_rows = [rows[index] for index in batch]
+                    answers = answer_batch(batch_rows, model, tokenizer, prompt_tokens, mtp, options)
                 shard.append([answer.row for answer in answers])
                 progress.add(len(batch), sum(answer.tokens for answer in answers))
         shard.finish(asked.order)

@@ -10,8 +10,7 @@ from ..base.files import write_whole
 
 
 class Shard:
-    """
-    Rows are computed in any order and stored in the dataset's order.
+    """The rows of one process, which are computed in any order and stored in the dataset's order.
 
     Batches go to a hidden file, so that nobody reads half a dataset. After the last batch the file becomes
     `train-00000-of-00001.jsonl`, the name by which `load_dataset` finds the shards of a split. An interruption loses
@@ -19,12 +18,12 @@ class Shard:
 
     Args:
         folder (`Path`): Where all shards are.
-        index, of (`int`): Which shard this is, of how many.
+        index, count (`int`): Which shard this is, of how many.
     """
 
-    def __init__(self, folder: Path, index: int, of: int):
-        self.folder, self.of = folder, of
-        name = f"train-{index:05d}-of-{of:05d}"
+    def __init__(self, folder: Path, index: int, count: int):
+        self.folder, self.count = folder, count
+        name = f"train-{index:05d}-of-{count:05d}"
         self.path = folder / f"{name}.jsonl"
         self._part = folder / f".{name}.part"
         self._arguments = folder / f".{name}.arguments.json"
@@ -59,18 +58,18 @@ class Shard:
             )
 
     def _refuse_strangers(self) -> None:
-        count = f"-of-{self.of:05d}"
+        suffix = f"-of-{self.count:05d}"
         for path in self.folder.glob("*.jsonl"):
-            if count not in path.name:
+            if suffix not in path.name:
                 raise ValueError(
-                    f"{self.folder} holds {path.name}, which was not made by {self.of} process(es). Use the same "
+                    f"{self.folder} holds {path.name}, which was not made by {self.count} process(es). Use the same "
                     "number of processes to resume, or another output folder."
                 )
         for path in self.folder.glob(".train-*-of-*.arguments.json"):
-            if count not in path.name:
+            if suffix not in path.name:
                 raise ValueError(
                     f"{self.folder} was begun by {int(path.name.split('-of-')[1][:5])} process(es), but now there "
-                    f"are {self.of}. Use the same number of processes to resume, or another output folder."
+                    f"are {self.count}. Use the same number of processes to resume, or another output folder."
                 )
         if self.is_whole and not self._arguments.is_file():
             raise ValueError(

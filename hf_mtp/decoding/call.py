@@ -34,6 +34,7 @@ from .prefill import read_texts
 from .processors import most_new_tokens, processors_of_row
 from .prompt import Prompt
 from .schedule.adaptive import AdaptiveSchedule
+from .schedule.base import Schedule
 from .schedule.fixed import FixedSchedule
 from .sequence import Sequence, padded_ids, stacked_records
 from .states import attentions_as_shown, prepend_states, restore_padding
@@ -123,9 +124,14 @@ class GenerateCall:
         if _is_static(config):
             refuse_rope_switches(self.tuner.model.config, columns)
         if self.mode is not SpeculationMode.TREE:
-            recomputes = self.mode is SpeculationMode.RECOMPUTE
-            in_step = verifier.keeps_rows_in_step, self._changes_rope(columns)
-            refuse_for_sequences(prompt, _is_static(config), self.synced_gpus, recomputes, *in_step)
+            refuse_for_sequences(
+                prompt,
+                is_static=_is_static(config),
+                synced_gpus=self.synced_gpus,
+                recomputes=self.mode is SpeculationMode.RECOMPUTE,
+                in_step=verifier.keeps_rows_in_step,
+                changes_rope=self._changes_rope(columns),
+            )
         if self.bitwise:
             is_tree = self.mode is SpeculationMode.TREE
             refuse_bitwise(self.tuner.model, prompt, columns, _is_static(config), is_tree)
@@ -166,7 +172,7 @@ class GenerateCall:
         config: GenerationConfig,
         keeps_cache: bool,
     ) -> None:
-        """Decodes rows together until they, and those of other processes, are finished."""
+        """Decodes rows together until these rows, and those of other processes, are finished."""
         is_static = _is_static(config)
         rows, device = len(batch.sequences), str(self.tuner.model.device)
         key = self.tuner.active_adapters[0], self.k, rows, is_static, device, self.bitwise
@@ -194,7 +200,7 @@ class GenerateCall:
             if isinstance(schedule, AdaptiveSchedule):
                 self.tuner.schedules.give_back(key, schedule)
 
-    def _schedule(self, key: tuple, is_static: bool) -> FixedSchedule | AdaptiveSchedule:
+    def _schedule(self, key: tuple, is_static: bool) -> Schedule:
         if self.strategy != "auto":
             return FixedSchedule(self.k, linear=self.strategy == "linear")
         budget = 2 * self.k if is_static else None

@@ -111,7 +111,7 @@ def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
 
 
 def refuse_for_sequences(
-    prompt: Prompt, is_static: bool, synced_gpus: bool | None, whole: bool, in_step: bool, changes_rope: bool
+    prompt: Prompt, is_static: bool, synced_gpus: bool | None, recomputes: bool, in_step: bool, changes_rope: bool
 ) -> None:
     """Raises `NotImplementedError` for requests that need a model that allows trees.
 
@@ -119,7 +119,7 @@ def refuse_for_sequences(
         prompt ([`Prompt`]): The prompts.
         is_static (`bool`): Whether a static cache is requested.
         synced_gpus (`bool`, *optional*): As passed to `generate`.
-        whole (`bool`): Whether the model must read each text from its start.
+        recomputes (`bool`): Whether each pass reads the text from its start.
         in_step (`bool`): Whether a processor or criterion must see all rows at the same length.
         changes_rope (`bool`): Whether the text may reach a length at which the rotary embeddings change.
     """
@@ -129,9 +129,9 @@ def refuse_for_sequences(
         (prompt.hidden_BP.any(), "an attention mask with holes", "Pad on the left: tokenizer.padding_side = 'left'"),
         (prompt.extra.layers, "cross-attention to an image", "Leave the image out"),
         (prompt.extra.inputs, "other inputs with each token", f"Leave out {', '.join(prompt.extra.inputs)}"),
-        (whole and prompt.read, "a cache that is not empty", "Pass none"),
-        (whole and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
-        (whole and prompt.offset_B.any(), "`position_ids`", "Leave them out"),
+        (recomputes and prompt.read, "a cache that is not empty", "Pass none"),
+        (recomputes and prompt.unread_BT.dim() == 3, "`inputs_embeds`", "Pass `input_ids`"),
+        (recomputes and prompt.offset_B.any(), "`position_ids`", "Leave them out"),
         (batch and prompt.read, "a batch that continues from a cache", "Pass one sequence at a time"),
         (batch and synced_gpus, "a batch with `synced_gpus`", "Pass one sequence at a time"),
         (batch and changes_rope, "a batch of texts as long as these", "Pass one sequence at a time"),
@@ -140,8 +140,7 @@ def refuse_for_sequences(
         if asked:
             raise NotImplementedError(
                 f"This model supports only one plain sequence at a time, so `mtp=True` does not support {what}. "
-                f"{instead}, or "
-                "decode with mtp=False."
+                f"{instead}, or decode with mtp=False."
             )
 
 

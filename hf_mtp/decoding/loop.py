@@ -21,9 +21,8 @@ from ..passes.decoding_pass import DecodingPass
 from .batch import Batch
 from .drafters.base import Drafter, Drafts, no_drafts
 from .outcome import Outcome
-from .schedule.adaptive import AdaptiveSchedule
+from .schedule.base import Schedule
 from .schedule.costs import MASKED_COLUMNS, PLAIN_COLUMNS, measure_costs
-from .schedule.fixed import FixedSchedule
 from .statistics import MTPStatistics
 from .verification import chosen_tokens
 from .verifier import Verifier
@@ -36,7 +35,7 @@ class DecodingLoop:
 
     Args:
         forward ([`DecodingPass`]): The upgraded model's forward pass.
-        schedule ([`FixedSchedule`] or [`AdaptiveSchedule`]): Which masks to compute, and which drafts to verify.
+        schedule ([`Schedule`]): Which masks to compute, and which drafts to verify.
         drafters (`list[Drafter]`): Sources of drafts. The first one drafts from masks.
         verifier ([`Verifier`]): Decides which tokens are accepted.
         k (`int`): Most masks per block.
@@ -47,7 +46,7 @@ class DecodingLoop:
     def __init__(
         self,
         forward: DecodingPass,
-        schedule: FixedSchedule | AdaptiveSchedule,
+        schedule: Schedule,
         drafters: list[Drafter],
         verifier: Verifier,
         k: int,
@@ -134,7 +133,7 @@ class DecodingLoop:
         return Drafts(token_BK, drafts.confidence_BK, None if drafts.parent_BK is None else parent_BK)
 
     def measure_costs(self, batch: Batch, agreed: Callable[[float], float]) -> None:
-        """Times passes of several sizes on a batch, without changing it.
+        """Times passes of several sizes on a batch, without changing it, for an adaptive schedule.
 
         Args:
             batch ([`Batch`]): A batch whose prompts have been read.

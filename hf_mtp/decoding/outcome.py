@@ -12,12 +12,14 @@ from ..layout.mask_plan import MaskPlan
 from ..passes.decoding_pass import PassOutput
 from .sequence import Sequence
 
+MASK_DRAFTER = 0  # number of the drafter that drafts from masks: the first one in every list of drafters
+
 
 class Origin(NamedTuple):
     """Where a draft comes from.
 
     Args:
-        drafter (`int`): Number of the drafter that proposed it.
+        drafter (`int`): Number of the drafter that proposed it, such as [`MASK_DRAFTER`].
         place (`int`): How many tokens it is after the pending one, from 1.
     """
 

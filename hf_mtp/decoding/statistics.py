@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .outcome import Outcome
+from .outcome import MASK_DRAFTER, Outcome
 
 
 @dataclass
@@ -48,8 +48,7 @@ class MTPStatistics:
         for new, drafts, right, path in zip(new_tokens, outcome.origins, verified.accepted, columns, strict=True):
             if new:
                 self._count_row(new, [origin.place for origin in drafts], right)
-                # The first drafter drafts from masks.
-                self.looked_up += sum(drafts[column - 1].drafter > 0 for column in path[1:])
+                self.looked_up += sum(drafts[column - 1].drafter != MASK_DRAFTER for column in path[1:])
 
     def _count_row(self, tokens: int, places: list[int], accepted: int) -> None:
         """Counts a row's pass: its new tokens, the place of each of its drafts, and how many of these were right."""

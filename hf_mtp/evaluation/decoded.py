@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.config import GatedLoraConfig
 from ..base.inspection import decoder_of, input_device
+from ..base.padding import left_padded
 
 
 @dataclass
@@ -116,7 +117,8 @@ def decode_rows(
         max_new_tokens (`int`): Most new tokens of each row.
         options: Further arguments of `generate`, such as `mtp=True`.
     """
-    ids_BT, mask_BT, pad = _padded(model, prompts)
+    pad = _padding_token(model)
+    ids_BT, mask_BT = (tensor.to(input_device(model)) for tensor in left_padded(prompts, pad))
     options = {"attention_mask": mask_BT, "max_new_tokens": max_new_tokens, "pad_token_id": pad, **options}
     new_BN, passes, seconds = timed_generate(model, ids_BT, **options)
     rows = new_BN.tolist()
@@ -138,16 +140,10 @@ def decode_rows(
     )
 
 
-def _padded(
-    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """`(B, T)` token ids, padded on the left, their mask, and the padding token."""
-    config = model.generation_config
-    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(sorted(end_tokens(model))), 0)
-    longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=input_device(model))
-    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=ids_BT.device)
-    return ids_BT, mask_BT, pad
+def _padding_token(model: PreTrainedModel | PeftModel) -> int:
+    """The padding token of the generation config, else the smallest end token."""
+    pad = model.generation_config.pad_token_id
+    return min(end_tokens(model), default=0) if pad is None else pad
 
 
 def end_tokens(model: PreTrainedModel | PeftModel) -> set[int]:

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ..base.files import write_whole
+
+T = TypeVar("T")
 
 
 def write_document(path: Path, results, rows: str) -> None:
@@ -40,6 +44,27 @@ def read_document(path: Path, schema: str) -> dict:
     if found != schema:
         raise ValueError(f"{path} has the schema {found!r}, but this version of hf_mtp reads {schema!r}.")
     return content
+
+
+def load_document(path: Path, name: str, schema: str, make: Callable[[dict], T]) -> T:
+    """Reads a JSON document, and makes an object of it.
+
+    Args:
+        path (`Path`): The file, or its folder.
+        name (`str`): Name of the file in that folder.
+        schema (`str`): Name and version.
+        make (`Callable[[dict], T]`): Makes the object from the document's content.
+
+    Raises:
+        ValueError: It is not valid JSON, has another schema, or a field is missing or unknown.
+        OSError: There is no such file.
+    """
+    path = path / name if path.is_dir() else path
+    content = read_document(path, schema)
+    try:
+        return make(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not follow the schema {schema!r}: {error}.") from error
 
 
 def fields_of(kind: type, content: dict):

@@ -7,6 +7,16 @@ Pure functions of counts and token ids.
 import statistics
 from collections.abc import Sequence
 
+CITATION = """\
+@article{samragh2025your,
+  title = {Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential},
+  author = {Samragh, Mohammad and Kundu, Arnav and Harrison, David and Nishu, Kumari and Naik, Devang and Cho, Minsik
+    and Farajtabar, Mehrdad},
+  journal = {arXiv preprint arXiv:2507.11851},
+  year = {2025}
+}
+"""
+
 
 def tokens_per_pass(tokens: Sequence[int], passes: Sequence[int]) -> dict[str, float]:
     """New tokens per forward pass: pooled, and as a mean over answers.

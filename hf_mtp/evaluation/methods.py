@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..decoding.generate import STRATEGIES
+
 PLAIN, PROMPT_LOOKUP = "plain", "prompt lookup"
-STRATEGIES = ("auto", "quadratic", "linear")
 PAPER_K = (1, 4, 8)  # the columns of the paper's table
 LOOKUP_TOKENS = 8  # drafts per pass of prompt lookup, as in transformers' own examples
 

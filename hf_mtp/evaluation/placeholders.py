@@ -29,17 +29,17 @@ class Placeholder:
     token: int | None = None
     embedding_E: torch.Tensor | None = None
 
-    def states(self, states: TrainingPass, part: BlockLayout, input_ids_BT: torch.LongTensor) -> torch.Tensor:
+    def states(self, states: TrainingPass, chunk: BlockLayout, input_ids_BT: torch.LongTensor) -> torch.Tensor:
         """`(B, M, D)`: last hidden states of the base at the placeholders of one chunk of blocks.
 
         Args:
             states ([`~hf_mtp.passes.training_pass.TrainingPass`]): The pass that read the text.
-            part ([`BlockLayout`]): The chunk.
+            chunk ([`BlockLayout`]): One of `chunks`.
             input_ids_BT (`torch.LongTensor` of shape `(B, T)`): The text.
         """
-        last_BM = input_ids_BT.gather(1, part.anchor_BM)
+        last_BM = input_ids_BT.gather(1, chunk.anchor_BM)
         ids_BM = last_BM if self.token is None else torch.full_like(last_BM, self.token)
-        return states.placeholders(part, ids_BM, self.embedding_E)[-1]
+        return states.placeholders(chunk, ids_BM, self.embedding_E)[-1]
 
 
 def placeholders_of(

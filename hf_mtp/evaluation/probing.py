@@ -166,47 +166,47 @@ def text_ranks(
     layout = training_layout(labels_1T, position_1T, torch.zeros_like(ids_1T), tuner.active_mtp_config.k)
     states = training_pass(tuner, ids_1T, layout, all_layers=False, masks=MASKS_PER_CHUNK)
     found: dict[str, list[list[int]]] = {}
-    for part in states.chunks:
-        for source, hidden_1MD in _guesses(tuner, states, part, ids_1T, placeholders, with_masks):
-            found.setdefault(source, []).extend(_ranks_by_block(tuner, part, labels_1T, hidden_1MD))
+    for chunk in states.chunks:
+        for source, hidden_1MD in _guesses(tuner, states, chunk, ids_1T, placeholders, with_masks):
+            found.setdefault(source, []).extend(_ranks_by_block(tuner, chunk, labels_1T, hidden_1MD))
     return found
 
 
 def _guesses(
     tuner: GatedLoraTuner,
     states: TrainingPass,
-    part: BlockLayout,
+    chunk: BlockLayout,
     ids_1T: torch.LongTensor,
     placeholders: Sequence[Placeholder],
     with_masks: bool,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each source, and its features `(1, M, D)` for the unembedding."""
     for placeholder in placeholders:
-        yield placeholder.name, placeholder.states(states, part, ids_1T)
+        yield placeholder.name, placeholder.states(states, chunk, ids_1T)
     if with_masks:
-        mask_1MD = states.masks(part)[-1]
+        mask_1MD = states.masks(chunk)[-1]
         yield MASKS, mask_1MD
         if tuner.sampler_head() is not None:
-            yield SAMPLER, drafted_features(tuner, ids_1T, part, mask_1MD)
-            yield SAMPLER_ALONE, _self_drafted_features(tuner, ids_1T, part, mask_1MD)
+            yield SAMPLER, drafted_features(tuner, ids_1T, chunk, mask_1MD)
+            yield SAMPLER_ALONE, _self_drafted_features(tuner, ids_1T, chunk, mask_1MD)
 
 
 def _self_drafted_features(
-    tuner: GatedLoraTuner, ids_1T: torch.LongTensor, part: BlockLayout, mask_1MD: torch.Tensor
+    tuner: GatedLoraTuner, ids_1T: torch.LongTensor, chunk: BlockLayout, mask_1MD: torch.Tensor
 ) -> torch.Tensor:
     """`(1, M, D)`: the sampler head's features as in decoding: each sees the draft before it."""
     k = tuner.active_mtp_config.k
     mask_AKD = mask_1MD.view(-1, k, mask_1MD.shape[-1])
-    next_A = ids_1T[0, part.stands_for_BM[0, ::k]]  # the base's own next token, before the first draft
+    next_A = ids_1T[0, chunk.stands_for_BM[0, ::k]]  # the base's own next token, before the first draft
     before_AK = torch.cat([next_A[:, None], tuner.draft(next_A, mask_AKD).token_BK[:, :-1]], dim=1)
     return tuner.sampler_head()(tuner.model.get_input_embeddings()(before_AK), mask_AKD).view(mask_1MD.shape)
 
 
 def _ranks_by_block(
-    tuner: GatedLoraTuner, part: BlockLayout, labels_1T: torch.LongTensor, hidden_1MD: torch.Tensor
+    tuner: GatedLoraTuner, chunk: BlockLayout, labels_1T: torch.LongTensor, hidden_1MD: torch.Tensor
 ) -> list[list[int]]:
     """The ranks of the true tokens, for each block in order. Positions beyond the answer have none."""
-    column_M = part.target_columns(labels_1T)[0]
+    column_M = chunk.target_columns(labels_1T)[0]
     has_token_M = column_M != IGNORE
     ranks = token_ranks(tuner.unembedding(), hidden_1MD[0, has_token_M], labels_1T[0, column_M[has_token_M]])
     counts = has_token_M.view(-1, tuner.active_mtp_config.k).sum(dim=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .documents import fields_of, read_document, write_document
+from .documents import fields_of, load_document, write_document
 from .results import ALL
 
 SCHEMA = "hf_mtp.probe/1"
@@ -171,18 +171,17 @@ def load_probe(path: Path) -> ProbeResults:
         ValueError: It is not valid JSON, has another schema, or a field is missing or unknown.
         OSError: There is no such file.
     """
-    path = path / FILE if path.is_dir() else path
-    content = read_document(path, SCHEMA)
-    try:
-        summaries = {
-            source: {position: fields_of(RankSummary, row) for position, row in rows.items()}
-            for source, rows in content["summaries"].items()
-        }
-        texts = [fields_of(ProbedText, row) for row in content["texts"]]
-        settings = fields_of(ProbeSettings, content["settings"])
-        return fields_of(ProbeResults, {**content, "settings": settings, "summaries": summaries, "texts": texts})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not follow the schema {SCHEMA!r}: {error}.") from error
+    return load_document(path, FILE, SCHEMA, _results_of)
+
+
+def _results_of(content: dict) -> ProbeResults:
+    summaries = {
+        source: {position: fields_of(RankSummary, row) for position, row in rows.items()}
+        for source, rows in content["summaries"].items()
+    }
+    texts = [fields_of(ProbedText, row) for row in content["texts"]]
+    settings = fields_of(ProbeSettings, content["settings"])
+    return fields_of(ProbeResults, {**content, "settings": settings, "summaries": summaries, "texts": texts})
 
 
 def summaries_of(texts: Sequence[ProbedText]) -> dict[str, dict[str, RankSummary]]:

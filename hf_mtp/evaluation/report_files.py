@@ -6,7 +6,7 @@ from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END, README, is_replacea
 from ..adapter.config import GatedLoraConfig
 from ..base.files import write_whole
 from .curves import can_draw, draw_curves
-from .results import ALL, Results
+from .results import Results
 from .tables import card_section, table_page
 
 TABLE = "table.md"
@@ -62,14 +62,15 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
         write_model_card(config, folder)
     text = card.read_text(encoding="utf-8")
     before, _, rest = text.partition(EVALUATION_BEGIN)
-    after = rest.partition(EVALUATION_END)[2].lstrip("\n") if rest else ""
-    write_whole(card, [f"{before.rstrip()}\n\n{card_section(results)}{after and chr(10) + after}".encode()])
+    after = rest.partition(EVALUATION_END)[2].lstrip("\n")
+    after = f"\n{after}" if after else ""
+    write_whole(card, [f"{before.rstrip()}\n\n{card_section(results)}{after}".encode()])
     return card
 
 
 def _tokens_per_step(results: Results) -> dict[str, float]:
-    """Tokens per pass of each domain, in the way that has most of them over all."""
-    ways = {name for way in results.settings.ways if way["k"] is not None and (name := way["name"])}
-    overall = results.domains.get(ALL) or next(iter(results.domains.values()))
-    best = max((way for way in overall if way in ways), key=lambda way: overall[way].tokens_per_pass)
+    """Tokens per pass of each domain, by the multi-token method with the most over all domains."""
+    ours = {way["name"] for way in results.settings.ways if way["k"] is not None}
+    overall = results.overall
+    best = max((name for name in overall if name in ours), key=lambda name: overall[name].tokens_per_pass)
     return {f"{domain} ({best})": round(row[best].tokens_per_pass, 2) for domain, row in results.domains.items()}

@@ -7,7 +7,7 @@ The fields of these classes are the schema. docs/evaluation.md describes them; a
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .documents import fields_of, read_document, write_document
+from .documents import fields_of, load_document, write_document
 from .measures import acceptance_per_position, quartiles, tokens_per_pass
 from .methods import PLAIN
 
@@ -157,6 +157,11 @@ class Results:
     calls: list[Call] = field(default_factory=list)
     schema: str = SCHEMA
 
+    @property
+    def overall(self) -> dict[str, Summary]:
+        """The summaries of all domains together, by method."""
+        return self.domains.get(ALL) or next(iter(self.domains.values()))
+
     def save(self, folder: Path) -> None:
         """Writes `results.json`, with one call on each line.
 
@@ -176,18 +181,17 @@ def load_results(path: Path) -> Results:
         ValueError: It is not valid JSON, has another schema, or a field is missing or unknown.
         OSError: There is no such file.
     """
-    path = path / FILE if path.is_dir() else path
-    content = read_document(path, SCHEMA)
-    try:
-        domains = {
-            domain: {way: fields_of(Summary, row) for way, row in ways.items()}
-            for domain, ways in content["domains"].items()
-        }
-        calls = [call_of(row) for row in content["calls"]]
-        settings = fields_of(Settings, content["settings"])
-        return fields_of(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not follow the schema {SCHEMA!r}: {error}.") from error
+    return load_document(path, FILE, SCHEMA, _results_of)
+
+
+def _results_of(content: dict) -> Results:
+    domains = {
+        domain: {way: fields_of(Summary, row) for way, row in ways.items()}
+        for domain, ways in content["domains"].items()
+    }
+    calls = [call_of(row) for row in content["calls"]]
+    settings = fields_of(Settings, content["settings"])
+    return fields_of(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
 
 
 def call_of(content: dict) -> Call:

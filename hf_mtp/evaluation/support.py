@@ -46,11 +46,6 @@ class SupportReport:
         return "quadratic" if mode is SpeculationMode.TREE else "linear" if mode.pays else "plain"
 
     @property
-    def reading(self) -> str | None:
-        """The former name of `mode`."""
-        return self.mode
-
-    @property
     def is_exact(self) -> bool:
         """Whether every supported check gave the output of plain decoding."""
         return all(result == EXACT or result.startswith("refused") for result in self.checks.values())

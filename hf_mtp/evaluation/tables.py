@@ -1,8 +1,10 @@
 """The results of an evaluation as tables in Markdown: [`table_page`], and the section of a model card."""
 
+from collections.abc import Callable
+
 from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END
 from .methods import PLAIN, DecodingMethod
-from .results import ALL, Results, Summary
+from .results import Results, Summary
 
 BUSY = 0.75  # processes that wait for a processor besides this one, on average
 
@@ -39,17 +41,17 @@ def card_section(results: Results) -> str:
 
 def tokens_table(results: Results) -> str:
     """Tokens per pass by domain and method, pooled over answers."""
-    return _by_method(results, lambda row: f"{row.tokens_per_pass:.2f}", [PLAIN])
+    return _by_method(results, lambda row: f"{row.tokens_per_pass:.2f}")
 
 
 def speed_table(results: Results) -> str:
     """Speed against plain decoding by domain and method: the median over prompts, and the quartiles."""
-    return _by_method(results, _speed, [PLAIN])
+    return _by_method(results, _speed)
 
 
 def acceptance_table(results: Results) -> str:
     """How often the first, second ... draft of a pass was accepted, over all domains."""
-    methods = {method: row.acceptance_per_position for method, row in _overall(results).items()}
+    methods = {method: row.acceptance_per_position for method, row in results.overall.items()}
     drafting = {method: rates for method, rates in methods.items() if rates}
     if not drafting:
         return "No method drafted a token."
@@ -109,8 +111,9 @@ def notes(results: Results) -> str:
         "token), the end-of-sequence token and prefill, so plain decoding has 1. Speed is the seconds of plain "
         "decoding divided by those of the method: the median over prompts, and the quartiles. Every prompt was "
         "decoded with all methods in turn, after a warm-up.",
-        f"{_count(results)} of {settings.suite['prompts']} prompts, at most {settings.max_new_tokens} new tokens, "
-        f"batch {settings.batch_size}, {settings.dtype} on {settings.machine.get('accelerator', settings.device)}; "
+        f"{results.overall[PLAIN].prompts} of {settings.suite['prompts']} prompts, at most {settings.max_new_tokens} "
+        f"new tokens, batch {settings.batch_size}, {settings.dtype} on "
+        f"{settings.machine.get('accelerator', settings.device)}; "
         f"{machine_line(settings.machine)}. Adapter {adapter['fingerprint']}, k={adapter['k']}, r={adapter['r']}.",
         *_warnings(results),
         *(f"Left out: {name}. {reason}" for name, reason in results.left_out.items()),
@@ -138,24 +141,15 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
-def _by_method(results: Results, cell, left_out: list[str]) -> str:
-    """A row for each domain, a column for each method."""
-    methods = [method for method in _overall(results) if method not in left_out]
+def _by_method(results: Results, cell: Callable[[Summary], str]) -> str:
+    """A row for each domain, a column for each method except plain decoding."""
+    methods = [method for method in results.overall if method != PLAIN]
     rows = [[domain, *(cell(row[method]) for method in methods)] for domain, row in results.domains.items()]
     return markdown_table(["domain", *methods], rows)
 
 
-def _overall(results: Results) -> dict[str, Summary]:
-    """The summaries of all domains together."""
-    return results.domains.get(ALL) or next(iter(results.domains.values()))
-
-
 def _speed(row: Summary) -> str:
     return f"{row.speedup:.2f}x ({row.speedup_low:.2f}-{row.speedup_high:.2f})"
-
-
-def _count(results: Results) -> int:
-    return _overall(results)[PLAIN].prompts
 
 
 def _warnings(results: Results) -> list[str]:

@@ -71,9 +71,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
-        draft = Path(parent, folder.name)
-        draft.mkdir()
-        yield draft
+        temporary = Path(parent, folder.name)
+        temporary.mkdir()
+        yield temporary
         if folder.exists():
             folder.rmdir()
-        draft.rename(folder)
+        temporary.rename(folder)

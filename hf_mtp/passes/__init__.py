@@ -1,0 +1,1 @@
+"""Forward passes of decoding and training, and trials of what a model's passes allow."""

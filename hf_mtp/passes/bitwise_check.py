@@ -8,11 +8,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
-from ..base.inspection import evaluation_mode, input_device, weight_shape
+from ..base.inspection import evaluation_mode, input_device
 from ..cache.rollback import RollbackCache
 from ..layout.blocks import decoding_layout
 from ..layout.mask_plan import no_masks, whole_blocks
 from .decoding_pass import DecodingPass
+from .speculation_mode import example_ids
 
 PROMPT, DRAFTS = 13, 4  # the keys of these columns cross a multiple of 16, where kernels change
 
@@ -54,9 +55,7 @@ def _are_equal(tuner: GatedLoraTuner, rows: int) -> bool:
     """Whether logits, keys and values of some columns are equal, bit by bit, to those of one column at a time."""
     model, k = tuner.model, tuner.active_mtp_config.k
     columns, device = 1 + DRAFTS, input_device(model)
-    total = rows * (PROMPT + columns)
-    vocab = weight_shape(model.get_input_embeddings())[0]
-    ids = torch.tensor([vocab * i // (total + 2) for i in range(1, total + 1)], device=device).view(rows, -1)
+    ids = example_ids(model, rows, PROMPT + columns)
     plain_BTV, plain = _one_by_one(model, ids)
     forward, cache = DecodingPass(tuner, bitwise=True), RollbackCache(torch.zeros_like(ids[:, 0]))
     for start, end in ((0, PROMPT), (PROMPT, PROMPT + columns)):

@@ -158,12 +158,14 @@ def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[Speculati
         return False
 
 
-def _example(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
-    """`(rows, count)` ids, all different, and none 0: that is often a padding token, which models treat specially."""
+def example_ids(model: PreTrainedModel, rows: int, count: int) -> torch.LongTensor:
+    """`(rows, count)` ids, all different where the vocabulary has so many, and none 0.
+
+    0 is often a padding token, which models treat specially.
+    """
     vocab, total = weight_shape(model.get_input_embeddings())[0], rows * count
-    return torch.tensor([vocab * i // (total + 2) for i in range(1, total + 1)], device=input_device(model)).view(
-        rows, count
-    )
+    ids = [vocab * i // (total + 2) for i in range(1, total + 1)]
+    return torch.tensor(ids, device=input_device(model)).view(rows, count)
 
 
 def _computing_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -175,7 +177,7 @@ def _computing_dtype(model: PreTrainedModel) -> torch.dtype:
         found.append(torch.get_autocast_dtype(device_type) if is_on else model.dtype)
 
     hook = decoder_of(model).register_forward_pre_hook(look)
-    inputs = {"input_ids": _example(model, 1, PROMPT), "use_cache": False}
+    inputs = {"input_ids": example_ids(model, 1, PROMPT), "use_cache": False}
     try:
         model(**accepted_inputs(inputs, inspect.signature(model.forward).parameters))
     finally:
@@ -209,7 +211,7 @@ def _branch_equals_sequence(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether a text with a branch on its last token but one has the logits of the two separate texts."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    ids, text, branch = _example(model, 1, PROMPT + 2), list(range(PROMPT)), [PROMPT, PROMPT + 1]
+    ids, text, branch = example_ids(model, 1, PROMPT + 2), list(range(PROMPT)), [PROMPT, PROMPT + 1]
     column = torch.arange(PROMPT, device=ids.device)[None]
     layout = BlockLayout.of_blocks(column[:, -2:-1], column, torch.zeros_like(column), k=2)
     mask = attention_masks(layout, attention_kinds(model.config.get_text_config(decoder=True)), mask_form(model))
@@ -228,7 +230,7 @@ def _passes_equal_sequences(
     The second of two rows is padded. In each pass, one row accepts its drafts and the other rejects them.
     """
     forward = pass_type(_Unadapted(model))
-    ids = _example(model, rows, PROMPT + 6)
+    ids = example_ids(model, rows, PROMPT + 6)
     cache = cache_type(torch.arange(rows, device=ids.device))
     text_BT, wrong_B2 = ids[:, :-2], ids[:, -2:]
     truth_B = [_plain_logits(model, text_BT[row : row + 1, row:]) for row in range(rows)]

@@ -76,23 +76,23 @@ class TrainingPass:
             # Where each row is one text, no token attends to the padding after it.
             self.regular = self.states(input_ids_BT, regular, self.cache, is_causal=each_row_is_one_text(layout))
 
-    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+    def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:
         """States of one chunk's masks, `(B, M, D)` each, for the same layers as `regular`."""
-        with self.tuner.masks_in_columns(0, part.index_BM):
-            return self.states(part.index_BM + self.tuner.vocab_size, part, copied(self.cache))
+        with self.tuner.masks_in_columns(0, chunk.index_BM):
+            return self.states(chunk.index_BM + self.tuner.vocab_size, chunk, copied(self.cache))
 
     def placeholders(
-        self, part: BlockLayout, ids_BM: torch.LongTensor, embedding_E: torch.Tensor | None = None
+        self, chunk: BlockLayout, ids_BM: torch.LongTensor, embedding_E: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """States of the base alone if it reads tokens in place of one chunk's masks, `(B, M, D)` each.
+        """The base's states `(B, M, D)` of each layer where it reads tokens in place of one chunk's masks.
 
         Args:
-            part ([`BlockLayout`]): The chunk.
+            chunk ([`BlockLayout`]): One of `chunks`.
             ids_BM (`torch.LongTensor` of shape `(B, M)`): The tokens.
             embedding_E (`torch.Tensor` of shape `(E,)`, *optional*): What to embed all of them as.
         """
-        with last_columns_embedded_as(self.tuner.model, part.masks, embedding_E):
-            return self.states(ids_BM, part, copied(self.cache))
+        with last_columns_embedded_as(self.tuner.model, chunk.masks, embedding_E):
+            return self.states(ids_BM, chunk, copied(self.cache))
 
     def states(
         self, input_ids_BQ: torch.LongTensor, layout: BlockLayout, cache: Cache | None, is_causal: bool = False
@@ -144,7 +144,7 @@ class CheckpointedPass(TrainingPass):
         self.regular = [state[:, :length].detach() for state in states]
         self._masks = [state[:, length:] for state in states]
 
-    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+    def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:
         return self._masks
 
 
@@ -181,9 +181,9 @@ class MultimodalPass(TrainingPass):
         first = first.expand(*self.positions.shape[:-2], -1, -1)
         return self.positions.expand(*first.shape[:-1], -1).gather(-1, first) + layout.index_BM[:, -queries:]
 
-    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
+    def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:
         with without_checkpointing(self.tuner.model):  # its layers use no cache; chunks bound memory, too
-            return super().masks(part)
+            return super().masks(chunk)
 
     def _refuse_other_states(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
         """Reads one regular token per row in the way of masks, and compares its state with the base's own."""
@@ -229,21 +229,21 @@ class SequencePass(TrainingPass):
         with torch.no_grad():
             self.regular = self.call(input_ids_BT, use_cache=False)
 
-    def masks(self, part: BlockLayout) -> list[torch.Tensor]:
-        return self._blocks(part, part.index_BM + self.tuner.vocab_size, masks=self.tuner.active_mtp_config.k)
+    def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:
+        return self._blocks(chunk, chunk.index_BM + self.tuner.vocab_size, masks=self.tuner.active_mtp_config.k)
 
     def placeholders(
-        self, part: BlockLayout, ids_BM: torch.LongTensor, embedding_E: torch.Tensor | None = None
+        self, chunk: BlockLayout, ids_BM: torch.LongTensor, embedding_E: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
         with last_columns_embedded_as(self.tuner.model, self.tuner.active_mtp_config.k, embedding_E):
-            return self._blocks(part, ids_BM, masks=0)
+            return self._blocks(chunk, ids_BM, masks=0)
 
-    def _blocks(self, part: BlockLayout, ids_BM: torch.LongTensor, masks: int) -> list[torch.Tensor]:
+    def _blocks(self, chunk: BlockLayout, ids_BM: torch.LongTensor, masks: int) -> list[torch.Tensor]:
         """Reads each block of k columns after the text up to its anchor. The first `masks` of them are masks."""
         k, blocks = self.tuner.active_mtp_config.k, []
-        for anchor, ids_Bk in zip(part.anchor_BM[0, ::k].tolist(), ids_BM.split(k, dim=1), strict=True):
+        for anchor, ids_Bk in zip(chunk.anchor_BM[0, ::k].tolist(), ids_BM.split(k, dim=1), strict=True):
             sequence = torch.cat([self.input_ids_BT[:, : anchor + 1], ids_Bk], dim=1)
-            with self.tuner.masks_in_columns(anchor + 1, part.index_BM[:, :masks]):
+            with self.tuner.masks_in_columns(anchor + 1, chunk.index_BM[:, :masks]):
                 blocks.append([layer[:, anchor + 1 :] for layer in self.call(sequence, use_cache=False)])
         return [concatenate(layer, dim=1) for layer in zip(*blocks, strict=True)]
 

@@ -32,7 +32,7 @@ class ServerSettings:
         strategy (`str`): As `mtp_strategy` of `generate`.
         max_rows (`int`): Maximum number of requests in the batch.
         limits ([`Limits`]): Of each request.
-        dtype, device (`str`): Of the model.
+        dtype, device (`str`): The dtype of the weights, and where they are.
         shutdown_seconds (`int`): How long running requests may take after Ctrl-C.
         log_level (`str`): Of uvicorn.
     """

@@ -25,7 +25,7 @@ class VllmSettings:
         api_key (`str`, *optional*): Key that clients must send. If `None`, no key is needed.
         strategy (`str`): `"auto"` or `"linear"`, see [`~hf_mtp.serving.vllm.arguments.engine_arguments`].
         max_rows (`int`): Most requests that are decoded together.
-        dtype (`str`): Of the model.
+        dtype (`str`): The dtype of the weights.
         python (`str`): The Python of an environment with vLLM.
         options (`list[str]`): Further options of vLLM.
     """

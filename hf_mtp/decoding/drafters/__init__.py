@@ -1,0 +1,1 @@
+"""Sources of drafts: masks, and text that repeats."""

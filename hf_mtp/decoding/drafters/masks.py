@@ -119,7 +119,7 @@ def draft(
     logits_BKV = unembedding(hidden_BKD.contiguous()) if logits_BKV is None else logits_BKV
     score_BKC, candidate_BKC = logits_BKV.topk(min(SHORTLIST, logits_BKV.shape[-1]), dim=-1)
     if sampler is not None:
-        refine, rescore = sampler.given(hidden_BKD), _shortlisted(unembedding, candidate_BKC)
+        refine, rescore = sampler.refiner(hidden_BKD), _shortlisted(unembedding, candidate_BKC)
     tokens, confidences, others = [], [], []
     for step, candidate_BC in enumerate(candidate_BKC.unbind(dim=1)):
         score_BC = score_BKC[:, step].float() if sampler is None else rescore(step, refine(step, embedding(pending_B)))

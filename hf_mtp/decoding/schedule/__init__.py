@@ -1,0 +1,1 @@
+"""Schedules: how many masks a pass computes, and which drafts it verifies."""

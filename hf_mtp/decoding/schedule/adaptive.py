@@ -11,13 +11,12 @@ import torch
 from ...layout.mask_plan import MaskPlan, choose_masks, landing_probability, mask_values, no_masks
 from ..drafters.acceptance import MaskAcceptance, Rates
 from ..drafters.base import NO_TOKEN, Drafts
-from ..outcome import Origin, Outcome
+from ..outcome import MASK_DRAFTER, Origin, Outcome
 from .candidates import CandidateTree, RankedCandidates
 from .columns import MOST_DRAFTS, Columns, fixed_columns, masked_columns, plain_columns
 from .costs import FIRST_GUESS
 
 NGRAM_PRIORS = (0.25, 0.5, 0.6, 0.65, 0.7, 0.7, 0.7, 0.7)  # by the length of the match, typical of answers
-OF_MASKS = 0  # number of the drafter that drafts from masks
 
 
 class AdaptiveSchedule:
@@ -56,7 +55,7 @@ class AdaptiveSchedule:
     # ---------------------------------------------------------------- choices
 
     def plan_masks(self, drafts: Drafts, k: int) -> MaskPlan:
-        """The mask plan of the next pass. Arguments as in [`FixedSchedule.plan_masks`]."""
+        """The mask plan of the next pass. Arguments as in [`~hf_mtp.decoding.schedule.base.Schedule.plan_masks`]."""
         batch, count = drafts.token_BK.shape
         device = drafts.token_BK.device
         budget = min(self.masks, (count + 1) * k)
@@ -68,23 +67,13 @@ class AdaptiveSchedule:
         return choose_masks(mask_values(landing_BR, survival_k), budget)
 
     def counts(self, expected: list[list[list[float]]]) -> list[list[int]]:
-        """How many drafts each drafter proposes for each row: all that it can.
-
-        Args:
-            expected (`list`): The result of `expect` of each drafter.
-        """
+        """How many drafts each drafter proposes for each row: all that it can."""
         return [[len(row) for row in rows] for rows in expected]
 
     def choose(
         self, expected: list[list[list[float]]], proposals: list[Drafts | None], device: torch.device
     ) -> tuple[Drafts, list[list[Origin]]]:
-        """The drafts that the next pass verifies, and where they come from. Also decides about its masks.
-
-        Args:
-            expected (`list`): The result of `expect` of each drafter.
-            proposals (`list[Drafts | None]`): What each drafter proposes.
-            device (`torch.device`): Where the drafts are needed.
-        """
+        """The drafts that the next pass verifies, and where they come from. Also chooses the number of its masks."""
         rows = [self._candidates(row, expected, proposals).best(MOST_DRAFTS) for row in range(len(expected[0]))]
         columns = self._columns(rows)
         count = 1 + columns.drafts + columns.masks
@@ -108,7 +97,7 @@ class AdaptiveSchedule:
         for number, (rates, drafts) in enumerate(zip(expected, proposals, strict=True)):
             if drafts is None or not rates[row]:
                 continue
-            if number != OF_MASKS:
+            if number != MASK_DRAFTER:
                 tree.add_chain(number, drafts.tokens[row], rates[row])
                 continue
             of_place, acceptance = drafts.confidences[row][: len(rates[row])], self.mask_acceptance
@@ -163,7 +152,7 @@ def drafts_of(rows: list[RankedCandidates], count: int, width: int, device: torc
         rows (`list[RankedCandidates]`): The candidates of each row.
         count (`int`): Most drafts of a row.
         width (`int`): K, with places that stay empty. A row without a draft for a place has an empty one, too.
-        device (`torch.device`): Where they are needed.
+        device (`torch.device`): Device of the drafts.
     """
     longest = max(len(row.tokens) for row in rows)
     count, width = min(count, longest), width - max(0, count - longest)

@@ -8,7 +8,7 @@ import torch
 from ...layout.mask_plan import MaskPlan, whole_blocks
 from ..drafters.acceptance import MaskAcceptance
 from ..drafters.base import Drafts, no_drafts
-from ..outcome import Origin, Outcome
+from ..outcome import MASK_DRAFTER, Origin, Outcome
 
 
 class FixedSchedule:
@@ -23,35 +23,21 @@ class FixedSchedule:
         self.linear, self.mask_acceptance = linear, MaskAcceptance(k)
 
     def plan_masks(self, drafts: Drafts, k: int) -> MaskPlan:
-        """The mask plan of the next pass.
-
-        Args:
-            drafts ([`Drafts`]): The drafts that the pass verifies.
-            k (`int`): Most masks per block; may be 0.
-        """
+        """The mask plan of the next pass. Arguments as in [`~hf_mtp.decoding.schedule.base.Schedule.plan_masks`]."""
         return whole_blocks(drafts.offered_B, drafts.count, k, self.linear)
 
     def counts(self, expected: list[list[list[float]]]) -> list[list[int]]:
-        """How many drafts each drafter proposes for each row: the first one all that it can, the others none.
-
-        Args:
-            expected (`list`): The result of `expect` of each drafter.
-        """
+        """How many drafts each drafter proposes for each row: all that the masks allow, and none of other drafters."""
         first, *others = expected
         return [[len(row) for row in first], *([0] * len(first) for _ in others)]
 
     def choose(
         self, expected: list[list[list[float]]], proposals: list[Drafts | None], device: torch.device
     ) -> tuple[Drafts, list[list[Origin]]]:
-        """The drafts that the next pass verifies, and where they come from: all of the first drafter.
-
-        Args:
-            expected (`list`): The result of `expect` of each drafter.
-            proposals (`list[Drafts | None]`): What each drafter proposes.
-            device (`torch.device`): Where the drafts are needed.
-        """
-        drafts = no_drafts(len(expected[0]), device) if proposals[0] is None else proposals[0]
-        return drafts, [[Origin(0, place + 1) for place in range(len(row))] for row in expected[0]]
+        """The drafts that the next pass verifies, and where they come from: all drafts from masks."""
+        rows, drafts = expected[MASK_DRAFTER], proposals[MASK_DRAFTER]
+        drafts = no_drafts(len(rows), device) if drafts is None else drafts
+        return drafts, [[Origin(MASK_DRAFTER, place + 1) for place in range(len(row))] for row in rows]
 
     def fixed_drafts(self, k: int) -> int:
         """Drafts per row, used or not, where all passes have the same shape."""

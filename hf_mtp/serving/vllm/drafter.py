@@ -50,7 +50,7 @@ class Drafter:
         if self.sampler is None:
             return score_BKV.argmax(dim=-1)
         candidate_BKC = score_BKV.topk(min(SHORTLIST, score_BKV.shape[-1]), dim=-1).indices
-        refine, drafts = self.sampler.given(hidden_BKD), []
+        refine, drafts = self.sampler.refiner(hidden_BKD), []
         for step, candidate_BC in enumerate(candidate_BKC.unbind(dim=1)):
             feature_BD = refine(step, self.model.embed_input_ids(pending_B))
             score_BC = self.model.compute_logits(feature_BD).gather(1, candidate_BC)

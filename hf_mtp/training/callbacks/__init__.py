@@ -1,0 +1,1 @@
+"""Callbacks of a training: its end, its progress, its curves, and decoding on the way."""

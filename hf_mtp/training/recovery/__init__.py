@@ -1,0 +1,1 @@
+"""What keeps a long training alive: whole checkpoints, and checks of losses, processes and workers."""

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_mtp.evaluation.measures import acceptance_per_position
+from hf_mtp.evaluation.measures import CITATION, acceptance_per_position
 
 _DESCRIPTION = """\
 How often the first, second ... draft of a forward pass was accepted, pooled over answers. A draft counts as accepted
@@ -25,16 +25,6 @@ Examples:
     {'acceptance_per_position': [0.6, 0.25]}
 """
 
-_CITATION = """\
-@article{samragh2025your,
-  title = {Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential},
-  author = {Samragh, Mohammad and Kundu, Arnav and Harrison, David and Nishu, Kumari and Naik, Devang and Cho, Minsik
-    and Farajtabar, Mehrdad},
-  journal = {arXiv preprint arXiv:2507.11851},
-  year = {2025}
-}
-"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class AcceptancePerPosition(evaluate.Metric):
@@ -49,7 +39,7 @@ class AcceptancePerPosition(evaluate.Metric):
         )
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=features,
             reference_urls=["https://arxiv.org/abs/2507.11851"],

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_mtp.evaluation.measures import agreement
+from hf_mtp.evaluation.measures import CITATION, agreement
 
 _DESCRIPTION = """\
 How far answers agree with those of plain decoding: the share of identical ones, and how much of an answer comes before
@@ -26,16 +26,6 @@ Examples:
     {'identical': 0.5, 'common_prefix': 0.75}
 """
 
-_CITATION = """\
-@article{samragh2025your,
-  title = {Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential},
-  author = {Samragh, Mohammad and Kundu, Arnav and Harrison, David and Nishu, Kumari and Naik, Devang and Cho, Minsik
-    and Farajtabar, Mehrdad},
-  journal = {arXiv preprint arXiv:2507.11851},
-  year = {2025}
-}
-"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class Agreement(evaluate.Metric):
@@ -53,7 +43,7 @@ class Agreement(evaluate.Metric):
         ]
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=features,
             reference_urls=["https://arxiv.org/abs/2507.11851"],

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_mtp.evaluation.measures import tokens_per_pass
+from hf_mtp.evaluation.measures import CITATION, tokens_per_pass
 
 _DESCRIPTION = """\
 New tokens per forward pass, pooled over answers and as the mean of the answers' own ratios. Every new token counts:
@@ -27,16 +27,6 @@ Examples:
     {'tokens_per_pass': 2.5, 'tokens_per_pass_mean': 2.0}
 """
 
-_CITATION = """\
-@article{samragh2025your,
-  title = {Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential},
-  author = {Samragh, Mohammad and Kundu, Arnav and Harrison, David and Nishu, Kumari and Naik, Devang and Cho, Minsik
-    and Farajtabar, Mehrdad},
-  journal = {arXiv preprint arXiv:2507.11851},
-  year = {2025}
-}
-"""
-
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class TokensPerPass(evaluate.Metric):
@@ -46,7 +36,7 @@ class TokensPerPass(evaluate.Metric):
         features = datasets.Features({"tokens": datasets.Value("int64"), "passes": datasets.Value("int64")})
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation=_CITATION,
+            citation=CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
             features=features,
             reference_urls=["https://arxiv.org/abs/2507.11851"],
