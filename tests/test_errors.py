@@ -194,6 +194,17 @@ def test_what_cannot_be_exact_is_refused():
         generate(model, prompt(), mtp=True, use_cache=False)
 
 
+def test_token_healing_is_refused_with_the_way_out():
+    model, tokenizer = upgraded("llama"), tiny_tokenizer()
+    tokenizer.bos_token = "<unk>"  # without one, transformers cannot heal
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, token_healing=True)
+    for asked in ({"token_healing": True, "max_new_tokens": 4}, {"generation_config": config}):
+        with pytest.raises(ValueError, match=r"`token_healing=True` needs the tokenizer.*`model.heal_tokens"):
+            model.generate(prompt(), mtp=True, tokenizer=tokenizer, **asked)
+    healed = model.heal_tokens(prompt(), tokenizer)
+    assert torch.equal(generate(model, healed, mtp=True), generate(model, healed))
+
+
 def test_refused_call_leaves_the_model_as_it_was():
     model = upgraded("llama")
     with pytest.raises(ValueError, match="num_beams"):

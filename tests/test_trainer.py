@@ -372,7 +372,22 @@ def test_own_loss_is_refused(tmp_path):
         ({"targets": "dreams"}, "'model', 'soft', 'data', but got 'dreams'"),
         ({"lcm_weight": -1.0}, "`lcm_weight` must not be negative, but got -1.0"),
         ({"max_minutes": 0}, "`max_minutes` must be positive, or None for no limit, but got 0"),
+        ({"max_minutes": float("nan")}, "`max_minutes` must be positive, or None for no limit, but got nan"),
+        ({"max_minutes": "5"}, "`max_minutes` must be positive, or None for no limit, but got '5'"),
         ({"anchors_per_sequence": 0}, "at least 1, or None for all, but got 0"),
+        ({"anchors_per_sequence": 1.5}, "`anchors_per_sequence` must be an integer of at least 1.* but got 1.5"),
+        ({"eval_anchors_per_sequence": "8"}, "`eval_anchors_per_sequence` must be an integer .*, but got '8'"),
+        ({"masks_per_part": 2.5}, "`masks_per_part` must be an integer of at least 1, but got 2.5"),
+        ({"masks_per_part": True}, "`masks_per_part` must be an integer of at least 1, but got True"),
+        ({"position_decay": float("nan")}, "`position_decay` must be a finite number, but got nan"),
+        ({"base_weight": float("inf")}, "`base_weight` must be a finite number, but got inf"),
+        ({"sampler_weight": "1"}, "`sampler_weight` must be a finite number, but got '1'"),
+        ({"muon_learning_rate": None}, "`muon_learning_rate` must be a finite number, but got None"),
+        ({"sampler_weight": 0.0, "lcm_weight": 0}, "`auxiliary_weight` are all 0, so there is no loss to learn from"),
+        (
+            {"recipe": "paper", "base_weight": 0.0, "sampler_weight": 0.0, "lcm_weight": 0.0},
+            "`auxiliary_weight` are all 0, so there is no loss to learn from",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message, tmp_path):
