@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import find_adapter_config_file
 
 from .adapter.access import refuse_without_access
+from .adapter.loading import read_config
 
 
 def load_model(
@@ -23,11 +24,25 @@ def load_model(
 
     Raises:
         OSError: There is no such model, or you may not read it.
-        ValueError: The adapter does not fit its base.
+        ValueError: The dtype is none, the adapter does not fit its base, or its config is broken.
     """
+    refuse_dtype(dtype)
     hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
     kind = AutoPeftModelForCausalLM if is_adapter(name, **hub) else AutoModelForCausalLM
     return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device or default_device())
+
+
+def refuse_dtype(dtype: str | torch.dtype) -> None:
+    """Raises a `ValueError` unless weights can be loaded in this dtype.
+
+    Args:
+        dtype (`str` or `torch.dtype`): A dtype or its name, or `"auto"`.
+    """
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(
+            f"The dtype must be 'auto' or one of torch's floating-point types, such as 'bfloat16', but got {dtype!r}."
+        )
 
 
 def load_upgraded(
@@ -106,9 +121,14 @@ def is_adapter(name: str, **kwargs) -> bool:
 
     Raises:
         OSError: The repository is gated, private or missing.
+        ValueError: The adapter's config is not valid JSON.
     """
     refuse_without_access(name, **kwargs)
-    return find_adapter_config_file(name, **kwargs) is not None
+    file = find_adapter_config_file(name, **kwargs)
+    if file is None:
+        return False
+    read_config(file)  # PEFT's own error would not name the file
+    return True
 
 
 def default_device() -> torch.device:

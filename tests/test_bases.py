@@ -52,6 +52,13 @@ def test_what_is_no_transformers_model():
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2))[0], GatedLoraConfig(k=2, target_modules=["x"]))
 
 
+def test_a_base_that_was_compiled_before_the_upgrade():
+    with pytest.raises(TypeError, match="The base is compiled.*Upgrade it first"):
+        get_peft_model(torch.compile(tiny_base("llama")), GatedLoraConfig(k=2))
+    compiled = torch.compile(upgraded("llama"), backend="eager")
+    assert torch.equal(generate(compiled, prompt(), mtp=True), generate(compiled, prompt()))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_embeddings(tied, tmp_path):
     model = upgraded(tiny_base("llama", torch.float64, tie_word_embeddings=tied), dtype=torch.float64).double()

@@ -161,14 +161,32 @@ def test_verify_ends_with_one_and_shows_both_tokens_where_something_differs(save
         (["{adapter}", "--prompts", "nowhere.jsonl"], "Unknown suite 'nowhere.jsonl'"),
         (["{adapter}", "--strategy", "cubic"], "`strategies` must be one or more of"),
         (["{adapter}", "--k", "9"], "`k` must be between 1 and 3"),
+        (["{adapter}", "--k", "0"], "`k` must be between 1 and 3"),
+        (["{adapter}", "--dtype", "auto,int8"], "must be 'auto' or one of torch's floating-point types.* got 'int8'"),
+        (["{adapter}", "--dtype", "nought"], "must be 'auto' or one of torch's floating-point types.* got 'nought'"),
+        (["{adapter}", "--dtype", ","], "--dtype takes at least one dtype"),
+        (["{adapter}", "--json", "{folder}"], "--json writes to a file, but .* is a folder"),
     ],
 )
 def test_errors_of_verify_end_with_two(arguments, message, saved, tmp_path):
     tiny_base("llama", hidden_size=48).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    folders = {"base": saved[0], "adapter": saved[1], "other": str(tmp_path / "other")}
+    folders = {"base": saved[0], "adapter": saved[1], "other": str(tmp_path / "other"), "folder": str(tmp_path)}
     error = run("verify", *(argument.format(**folders) for argument in arguments), code=2).stderr
     assert re.search(message, " ".join(error.split()))
+
+
+def test_verify_makes_the_folder_of_its_report(saved, prompts, tmp_path):
+    file = tmp_path / "new" / "out.json"
+    run("verify", saved[1], "--greedy-only", "--prompts", prompts, "--strategy", "linear", "--json", str(file), *SHORT)
+    assert json.loads(file.read_text())["equal"]
+
+
+def test_evaluate_does_not_write_into_a_file(saved, prompts, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    error = run("evaluate", saved[1], "--suite", prompts, "--output", str(tmp_path / "out"), *SHORT, code=1).stderr
+    assert "is a file, but results need a folder" in " ".join(error.split())
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_evaluate_writes_everything_and_goes_on_after_an_interrupt(saved, prompts, tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 """Bad input gets an error that says what was passed, what is needed or what to do; and nothing is lost."""
 
+import ast
 import json
 import shutil
 import warnings
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+import hf_mtp
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.base_identity import tokenizer_fingerprint
 
@@ -188,6 +192,17 @@ def test_what_cannot_be_exact_is_refused():
         generate(model, prompt(), mtp=True, cache_implementation="quantized")
     with pytest.raises(ValueError, match="`mtp=True` needs a cache.*`use_cache=False`"):
         generate(model, prompt(), mtp=True, use_cache=False)
+
+
+def test_token_healing_is_refused_with_the_way_out():
+    model, tokenizer = upgraded("llama"), tiny_tokenizer()
+    tokenizer.bos_token = "<unk>"  # without one, transformers cannot heal
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, token_healing=True)
+    for asked in ({"token_healing": True, "max_new_tokens": 4}, {"generation_config": config}):
+        with pytest.raises(ValueError, match=r"`token_healing=True` needs the tokenizer.*`model.heal_tokens"):
+            model.generate(prompt(), mtp=True, tokenizer=tokenizer, **asked)
+    healed = model.heal_tokens(prompt(), tokenizer)
+    assert torch.equal(generate(model, healed, mtp=True), generate(model, healed))
 
 
 def test_refused_call_leaves_the_model_as_it_was():
@@ -367,3 +382,26 @@ def test_two_active_adapters_have_no_masks():
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="2 adapters are active: .*Choose one with `set_adapter`"):
         generate(model, prompt(), mtp=True)
+
+
+def _strings(package) -> list[str]:
+    """The strings in the code of a package. What an f-string interpolates is left out."""
+    nodes = [
+        node for path in Path(package.__file__).parent.rglob("*.py") for node in ast.walk(ast.parse(path.read_bytes()))
+    ]
+    whole = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    parts = [
+        [part for part in node.values if isinstance(part, ast.Constant)]
+        for node in nodes
+        if isinstance(node, ast.JoinedStr)
+    ]
+    return [node.value for node in whole] + ["".join(part.value for part in node) for node in parts]
+
+
+def test_expected_failures_of_pefts_tests_quote_messages_that_exist():
+    """`make test-peft` runs rarely, so a reworded message would be noticed late."""
+    lines = Path(__file__).with_name("peft").joinpath("does_not_apply.txt").read_text(encoding="utf-8").splitlines()
+    quoted = [line.rsplit('": ', 1)[0].strip('"') for line in lines if line.startswith('"')]
+    strings = _strings(hf_mtp) + _strings(peft)
+    assert quoted
+    assert [key for key in quoted if not any(key in string for string in strings)] == []

@@ -23,6 +23,7 @@ import hf_mtp
 from hf_mtp.export.files import new_folder
 from hf_mtp.export.uno import export_uno, import_uno
 from hf_mtp.export.vllm import export_vllm
+from hf_mtp.pretrained import load_model
 
 K = 3
 PARTS = ("weight", "bias")
@@ -411,13 +412,26 @@ def test_adapters_of_another_kind(bases, tmp_path):
     for export in (export_vllm, export_uno):
         with pytest.raises(ValueError, match=r"of type 'LORA', but only adapters of hf_mtp .*--from uno"):
             export(str(tmp_path / "uno"), tmp_path / "out")
-        with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        with pytest.raises(ValueError, match="is not an adapter: it has no adapter_config.json. Pass"):
             export(bases(), tmp_path / "out")
     uno_adapter(tmp_path / "uno", bases(), peft_type="IA3")
     with pytest.raises(ValueError, match="of type 'IA3', but Uno adapters have type 'LORA'"):
         import_uno(str(tmp_path / "uno"), tmp_path / "out")
     with pytest.raises(ValueError, match="has no adapter_config.json, neither at its root nor in `adapter/`"):
         import_uno(bases(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ['{"peft_type": "LO', "[]"])
+def test_a_broken_config_is_named(content, bases, tmp_path):
+    saved(bases(), tmp_path / "ours", **NOISE)
+    (tmp_path / "ours" / "adapter_config.json").write_text(content, encoding="utf-8")
+    message = "adapter_config.json (is not valid JSON|must hold a JSON object).*again"
+    for read in (export_vllm, export_uno, import_uno):
+        with pytest.raises(ValueError, match=message):
+            read(str(tmp_path / "ours"), tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        load_model(str(tmp_path / "ours"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickles_and_broken_files(bases, tmp_path):

@@ -196,6 +196,8 @@ def contents_of(folder: Path) -> dict[Path, bytes]:
             "the layers with a LoRA differ: 14 in the checkpoint and 2 in the model",
         ),
         (lambda: upgraded("llama", K, sampler=False), "`sampler` is True in the checkpoint and False in the model"),
+        (lambda: upgraded("llama", K, sampler_recurrent=True), "`sampler_recurrent` is False in the checkpoint"),
+        (lambda: upgraded("llama", K, use_dora=True), "`use_dora` is False in the checkpoint and True in the model"),
         (lambda: upgraded(tiny_base("llama", seed=1), K), "the weights of the base differ"),
         (lambda: upgraded(tiny_base("llama", vocab_size=101), K), "`base_vocab_size` is 97 in .* and 101 in"),
         (
@@ -203,7 +205,7 @@ def contents_of(folder: Path) -> dict[Path, bytes]:
             "`base_hidden_size` is 32 in",
         ),
     ],
-    ids=["k", "rank", "layers", "sampler", "base", "vocabulary", "width"],
+    ids=["k", "rank", "layers", "sampler", "recurrent", "dora", "base", "vocabulary", "width"],
 )
 def test_a_checkpoint_of_another_adapter_is_refused(model, message, trained, tmp_path):
     before = contents_of(trained)

@@ -324,6 +324,8 @@ def test_full_disk_leaves_the_checkpoint_before(when, uninterrupted, tmp_path, m
 def test_empty_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         trainer(tmp_path, Dataset.from_dict({"text": []}))
+    with pytest.raises(ValueError, match=r"`eval_dataset\['none'\]` is empty"):
+        trainer(tmp_path, eval_dataset={"some": texts(4), "none": Dataset.from_dict({"text": []})})
 
 
 def test_dataset_of_prompts_alone_is_refused(tmp_path):
@@ -337,6 +339,21 @@ def test_dataset_of_prompts_alone_is_refused(tmp_path):
 def test_texts_too_short_for_a_mask_are_refused(tmp_path):
     with pytest.raises(ValueError, match="No sequence of `train_dataset` has two tokens in a row"):
         trainer(tmp_path, Dataset.from_dict({"input_ids": [[7, 8], [9, 10]]}))
+
+
+def test_an_evaluation_without_a_target_is_refused(tmp_path):
+    short = Dataset.from_dict({"input_ids": [[7, 8], [9, 10]]})
+    with pytest.raises(ValueError, match="No sequence of `eval_dataset` has two tokens in a row"):
+        trainer(tmp_path, eval_dataset=short)
+    with pytest.raises(ValueError, match=r"No sequence of `eval_dataset\['short'\]` has two tokens in a row"):
+        trainer(tmp_path, eval_dataset={"long": texts(4), "short": short})
+
+
+@pytest.mark.parametrize("strange", [97, 99, -1])  # the first two are ids of masks
+def test_ids_outside_the_vocabulary_are_refused(strange, tmp_path):
+    made = trainer(tmp_path, Dataset.from_dict({"input_ids": [[7, 8, 9, 10, strange, 11]] * 4}))
+    with pytest.raises(ValueError, match=f"The batch has token ids from .*{strange}.* vocabulary has ids 0 to 96"):
+        made.train()
 
 
 def test_some_prompts_alone_among_others_are_no_problem(tmp_path):
@@ -372,7 +389,22 @@ def test_own_loss_is_refused(tmp_path):
         ({"targets": "dreams"}, "'model', 'soft', 'data', but got 'dreams'"),
         ({"lcm_weight": -1.0}, "`lcm_weight` must not be negative, but got -1.0"),
         ({"max_minutes": 0}, "`max_minutes` must be positive, or None for no limit, but got 0"),
+        ({"max_minutes": float("nan")}, "`max_minutes` must be positive, or None for no limit, but got nan"),
+        ({"max_minutes": "5"}, "`max_minutes` must be positive, or None for no limit, but got '5'"),
         ({"anchors_per_sequence": 0}, "at least 1, or None for all, but got 0"),
+        ({"anchors_per_sequence": 1.5}, "`anchors_per_sequence` must be an integer of at least 1.* but got 1.5"),
+        ({"eval_anchors_per_sequence": "8"}, "`eval_anchors_per_sequence` must be an integer .*, but got '8'"),
+        ({"masks_per_part": 2.5}, "`masks_per_part` must be an integer of at least 1, but got 2.5"),
+        ({"masks_per_part": True}, "`masks_per_part` must be an integer of at least 1, but got True"),
+        ({"position_decay": float("nan")}, "`position_decay` must be a finite number, but got nan"),
+        ({"base_weight": float("inf")}, "`base_weight` must be a finite number, but got inf"),
+        ({"sampler_weight": "1"}, "`sampler_weight` must be a finite number, but got '1'"),
+        ({"muon_learning_rate": None}, "`muon_learning_rate` must be a finite number, but got None"),
+        ({"sampler_weight": 0.0, "lcm_weight": 0}, "`auxiliary_weight` are all 0, so there is no loss to learn from"),
+        (
+            {"recipe": "paper", "base_weight": 0.0, "sampler_weight": 0.0, "lcm_weight": 0.0},
+            "`auxiliary_weight` are all 0, so there is no loss to learn from",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message, tmp_path):

@@ -77,6 +77,11 @@ def test_a_way_that_the_model_refuses_is_named():
     assert report.is_equal
 
 
+def test_nothing_that_was_compared_is_not_equal():
+    with pytest.raises(ValueError, match="Nothing could be compared: .*quadratic decoding of Bloom.* not be exact"):
+        run(upgraded("bloom", 3), sampling=False, strategies=["quadratic"])
+
+
 def test_an_answer_that_ends_early_differs_where_it_ends():
     found = divergence_at(tiny_base("llama"), "p", [5, 6], [7, 8, 9], [7, 8], 2)
     assert found == Divergence("p", 2, 9, None) and not found.is_tie

@@ -103,6 +103,8 @@ def test_what_is_not_an_exported_adapter(folder, copy, tmp_path):
 def test_arguments_of_the_engine(folder):
     arguments = engine_arguments(folder, k=2)
     assert arguments["speculative_config"]["num_speculative_tokens"] == 2
+    # Not taken for "all": the engine refuses it when it starts.
+    assert engine_arguments(folder, k=0)["speculative_config"]["num_speculative_tokens"] == 0
     assert arguments["max_lora_rank"] == 8 and arguments["max_loras"] == 2
     options = command_line(arguments)
     assert options[:2] == ["--model", str(Path(folder).parent / "base")]

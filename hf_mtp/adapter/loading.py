@@ -1,5 +1,6 @@
 """Rejects invalid adapter files: pickles, broken files, and weights that do not fit their config."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,27 @@ def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> Non
             f"{weights} is not a valid safetensors file ({error}): it is truncated or was modified. Download it "
             "again, or train again."
         ) from error
+
+
+def read_config(file: str | Path) -> dict:
+    """The fields of an `adapter_config.json`. PEFT's error of one that is broken does not say which file it is.
+
+    Args:
+        file (`str` or `Path`): The file.
+
+    Raises:
+        ValueError: It is not valid JSON, or no object.
+    """
+    try:
+        fields = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:  # of the JSON or of the encoding
+        raise ValueError(
+            f"{file} is not valid JSON ({error}): it is truncated or was modified. Download it again, or copy it from "
+            "another checkpoint of the same training."
+        ) from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold a JSON object, the fields of an adapter's config. Download it again.")
+    return fields
 
 
 def _files_of(

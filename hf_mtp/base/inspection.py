@@ -19,9 +19,14 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raises unless the model is a decoder-only causal language model.
 
     Raises:
-        TypeError: It is not a transformers model.
+        TypeError: It is not a transformers model, or it is compiled.
         ValueError: It is an encoder-decoder, attends to later tokens, or has no input or output embeddings.
     """
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "The base is compiled, so that an adapter cannot be added to its layers. Upgrade it first and compile the "
+            "result: `torch.compile(get_peft_model(base, GatedLoraConfig(...)))`."
+        )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"Multi-token prediction needs a transformers model, but got {type(model).__name__}. Load one with "

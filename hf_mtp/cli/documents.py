@@ -7,6 +7,22 @@ import typer
 STDOUT = Path("-")  # as commands name it
 
 
+def refuse_path(path: Path | None) -> None:
+    """Checks, before any work that would be lost, that a document can be written there; makes its folder.
+
+    Args:
+        path (`Path`, *optional*): As for [`write_json`].
+
+    Raises:
+        OSError: It is a folder, or its folder cannot be made.
+    """
+    if path is None or path == STDOUT:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"--json writes to a file, but {path} is a folder. Add the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(text: str, path: Path | None) -> None:
     """Writes a JSON document where a verb's `--json` wants it.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from .documents import say, write_json
+from .documents import refuse_path, say, write_json
 from .lists import words
 from .verb import verb
 
@@ -49,10 +49,15 @@ def verify(
         hf-mtp verify Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --dtype float32,bfloat16
     """
     from ..evaluation.exactness import verify as run
-    from ..pretrained import load_upgraded
+    from ..pretrained import load_upgraded, refuse_dtype
 
+    refuse_path(as_json)
+    if not (dtypes := words(dtype)):
+        raise typer.BadParameter(f"--dtype takes at least one dtype, such as auto, but got {dtype!r}.")
+    for name in dtypes:
+        refuse_dtype(name)
     reports, tokenizer = [], None
-    for name in words(dtype):
+    for name in dtypes:
         loaded, tokenizer = load_upgraded(model, adapter, name)
         reports.append(
             run(

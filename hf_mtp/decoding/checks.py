@@ -45,6 +45,11 @@ def refuse_arguments(kwargs: dict) -> None:
             "`adapter_names` selects an adapter per row, but with `mtp=True` all masks belong to the active "
             "adapter. Select it with `set_adapter`, or leave out `mtp`."
         )
+    if kwargs.get("token_healing"):
+        raise ValueError(
+            "`token_healing=True` needs the tokenizer, which transformers does not pass on to the decode loop of "
+            "`mtp=True`. Leave it out, and pass healed ids: `model.heal_tokens(input_ids, tokenizer)`."
+        )
     if kwargs.get("use_cache") is False:
         raise ValueError("`mtp=True` needs a cache to verify drafts, but got `use_cache=False`. Leave it out.")
     _refuse_quantized(kwargs.get("cache_implementation"))  # before transformers asks for its packages

@@ -98,7 +98,8 @@ class GenerationMixin:
         strategy, mode = self._checked_strategy(asked["mtp_strategy"] or "auto")
         if strategy is None:
             return self.model.generate(**kwargs)
-        refuse_arguments(kwargs)
+        healing = _first_given(kwargs.get("token_healing"), "token_healing", configs)
+        refuse_arguments({**kwargs, "token_healing": healing})
         stop_strings_to_criteria(kwargs, configs)
         streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
         bitwise = bool(asked["mtp_bitwise"])

@@ -39,7 +39,9 @@ def read_document(path: Path, schema: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise ValueError(
+            f"{path} is not valid JSON: {error}. Delete the file or choose another folder, and measure again."
+        ) from error
     found = content.get("schema") if isinstance(content, dict) else None
     if found != schema:
         raise ValueError(f"{path} has the schema {found!r}, but this version of hf_mtp reads {schema!r}.")

@@ -119,19 +119,25 @@ def verify(
         [`VerifyReport`]
 
     Raises:
-        ValueError: The model has no adapter of hf_mtp, an argument is out of range, or no prompt can be answered.
+        ValueError: The model has no adapter of hf_mtp, an argument is out of range, no prompt can be answered, or the
+            model allows none of the strategies.
     """
     config = checked_config(model, batch_size, max_new_tokens)
     suite = (load_suite(prompts) if isinstance(prompts, str) else prompts).limited(limit)
     encoded, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
     batches = [encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
-    methods = [method for method in methods_of(strategies, [k or config.k], config.k) if method.k is not None]
+    ks = [config.k if k is None else k]
+    methods = [method for method in methods_of(strategies, ks, config.k) if method.k is not None]
     comparisons, sampled = [], None
     with evaluation_mode(model):
         for mode in (GREEDY, SAMPLING) if sampling else (GREEDY,):
             comparisons += _compare_all(model, methods, batches, mode, max_new_tokens)
         refused = {comparison.way for comparison in comparisons if comparison.refused}
         allowed = [method for method in methods if method.name not in refused]
+        if not allowed:
+            raise ValueError(
+                f"Nothing could be compared: the model allows none of these ways. {comparisons[0].refused}"
+            )
         if sampling and allowed:
             sampled = _two_sample(model, allowed[0], encoded[0])
     dtype = str(model.get_base_model().dtype).removeprefix("torch.")

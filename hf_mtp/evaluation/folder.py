@@ -26,6 +26,7 @@ class RunFolder:
 
     Raises:
         ValueError: The folder has a run with other settings.
+        OSError: It is a file, or cannot be made.
     """
 
     def __init__(self, folder: Path | None, settings: Settings):
@@ -35,6 +36,8 @@ class RunFolder:
         self.seconds = 0.0
         if folder is None:
             return
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file, but results need a folder. Choose another `output`.")
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / CALLS).is_file():
             self._read_turns()

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 
 from ..adapter.config import GatedLoraConfig
+from ..pretrained import is_adapter
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ def read_adapter(name: str) -> AdapterFiles:
 
     Raises:
         ValueError: There is no adapter, it is none of ours, or its file is a pickle or truncated.
+        OSError: The repository is gated, private or missing.
     """
+    if not is_adapter(name):
+        raise ValueError(
+            f"{name} is not an adapter: it has no adapter_config.json. Pass the Hub id or folder of an adapter."
+        )
     kind = PeftConfig.from_pretrained(name)
     if not isinstance(kind, GatedLoraConfig):
         raise ValueError(

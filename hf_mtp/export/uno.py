@@ -5,7 +5,6 @@ a setting of the engine and not of the file.
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from transformers.utils import find_adapter_config_file
 
 from ..adapter.card import write_model_card
 from ..adapter.config import GatedLoraConfig
-from ..adapter.loading import refuse_unsafe_file
+from ..adapter.loading import read_config, refuse_unsafe_file
 from ..adapter.peft_type import ExtensionPeftType
 from .files import AdapterFiles, new_folder, read_adapter
 from .fit import fitted
@@ -98,11 +97,13 @@ def import_uno(adapter: str, folder: str | Path, base: str | None = None, k: int
     found = {inside: find_adapter_config_file(adapter, subfolder=inside) for inside in _SUBFOLDERS}
     inside = next((inside for inside, path in found.items() if path), None)
     if inside is None:
-        raise ValueError(f"{adapter} has no adapter_config.json, neither at its root nor in `adapter/`.")
+        raise ValueError(
+            f"{adapter} is not an adapter: it has no adapter_config.json, neither at its root nor in `adapter/`. Pass "
+            "the Hub id or folder of a Uno adapter."
+        )
     subfolder = inside or None
     refuse_unsafe_file(adapter, subfolder)
-    fields = json.loads(Path(found[inside]).read_text(encoding="utf-8"))
-    config = _config_of_uno(adapter, fields, k)
+    config = _config_of_uno(adapter, read_config(found[inside]), k)
     if base is not None:
         config.base_model_name_or_path, config.revision = base, None
     files = AdapterFiles(adapter, config, load_peft_weights(adapter, device="cpu", subfolder=subfolder))

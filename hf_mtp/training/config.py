@@ -1,8 +1,10 @@
 """[`MTPConfig`]: training settings and their checks. Knows nothing of data or losses."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -103,9 +105,9 @@ class MTPConfig(SFTConfig):
             at each save and at the end. Does nothing if matplotlib is not installed.
 
     Raises:
-        ValueError: An unknown recipe, negative weights, anchors below 1, an unknown `nonfinite`; or a setting for
-            learning from regular tokens: label smoothing, `loss_type`, NEFTune, a router loss, or a best model
-            selected by a measure of the base.
+        ValueError: An unknown recipe, weights that are negative, not finite or all 0, anchors below 1, an unknown
+            `nonfinite`; or a setting for learning from regular tokens: label smoothing, `loss_type`, NEFTune, a
+            router loss, or a best model selected by a measure of the base.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
@@ -159,28 +161,43 @@ class MTPConfig(SFTConfig):
             self.greater_is_better = False  # transformers recognizes a loss only by a name that ends in "loss"
         super().__post_init__()
         self._refuse_regular_token_settings()
-        for name in (*_WEIGHTS, "muon_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` must not be negative, but got {value}.")
+        self._refuse_bad_numbers()
         for name, choices in (("targets", TARGETS), ("divergence", DIVERGENCES), ("nonfinite", NONFINITE)):
             value = getattr(self, name)
             if value not in choices and (value is not None or name == "nonfinite"):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
-        for name in ("anchors_per_sequence", "eval_anchors_per_sequence"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, or None for all, but got {value}.")
-        if self.masks_per_part < 1:
-            raise ValueError(f"`masks_per_part` must be at least 1, but got {self.masks_per_part}.")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes}.")
         if self.max_minutes is not None and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(
                 f"`max_minutes` makes the learning rate follow the clock, but `lr_scheduler_type="
                 f"{str(self.lr_scheduler_type.value)!r}` follows the losses. Choose another, such as 'linear'."
             )
-        self.resolved_recipe()
+        self._refuse_recipe_without_losses()
+
+    def _refuse_bad_numbers(self) -> None:
+        for name in (*_WEIGHTS, "muon_learning_rate"):
+            value = getattr(self, name)
+            if value is None and name in _WEIGHTS:
+                continue
+            if not _is_finite(value):
+                raise ValueError(f"`{name}` must be a finite number, but got {value!r}.")
+            if value < 0:
+                raise ValueError(f"`{name}` must not be negative, but got {value}.")
+        for name in ("anchors_per_sequence", "eval_anchors_per_sequence"):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
+                raise ValueError(f"`{name}` must be an integer of at least 1, or None for all, but got {value!r}.")
+        if not _is_count(self.masks_per_part):
+            raise ValueError(f"`masks_per_part` must be an integer of at least 1, but got {self.masks_per_part!r}.")
+        if self.max_minutes is not None and not (_is_finite(self.max_minutes) and self.max_minutes > 0):
+            raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes!r}.")
+
+    def _refuse_recipe_without_losses(self) -> None:
+        recipe = self.resolved_recipe()
+        if not any((recipe.base, recipe.sampler, recipe.lcm, recipe.auxiliary)):
+            raise ValueError(
+                "`base_weight`, `sampler_weight`, `lcm_weight` and `auxiliary_weight` are all 0, so there is no loss "
+                "to learn from. Leave at least one of them out, or set it to a positive number."
+            )
 
     def _refuse_regular_token_settings(self) -> None:
         for name, neutral in _REGULAR_TOKEN_SETTINGS.items():
@@ -244,6 +261,14 @@ class MTPConfig(SFTConfig):
             position_decay=self.position_decay,
             divergence=self.divergence,
         )
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 @contextmanager

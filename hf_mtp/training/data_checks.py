@@ -57,14 +57,25 @@ def first_empty_row(dataset: Dataset, column: str) -> int | None:
     return next((number for number, row in enumerate(rows) if row[column] is None), None)
 
 
+def _by_name(train_dataset, eval_dataset) -> dict:
+    """All datasets by the names that the user knows them by."""
+    if not isinstance(eval_dataset, dict):
+        return {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    of_eval = {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {"train_dataset": train_dataset, **of_eval}
+
+
 def refuse_datasets(
     args: MTPConfig, train_dataset, eval_dataset=None, processing_class=None, formatting_func=None, **kwargs
 ) -> None:
     """Raises for datasets on which TRL would fail without naming the cause."""
+    datasets = _by_name(train_dataset, eval_dataset)
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"`{name}` is empty. Pass at least one text{' to learn from' * (name == 'train_dataset')}."
+            )
     if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        if isinstance(eval_dataset, dict):
-            datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
         for name, dataset in datasets.items():
             refuse_unreadable_rows(dataset, name, args.dataset_text_field)
     if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
@@ -97,25 +108,42 @@ def refuse_settings(args: MTPConfig, tuner: GatedLoraModel) -> None:
         )
 
 
-def refuse_without_targets(dataset, max_length: int | None) -> None:
-    """Raises unless some sequence has two adjacent tokens inside the loss, so that a mask can predict the second.
+def refuse_without_targets(train_dataset, eval_dataset, max_length: int | None) -> None:
+    """Raises unless a sequence of each dataset has two adjacent tokens in the loss: a mask can predict the second.
 
     Args:
-        dataset: Tokenized rows. Not checked if a stream or the user's own function makes them.
+        train_dataset: Tokenized rows. Not checked if a stream or the user's own function makes them.
+        eval_dataset: The same, or a `dict` of several. Without a target, the loss of an evaluation would be 0, the
+            best there is.
         max_length (`int`, *optional*): Length to which rows were truncated, for the message.
     """
+    for name, dataset in _by_name(train_dataset, eval_dataset).items():
+        if not _has_target(dataset):
+            raise ValueError(
+                f"No sequence of `{name}` has two tokens in a row inside the loss, so there is nothing for a mask to "
+                f"predict. Are they all prompt, or did `max_length={max_length}` cut them down to their prompt?"
+            )
+
+
+def _has_target(dataset) -> bool:
+    """Whether a mask can predict a token of some row, as far as rows are known before training."""
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
-        return
+        return True
     if "input_ids" not in dataset.column_names:
-        return
-    for row in dataset:
-        labels_1T = torch.as_tensor(row.get("labels", row["input_ids"]))[None]
-        if useful_anchors(labels_1T, torch.zeros_like(labels_1T)).any():
-            return
-    raise ValueError(
-        "No sequence of `train_dataset` has two tokens in a row inside the loss, so there is nothing for a mask to "
-        f"predict. Are they all prompt, or did `max_length={max_length}` cut them down to their prompt?"
-    )
+        return True
+    labels = (torch.as_tensor(row.get("labels", row["input_ids"]))[None] for row in dataset)
+    return any(useful_anchors(labels_1T, torch.zeros_like(labels_1T)).any() for labels_1T in labels)
+
+
+def refuse_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
+    """Raises a `ValueError` for token ids of a batch that the base cannot embed."""
+    least, most = (int(bound) for bound in input_ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"The batch has token ids from {least} to {most}, but the base's vocabulary has ids 0 to "
+            f"{vocab_size - 1}. Was it tokenized with the base's own tokenizer? If tokens were added to that, such as "
+            "a pad token, call `resize_token_embeddings` on the base before the upgrade."
+        )
 
 
 def tuner_of(model) -> GatedLoraModel:

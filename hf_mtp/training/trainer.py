@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -25,6 +24,7 @@ from .callbacks.interrupt import SaveOnInterrupt
 from .config import MTPConfig, router_config_restored
 from .data_checks import (
     refuse_datasets,
+    refuse_ids,
     refuse_model,
     refuse_parameters,
     refuse_settings,
@@ -104,8 +104,6 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def __init__(self, model, args: MTPConfig | None = None, train_dataset=None, **kwargs):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` would replace the multi-token objective. Omit it.")
-        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
-            raise ValueError("`train_dataset` is empty. Pass at least one text to learn from.")
         args = MTPConfig(output_dir="mtp_output") if args is None else MTPConfig.from_arguments(args)
         refuse_datasets(args, train_dataset, **kwargs)
         refuse_model(args, model, kwargs.get("peft_config"))
@@ -119,7 +117,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         refuse_settings(args, tuner)
         self.recipe = args.resolved_recipe()
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):  # other collators make their own labels
-            refuse_without_targets(self.train_dataset, args.max_length)
+            refuse_without_targets(self.train_dataset, self.eval_dataset, args.max_length)
         self._describe_training(tuner)
         # Trainer must not divide the loss by the number of accumulated batches: `get_batch_samples` gives the divisor.
         self.model_accepts_loss_kwargs = True
@@ -214,6 +212,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = objective_inputs(inputs, self.model.config)
+        refuse_ids(batch["input_ids"], self.tuner.active_mtp_config.base_vocab_size)
         try:
             objective: Objective = model(**batch, mtp_objective=self._request(batch, num_items_in_batch))
         except ValueError as error:

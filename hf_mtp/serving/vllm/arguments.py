@@ -33,7 +33,7 @@ def engine_arguments(folder: str, k: int | None = None, strategy: str = "auto") 
         "speculative_config": {
             "method": "custom_class",
             "model": "hf_mtp.serving.vllm.drafter.Drafter",
-            "num_speculative_tokens": k or adapter.k,
+            "num_speculative_tokens": adapter.k if k is None else k,
         },
         "additional_config": {ADAPTER: folder, STRATEGY: strategy},
         "enable_lora": True,
