@@ -5,6 +5,7 @@ The handlers of transformers ask a model manager for the model, and a generation
 
 import asyncio
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ class Reply:
 
     def _on_end(self, error: Exception | None) -> None:
         if error is not None:
-            self.queue.put_nowait(_StreamError(str(error).replace('"', "'")))
+            self.queue.put_nowait(_StreamError(json.dumps(str(error))[1:-1]))  # the host puts it between quotes
         elif self.parser is not None:
             try:
                 self._put(self.parser.finalize()[1])
