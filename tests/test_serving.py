@@ -431,8 +431,11 @@ BAD = {
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
-    "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "part of type None"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "supports text only"),
+    "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "`messages[0].content[0]` is of type None"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]},
+        "`messages[0].content[1]` is of type 'image_url', but this model reads only text",
+    ),
     "another model": ({"model": "other"}, "pinned"),
     "a prompt longer than the context": ({"messages": messages("x" * CONTEXT)}, "The prompt has 263 tokens"),
     "beam search": ({"extra_body": {"generation_config": '{"num_beams": 3, "max_new_tokens": 4}'}}, "num_beams=3"),

@@ -16,10 +16,10 @@ from transformers.utils import logging
 
 from .choices import joined, merged, with_openai_errors
 from .limits import Limits, bad_request, refuse_ignored_fields, whole_number
+from .messages import check_messages, load_images
 
 logger = logging.get_logger(__name__)
 
-TEXT = ("text", "input_text", "output_text")
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -47,7 +47,8 @@ class CheckedHandler:
         whole_number(body, "seed", -(2**63), 2**64 - 1)
         for name in LENGTHS:
             whole_number(body, name, 1, self.limits.new_tokens)
-        _check_messages(body)
+        check_messages(body, self.model_manager.takes_images)
+        await load_images(body)
         if choices == 1:
             return await self._answer(body, request_id)
         numbered = [{**body, "number": number} for number in range(choices)]
@@ -92,22 +93,6 @@ class CheckedCompletionHandler(CheckedHandler, CompletionHandler):
 
 class CheckedResponseHandler(CheckedHandler, ResponseHandler):
     """Answers `/v1/responses`."""
-
-
-def _check_messages(body: dict) -> None:
-    messages = body.get("messages")
-    if messages is None:
-        return
-    if not isinstance(messages, list) or not messages:
-        raise bad_request(f"`messages` must be a list of one or more messages, but got {messages!r}.")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise bad_request(f"Each message needs a `role` and a `content`, but got {message!r}.")
-        parts = message.get("content")
-        for part in parts if isinstance(parts, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else part
-            if kind not in TEXT:  # the host would leave it out
-                raise bad_request(f"A message has a part of type {kind!r}, but this server supports text only.")
 
 
 def _sample_if_asked(config: GenerationConfig, body: dict) -> None:
