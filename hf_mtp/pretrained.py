@@ -2,7 +2,17 @@
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import find_adapter_config_file
 
 from .adapter.access import refuse_without_access
@@ -28,8 +38,16 @@ def load_model(
     """
     refuse_dtype(dtype)
     hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
-    kind = AutoPeftModelForCausalLM if is_adapter(name, **hub) else AutoModelForCausalLM
-    return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device or default_device())
+    device = device or default_device()
+    if not is_adapter(name, **hub):
+        kind = AutoModelForImageTextToText if takes_images(name, **kwargs) else AutoModelForCausalLM
+        return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device)
+    adapter = PeftConfig.from_pretrained(name, **hub)
+    base = {**kwargs, "revision": adapter.revision}
+    if takes_images(adapter.base_model_name_or_path, **base):
+        model = AutoModelForImageTextToText.from_pretrained(adapter.base_model_name_or_path, dtype=dtype, **base)
+        return PeftModel.from_pretrained(model, name, **hub).to(device)
+    return AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs).to(device)
 
 
 def refuse_dtype(dtype: str | torch.dtype) -> None:
@@ -110,6 +128,29 @@ def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, 
     if model is None and is_adapter(name, **kwargs):
         return AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(name, **kwargs).base_model_name_or_path)
     return AutoTokenizer.from_pretrained(name, **kwargs)
+
+
+def load_processor(name: str, **kwargs) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Loads what prepares the inputs of an adapter's base: its processor if it reads images, else its tokenizer.
+
+    Args:
+        name (`str`): Hub id or folder of the adapter.
+        kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
+    """
+    base = PeftConfig.from_pretrained(name, **kwargs).base_model_name_or_path
+    return AutoProcessor.from_pretrained(base) if takes_images(base) else load_tokenizer(name, **kwargs)
+
+
+def takes_images(name: str, **kwargs) -> bool:
+    """Whether a base model reads images, by the class that its config names.
+
+    Args:
+        name (`str`): Hub id or folder of the base.
+        kwargs: Arguments of `from_pretrained`.
+    """
+    config = AutoConfig.from_pretrained(name, **kwargs)
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return kind is not None and kind.__name__ in (config.architectures or ())
 
 
 def is_adapter(name: str, **kwargs) -> bool:

@@ -199,6 +199,71 @@ def test_several_choices_are_the_rows_of_generate(client, server, adapter):
     assert response.usage.completion_tokens == 3 * NEW_TOKENS
 
 
+def collected(stream) -> tuple[dict[int, str], dict[int, str], list]:
+    """Texts and finish reasons of the choices of a stream, and all of its chunks."""
+    chunks, contents, reasons = list(stream), {}, {}
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        delta = choice.text if hasattr(choice, "text") else choice.delta.content
+        contents[choice.index] = contents.get(choice.index, "") + (delta or "")
+        reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+    return contents, reasons, chunks
+
+
+def test_streamed_choices_are_the_rows_of_generate(client, server, adapter):
+    settings = {"temperature": 1, "seed": 3, "n": 3, "stream": True}
+    contents, reasons, chunks = collected(complete(client, adapter, "hello", **settings))
+    rows = expected(server, as_prompt("hello"), rows=3, seed=3, temperature=1.0)
+    assert {index: text.rstrip("�") for index, text in contents.items()} == {
+        index: text.rstrip("�") for index, text in enumerate(rows)
+    }
+    assert reasons == dict.fromkeys(range(3), "length")
+    roles = [chunk.choices[0].index for chunk in chunks if chunk.choices[0].delta.role]
+    assert sorted(roles) == [0, 1, 2]
+    assert [chunk.usage is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+    prompt = len(server.tokenizer(as_prompt("hello"))["input_ids"])
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (prompt, 3 * NEW_TOKENS)
+    assert usage.total_tokens == prompt + 3 * NEW_TOKENS
+
+
+def test_streamed_choices_come_side_by_side(client, server, adapter):
+    with SlowEngine(server, 0.02):
+        order = [chunk.choices[0].index for chunk in complete(client, adapter, "hello", n=2, stream=True)]
+    assert order.index(1) < len(order) - 1 - order[::-1].index(0), "the second choice waited for the first"
+
+
+def test_streamed_choices_of_completions(client, server, adapter):
+    settings = {"max_tokens": NEW_TOKENS, "temperature": 1, "seed": 3, "n": 2, "stream": True}
+    contents, reasons, _ = collected(client.completions.create(model=adapter, prompt="one two", **settings))
+    rows = expected(server, "one two", rows=2, seed=3, temperature=1.0)
+    assert [contents[index].rstrip("�") for index in (0, 1)] == [row.rstrip("�") for row in rows]
+    assert set(reasons.values()) == {"length"}
+
+
+def test_a_client_that_leaves_streamed_choices_frees_all_rows(client, server, adapter):
+    before = counts(server)
+    with SlowEngine(server):
+        stream = complete(client, adapter, "long", stream=True, n=3, max_tokens=64)
+        next(iter(stream))
+        wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 3)
+        stream.close()
+        wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 0)
+    name = "hf_mtp_requests_totalcancelled"
+    assert counts(server).get(name, 0) == before.get(name, 0) + 3
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_pass_that_fails_ends_a_stream_with_its_error(client, server, adapter, n):
+    loop = server.state.manager._engine.loop
+    loop.step = lambda batch: (_ for _ in ()).throw(RuntimeError('out of\n"memory"'))
+    try:
+        with pytest.raises(openai.APIError, match='out of\n"memory"'):
+            list(complete(client, adapter, "hello", n=n, stream=True))
+    finally:
+        del loop.step
+    assert counts(server)["hf_mtp_running_requests"] == 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_a_text_and_do_not_belong_to_it(client, server, adapter, stream):
     plain = expected(server, as_prompt("hello"))[0]
@@ -366,13 +431,16 @@ BAD = {
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
-    "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "part of type None"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "supports text only"),
+    "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "`messages[0].content[0]` is of type None"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]},
+        "`messages[0].content[1]` is of type 'image_url', but this model reads only text",
+    ),
     "another model": ({"model": "other"}, "pinned"),
     "a prompt longer than the context": ({"messages": messages("x" * CONTEXT)}, "The prompt has 263 tokens"),
     "beam search": ({"extra_body": {"generation_config": '{"num_beams": 3, "max_new_tokens": 4}'}}, "num_beams=3"),
     "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
-    "streamed choices": ({"n": 2, "stream": True}, "`n` is 2 with `stream`"),
+    "too many choices": ({"n": 9, "stream": True}, "`n` must be an integer from 1 to 8"),
 }
 
 

@@ -227,12 +227,7 @@ class GenerateCall:
                 columns=_fixed_columns(columns, self.k, config) if _is_static(config) else None,
                 offloading=config.cache_implementation == "offloaded" and torch.cuda.is_available(),
             )
-        cache.rows.set_position_offset(prompt.offset_B)
-        cache.rows.hidden_BP = prompt.hidden_BP
-        if prompt.read:
-            cache.adopt(prompt.cache)
-        if prompt.extra.layers or prompt.extra.inputs:  # other kinds of caches were rejected before
-            cache.share_layers(prompt.cache, prompt.extra.layers, prompt.extra.inputs)
+        prompt.fill(cache)
         return cache
 
     def _compiled_forward(self, config: GenerationConfig) -> Callable | None:

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ..base.caches import cache_name, copied, tokens_by_layer
+from ..cache.protocol import DecodingCache
 from .prefill import OWN_ARGUMENTS, ExtraInputs, read_by_base
 
 
@@ -79,6 +80,19 @@ class Prompt:
             )
         offset_B = _position_offset(positions, start_B, columns)
         return cls(unread, start_B, cache, read, rows, offset_B, hidden_BP, extra)
+
+    def fill(self, cache: DecodingCache) -> None:
+        """Gives an empty cache the tokens that were read, and all else that comes before the next token.
+
+        Args:
+            cache ([`DecodingCache`]): A cache of these rows.
+        """
+        cache.rows.set_position_offset(self.offset_B)
+        cache.rows.hidden_BP = self.hidden_BP
+        if self.read:
+            cache.adopt(self.cache)
+        if self.extra.layers or self.extra.inputs:  # other kinds of caches were rejected before
+            cache.share_layers(self.cache, self.extra.layers, self.extra.inputs)
 
     def parts(self, together: bool) -> list["Prompt"]:
         """The prompts to decode one after the other: the whole batch, or each row without its padding.

@@ -87,7 +87,7 @@ class Engine:
 
     @torch.no_grad()
     def _run(self) -> None:
-        self._measure_costs()
+        self._warm_up()
         self._ready.set()
         while not self._stopping.is_set():
             self._admit()
@@ -118,10 +118,9 @@ class Engine:
     def _read_prompt(self, request: Request) -> None:
         request.started = time.perf_counter()
         sequence = request.sequence
-        device = sequence.ids_S.device
-        batch = Batch([sequence], RollbackCache(torch.zeros(1, dtype=torch.long, device=device)), sequence.ids_1S)
-        self.requests[sequence], self.loop.verifier.rules[sequence] = request, request.rules
+        self.requests[sequence], self.loop.verifier.rules[sequence] = request, request.row.rules
         try:
+            batch = request.row.read_by(self.loop.forward.model)
             self._deliver(self._pass(batch))
         except Exception as error:  # of this request alone
             self._end(request, error)
@@ -194,10 +193,8 @@ class Engine:
         except Exception as lost:
             logger.info("Nobody waits for the end of a request: %s", lost)
 
-    def _measure_costs(self) -> None:
-        """Times passes of several sizes, so that the adaptive schedule knows what they cost on this machine."""
-        if not isinstance(self.loop.schedule, AdaptiveSchedule):
-            return
+    def _warm_up(self) -> None:
+        """Reads a short prompt. Passes of several sizes then tell the adaptive schedule what they cost here."""
         tuner, loop = self.loop.forward.tuner, self.loop
         ids_S = torch.arange(min(WARM_UP_TOKENS, loop.forward.positions_left(0) // 2), device=tuner.model.device)
         sequence = Sequence(ids_S % tuner.vocab_size, 0, 0, loop.k + 2, GenerationConfig(), LogitsProcessorList())
@@ -205,10 +202,14 @@ class Engine:
         batch = Batch([sequence], RollbackCache(torch.zeros_like(ids_S[:1])), sequence.ids_1S)
         try:
             loop.step(batch)
-            loop.measure_costs(batch, lambda seconds: seconds)
+            # A layer that a text leaves empty holds an image only, which the rows of a batch would have to share.
+            if not all(layer.is_initialized for layer in batch.cache.layers):
+                self.max_rows = 1
+            if isinstance(loop.schedule, AdaptiveSchedule):
+                loop.measure_costs(batch, lambda seconds: seconds)
+                self._costs = loop.schedule.costs
         except Exception as error:  # requests will say what is wrong
-            logger.warning("The costs of passes could not be measured: %s", error)
-        self._costs = loop.schedule.costs
+            logger.warning("The first passes failed, so their costs are unknown: %s", error)
         del loop.verifier.rules[sequence]
 
 

@@ -4,10 +4,9 @@ Beyond the host's: `seed` belongs to the request and not to the process, a tempe
 """
 
 import asyncio
-import json
 
 from fastapi import HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import StreamingResponse
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -15,11 +14,12 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.utils import logging
 
+from .choices import joined, merged, with_openai_errors
 from .limits import Limits, bad_request, refuse_ignored_fields, whole_number
+from .messages import check_messages, load_images
 
 logger = logging.get_logger(__name__)
 
-TEXT = ("text", "input_text", "output_text")
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -47,23 +47,26 @@ class CheckedHandler:
         whole_number(body, "seed", -(2**63), 2**64 - 1)
         for name in LENGTHS:
             whole_number(body, name, 1, self.limits.new_tokens)
-        _check_messages(body)
+        check_messages(body, self.model_manager.takes_images)
+        await load_images(body)
         if choices == 1:
             return await self._answer(body, request_id)
-        if body.get("stream"):
-            raise bad_request(f"`n` is {choices} with `stream`, which cannot be combined. Leave out one of them.")
         numbered = [{**body, "number": number} for number in range(choices)]
-        return _joined(await asyncio.gather(*(self._answer(each, request_id) for each in numbered)))
+        responses = await asyncio.gather(*(self._answer(each, request_id) for each in numbered))
+        return merged(responses) if body["stream"] else joined(responses)
 
     async def _answer(self, body: dict, request_id: str):
         try:
-            return await super().handle_request(body, request_id)
+            response = await super().handle_request(body, request_id)
         except HTTPException:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
             logger.info("A request could not be read.", exc_info=True)
             text = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
             raise bad_request(f"The request cannot be read: {text}.".replace("..", ".")) from error
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = with_openai_errors(response.body_iterator)
+        return response
 
     def _validate_request(self, body: dict) -> None:
         super()._validate_request({name: value for name, value in body.items() if name != "number"})
@@ -92,22 +95,6 @@ class CheckedResponseHandler(CheckedHandler, ResponseHandler):
     """Answers `/v1/responses`."""
 
 
-def _check_messages(body: dict) -> None:
-    messages = body.get("messages")
-    if messages is None:
-        return
-    if not isinstance(messages, list) or not messages:
-        raise bad_request(f"`messages` must be a list of one or more messages, but got {messages!r}.")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise bad_request(f"Each message needs a `role` and a `content`, but got {message!r}.")
-        parts = message.get("content")
-        for part in parts if isinstance(parts, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else part
-            if kind not in TEXT:  # the host would leave it out
-                raise bad_request(f"A message has a part of type {kind!r}, but this server supports text only.")
-
-
 def _sample_if_asked(config: GenerationConfig, body: dict) -> None:
     """Samples if the request has a temperature above 0 or a `top_p`; without, the model's own settings count."""
     temperature = body.get("temperature")
@@ -115,13 +102,3 @@ def _sample_if_asked(config: GenerationConfig, body: dict) -> None:
         config.do_sample, config.temperature, config.top_p, config.top_k = False, 1.0, 1.0, 50
     elif temperature is not None or body.get("top_p") is not None:
         config.do_sample = True
-
-
-def _joined(responses: list[JSONResponse]) -> JSONResponse:
-    """One response with the choices of all, which share a prompt."""
-    bodies = [json.loads(response.body) for response in responses]
-    choices = [{**body["choices"][0], "index": index} for index, body in enumerate(bodies)]
-    usage = dict(bodies[0]["usage"])
-    usage["completion_tokens"] = sum(body["usage"]["completion_tokens"] for body in bodies)
-    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
-    return JSONResponse({**bodies[0], "choices": choices, "usage": usage})

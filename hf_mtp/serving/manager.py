@@ -5,6 +5,7 @@ The handlers of transformers ask a model manager for the model, and a generation
 
 import asyncio
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cli.serving.utils import (
     BaseGenerateManager,
     GenerateManager,
     GenerationState,
+    Modality,
     _StreamError,
     response_events_to_chunks,
 )
@@ -24,7 +26,7 @@ from ..adapter.tuner import GatedLoraTuner
 from ..base.threads import in_own_thread
 from ..data.survey import context_length
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
-from ..pretrained import is_adapter, load_model, load_tokenizer
+from ..pretrained import is_adapter, load_model, load_processor
 from .engine import Engine
 from .limits import Limits, bad_request
 from .metrics import Metrics
@@ -51,7 +53,7 @@ class AdapterManager(ModelManager):
                 f"{name} is not an adapter, so it cannot predict several tokens. Pass an adapter that was trained "
                 "with hf_mtp, or serve the model with `transformers serve`."
             )
-        return load_tokenizer(name, **hub)
+        return load_processor(name, **hub)
 
     def _load_model(self, model_id_and_revision: str, tqdm_class=None, progress_callback=None, gguf_file=None):
         name, hub = self._pinned(model_id_and_revision)
@@ -68,6 +70,17 @@ class AdapterManager(ModelManager):
             return self.force_model, {}
         name, _, revision = model_id_and_revision.partition("@")
         return name, {"revision": revision}
+
+    @staticmethod
+    def get_model_modality(model, processor=None) -> Modality:
+        """What the base reads. Arguments are those of [`ModelManager`], which knows no adapters."""
+        return ModelManager.get_model_modality(model.get_base_model(), processor)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the base reads images."""
+        loaded = self.load_model_and_processor(self.process_model_name(self.force_model))
+        return self.get_model_modality(*loaded) is not Modality.LLM
 
     def list_models(self, cache_dir: str | None = None) -> list[dict]:
         """The one model, as `/v1/models` lists it."""
@@ -118,7 +131,7 @@ class Reply:
 
     def _on_end(self, error: Exception | None) -> None:
         if error is not None:
-            self.queue.put_nowait(_StreamError(str(error).replace('"', "'")))
+            self.queue.put_nowait(_StreamError(json.dumps(str(error))[1:-1]))  # the host puts it between quotes
         elif self.parser is not None:
             try:
                 self._put(self.parser.finalize()[1])
@@ -171,7 +184,7 @@ class BatchedManager(BaseGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Starts a request, and returns the queue of its text and its streamer."""
         self._check(model, inputs, gen_config)
-        if not self._is_batched(inputs):
+        if self._engine is None:
             model = _Alone(model, gen_config)
             return self._alone.generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
         reply = Reply(response_parser)
@@ -181,11 +194,11 @@ class BatchedManager(BaseGenerateManager):
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Runs a request to its end: its text, the length of its prompt, and its new ids."""
         self._check(model, inputs, gen_config)
-        if not self._is_batched(inputs):
+        if self._engine is None:
             model = _Alone(model, gen_config)
             return await self._alone.generate_non_streaming(model, processor, inputs, gen_config, request_id)
         reply = Reply()
-        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=True)
+        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=True, is_streamed=False)
         try:
             error = await reply.done
         except asyncio.CancelledError:  # the client has gone
@@ -197,9 +210,6 @@ class BatchedManager(BaseGenerateManager):
         text = processor.decode(ids, skip_special_tokens=True)
         place = first_of(text, reply.request.text.stop.strings)
         return text if place is None else text[:place], inputs["input_ids"].shape[-1], ids
-
-    def _is_batched(self, inputs) -> bool:
-        return self._engine is not None and set(inputs) <= {"input_ids", "attention_mask"}
 
     def _check(self, model, inputs, gen_config: GenerationConfig) -> None:
         """Refuses prompts that are too long, and cuts the length of the response to what the context holds."""
@@ -213,15 +223,24 @@ class BatchedManager(BaseGenerateManager):
             raise bad_request("The prompt is empty. Send at least one token of text.")
         gen_config.max_new_tokens = int(min(gen_config.max_new_tokens, context - tokens))
 
-    def _submit(self, reply: Reply, model, processor, inputs, config: GenerationConfig, skip_special_tokens: bool):
+    def _submit(
+        self,
+        reply: Reply,
+        model,
+        processor,
+        inputs,
+        config: GenerationConfig,
+        skip_special_tokens: bool,
+        is_streamed: bool = True,
+    ) -> None:
         """Adds a request to the batch. The engine finds stop strings in the text, so `generate` need not."""
         stop, config.stop_strings = config.stop_strings or [], None
         tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
         text = TextStream(tokenizer, [stop] if isinstance(stop, str) else stop, skip_special_tokens)
-        sequence, rules = row_of(
-            model.base_model, inputs, config, getattr(config, "mtp_seed", None), getattr(config, "mtp_number", 0)
-        )
-        reply.request = Request(sequence, rules, text, reply.on_text, reply.on_end)
+        seed, number = getattr(config, "mtp_seed", None), getattr(config, "mtp_number", 0)
+        row = row_of(model.base_model, inputs, config, seed, number)
+        # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
+        reply.request = Request(row, text, reply.on_text if is_streamed else None, reply.on_end)
         try:
             self._engine.submit(reply.request)
         except RuntimeError as error:

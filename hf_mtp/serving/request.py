@@ -6,16 +6,48 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..adapter.tuner import GatedLoraTuner
+from ..cache.rollback import RollbackCache
+from ..decoding.batch import Batch
 from ..decoding.checks import refuse_generation_mode, refuse_ids
 from ..decoding.noise import PositionNoise, draw_seed
 from ..decoding.processors import most_new_tokens
+from ..decoding.prompt import Prompt
 from ..decoding.sequence import Sequence
 from ..decoding.verifier import Verifier
 from .rules import Rules
 from .text import TextStream
+
+
+@dataclass
+class Row:
+    """A row of the decode loop whose prompt has not been read.
+
+    Args:
+        sequence ([`Sequence`]): The row.
+        rules ([`Rules`]): How its tokens are verified.
+        model_kwargs (`dict`): What the base is given with the prompt, such as images, as `generate` prepared it.
+        mask_length (`int`, *optional*): Length of an attention mask of ones, if `generate` left it out.
+    """
+
+    sequence: Sequence
+    rules: Rules
+    model_kwargs: dict
+    mask_length: int | None
+
+    def read_by(self, model: PreTrainedModel) -> Batch:
+        """A batch of this row alone. Of a prompt with images, the base has read all but the last token.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]): The base.
+        """
+        prompt = Prompt.of(model, self.sequence.ids_1S, self.model_kwargs, self.mask_length)
+        self.model_kwargs = {}  # images may be large
+        cache = RollbackCache(prompt.start_B)
+        prompt.fill(cache)
+        return Batch([self.sequence], cache, prompt.unread_BT)
 
 
 @dataclass(eq=False)
@@ -23,25 +55,29 @@ class Request:
     """A request and what became of it.
 
     Args:
-        sequence ([`Sequence`]): Its row.
-        rules ([`Rules`]): How its tokens are verified.
+        row ([`Row`]): What to decode.
         text ([`TextStream`]): Its text so far.
-        on_text (`Callable[[str], None]`): Takes the new text of each pass. Called in the engine's thread.
+        on_text (`Callable[[str], None]` or `None`): Takes the new text of each pass, if it is streamed. Called in the
+            engine's thread.
         on_end (`Callable[[Exception | None], None]`): Called once, with the error if there was one.
         arrived, started (`float`): When it came and when its prompt was read, by `time.perf_counter`.
         passes (`int`): Forward passes so far.
         is_cancelled (`bool`): Set by any thread; the row then leaves the batch before the next pass.
     """
 
-    sequence: Sequence
-    rules: Rules
+    row: Row
     text: TextStream
-    on_text: Callable[[str], None]
+    on_text: Callable[[str], None] | None
     on_end: Callable[[Exception | None], None]
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
     passes: int = 0
     is_cancelled: bool = False
+
+    @property
+    def sequence(self) -> Sequence:
+        """Its row of the batch."""
+        return self.row.sequence
 
     @property
     def prompt_tokens(self) -> int:
@@ -62,19 +98,17 @@ class Request:
             self.sequence.finish()
         if self.sequence.is_finished:
             text += self.text.end()
-        if text:
+        if text and self.on_text is not None:
             self.on_text(text)
 
 
 @torch.no_grad()
-def row_of(
-    tuner: GatedLoraTuner, inputs: dict, config: GenerationConfig, seed: int | None, number: int = 0
-) -> tuple[Sequence, Rules]:
+def row_of(tuner: GatedLoraTuner, inputs: dict, config: GenerationConfig, seed: int | None, number: int = 0) -> Row:
     """Makes a row of what `generate` would decode. transformers prepares its processors and criteria.
 
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
-        inputs (`dict`): `input_ids` and `attention_mask` of one prompt, without padding.
+        inputs (`dict`): `input_ids`, `attention_mask` and other inputs of one prompt, without padding.
         config ([`~transformers.GenerationConfig`]): The settings, `max_new_tokens` among them.
         seed (`int`, *optional*): Seed of sampling; a random one if `None`.
         number (`int`, *optional*, defaults to 0): Which of several responses to one prompt. It gets the text that
@@ -87,6 +121,7 @@ def row_of(
 
     def capture(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         prepared.update(processors=logits_processor, criteria=stopping_criteria, config=generation_config)
+        prepared["inputs"] = model_kwargs
         return input_ids
 
     config = copy.copy(config)
@@ -103,4 +138,5 @@ def row_of(
     pad_token = getattr(config, "_pad_token_tensor", None)
     verifier = Verifier(processors, criteria, 1, 0 if pad_token is None else int(pad_token))
     sequence = Sequence(ids_S, number, 0, most_new_tokens(criteria, len(ids_S)), config, processors, noise)
-    return sequence, Rules.of(verifier, noise is not None)
+    mask_length = getattr(config, "_mask_length", None)
+    return Row(sequence, Rules.of(verifier, noise is not None), prepared["inputs"], mask_length)

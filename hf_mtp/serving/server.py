@@ -72,7 +72,8 @@ class Server:
             self.socket.close()
             raise
         manager = BatchedManager(settings.limits, self.metrics, settings.strategy, settings.max_rows)
-        self.model, self.tokenizer = models.load_model_and_processor(models.process_model_name(settings.adapter))
+        self.model, processor = models.load_model_and_processor(models.process_model_name(settings.adapter))
+        self.tokenizer = getattr(processor, "tokenizer", processor)
         manager.start(self.model)
         self.state = BatchedState(manager)
         self.app = self._app(models)

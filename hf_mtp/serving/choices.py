@@ -1,0 +1,91 @@
+"""Several choices for one prompt: joins responses of the host's handlers, each of which has a single choice.
+
+Knows the form of responses. Knows nothing of models or of how requests are decoded.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi.responses import JSONResponse, StreamingResponse
+
+EVENT, ERROR = "data: ", 'data: {"error": '
+
+
+async def with_openai_errors(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """A stream whose error, if it ends with one, has the form that OpenAI's clients read. The host's is a text only.
+
+    Args:
+        stream (`AsyncGenerator[str, None]`): Events of a handler of the host.
+    """
+    async with aclosing(stream):
+        async for text in stream:
+            before, mark, error = text.partition(ERROR)  # within a text, the quotes would be escaped
+            if mark:
+                message = json.loads(error.strip().removesuffix("}"))
+                text = f"{before}{EVENT}{json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
+            yield text
+
+
+def joined(responses: list[JSONResponse]) -> JSONResponse:
+    """One response with the choices of all.
+
+    Args:
+        responses (`list[JSONResponse]`): Responses to one prompt.
+    """
+    bodies = [json.loads(response.body) for response in responses]
+    choices = [{**body["choices"][0], "index": index} for index, body in enumerate(bodies)]
+    return JSONResponse({**bodies[0], "choices": choices, "usage": _total([body["usage"] for body in bodies])})
+
+
+def merged(responses: list[StreamingResponse]) -> StreamingResponse:
+    """One stream with the chunks of all choices in the order in which they come. Its last chunk has the usage of all.
+
+    Args:
+        responses (`list[StreamingResponse]`): Streams of responses to one prompt.
+    """
+    streams = [response.body_iterator for response in responses]
+    return StreamingResponse(_merged_events(streams), media_type="text/event-stream")
+
+
+async def _merged_events(streams: list[AsyncGenerator[str, None]]) -> AsyncGenerator[str, None]:
+    """The events of all streams. An error in one of them ends all."""
+    queue, usages = asyncio.Queue(), []
+    readers = [asyncio.create_task(_read(stream, index, queue)) for index, stream in enumerate(streams)]
+    try:
+        while len(usages) < len(streams):
+            chunk = await queue.get()
+            if isinstance(chunk, Exception):
+                raise chunk
+            if chunk.get("usage"):
+                usages.append(chunk.pop("usage"))
+            if len(usages) == len(streams):
+                chunk["usage"] = _total(usages)
+            yield f"{EVENT}{json.dumps(chunk)}\n\n"
+            if "error" in chunk:
+                return
+    finally:  # the client may have gone; a stream that is cancelled takes its row out of the batch
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def _read(stream: AsyncGenerator[str, None], index: int, queue: asyncio.Queue) -> None:
+    """Passes on the chunks of one choice, under its number."""
+    try:
+        async with aclosing(stream):
+            async for text in stream:
+                for event in text.strip().split("\n\n"):
+                    chunk = json.loads(event.removeprefix(EVENT))
+                    for choice in chunk.get("choices", ()):
+                        choice["index"] = index
+                    queue.put_nowait(chunk)
+    except Exception as error:
+        queue.put_nowait(error)
+
+
+def _total(usages: list[dict]) -> dict:
+    """The usage of all choices, which share a prompt."""
+    prompt, new = usages[0]["prompt_tokens"], sum(usage["completion_tokens"] for usage in usages)
+    return {**usages[0], "completion_tokens": new, "total_tokens": prompt + new}
