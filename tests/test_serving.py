@@ -431,7 +431,10 @@ BAD = {
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
-    "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "`messages[0].content[0]` is of type None"),
+    "content of no kind": (
+        {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+        "`messages[0].content[0]` is of type None",
+    ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]},
         "`messages[0].content[1]` is of type 'image_url', but this model reads only text",

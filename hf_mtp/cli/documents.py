@@ -7,7 +7,7 @@ import typer
 STDOUT = Path("-")  # as commands name it
 
 
-def refuse_path(path: Path | None) -> None:
+def check_path(path: Path | None) -> None:
     """Checks, before any work that would be lost, that a document can be written there; makes its folder.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .documents import refuse_path, say, write_json
+from .documents import check_path, say, write_json
 from .lists import numbers, words
 from .verb import verb
 
@@ -55,7 +55,7 @@ def evaluate(
     from ..evaluation.tables import tokens_table
     from ..pretrained import load_upgraded
 
-    refuse_path(as_json)
+    check_path(as_json)
     wanted, prompts = numbers(k, "--k"), load_suite(suite, limit, data)
     folder = Path(adapter or model)
     if card and not folder.is_dir():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from .documents import refuse_path, say, write_json
+from .documents import check_path, say, write_json
 from .lists import words
 from .verb import verb
 
@@ -51,7 +51,7 @@ def verify(
     from ..evaluation.exactness import verify as run
     from ..pretrained import load_upgraded, refuse_dtype
 
-    refuse_path(as_json)
+    check_path(as_json)
     if not (dtypes := words(dtype)):
         raise typer.BadParameter(f"--dtype takes at least one dtype, such as auto, but got {dtype!r}.")
     for name in dtypes:
