@@ -431,7 +431,10 @@ BAD = {
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
-    "content of no kind": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "`messages[0].content[0]` is of type None"),
+    "content of no kind": (
+        {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+        "`messages[0].content[0]` is of type None",
+    ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]},
         "`messages[0].content[1]` is of type 'image_url', but this model reads only text",
@@ -520,6 +523,22 @@ def test_a_port_in_use(server, adapter):
     port = server.socket.getsockname()[1]
     with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1: Address already in use. Choose another"):
         Server(ServerSettings(adapter, port=port))
+
+
+def test_an_address_of_another_machine(adapter):
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        with pytest.raises(OSError, match=rf"Cannot listen on port 0 of {host}: .*Pass an address of this machine"):
+            Server(ServerSettings(adapter, port=0, host=host))
+
+
+def test_an_unknown_strategy(adapter):
+    with pytest.raises(ValueError, match="`strategy` must be one of auto, quadratic, linear, but got fast"):
+        Server(ServerSettings(adapter, port=0, strategy="fast"))
+
+
+def test_a_folder_that_does_not_exist():
+    with pytest.raises(OSError, match="/no/such/folder is neither a folder nor the id of a repository"):
+        Server(ServerSettings("/no/such/folder", port=0))
 
 
 def test_a_base_is_no_adapter(adapter):
