@@ -425,7 +425,9 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapt
 BAD = {
     "no tokens": ({"max_tokens": 0}, "`max_tokens` must be an integer from 1 to 64"),
     "too many tokens": ({"max_tokens": 65}, "`max_tokens` must be an integer from 1 to 64"),
-    "a temperature below 0": ({"temperature": -1}, "temperature"),
+    "a temperature below 0": ({"temperature": -1}, "`temperature` must be a number from 0 to 2, but got -1"),
+    "a share above 1": ({"top_p": 7}, "`top_p` must be a number from 0 to 1, but got 7"),
+    "a temperature that is no number": ({"extra_body": {"temperature": "hot"}}, "`temperature` must be a number"),
     "log probabilities": ({"logprobs": True}, "`logprobs=True` is not supported by this server"),
     "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format="),
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),

@@ -80,9 +80,13 @@ class Server:
         manager.start(self.model)
         self.state = BatchedState(manager)
         self.app = self._app(models)
-        self._uvicorn = uvicorn.Server(
-            uvicorn.Config(self.app, log_level=settings.log_level, timeout_graceful_shutdown=settings.shutdown_seconds)
+        config = uvicorn.Config(
+            self.app,
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=settings.shutdown_seconds,
+            lifespan="off",  # the model stays; a second Ctrl-C would interrupt the lifespan with a traceback
         )
+        self._uvicorn = uvicorn.Server(config)
 
     @property
     def url(self) -> str:
