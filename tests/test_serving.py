@@ -3,7 +3,10 @@
 import concurrent.futures
 import json
 import random
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -519,6 +522,32 @@ def test_running_requests_finish_before_the_server_stops(adapter):
             server.stop()
             assert last.result().choices[0].message.content == plain
     assert not server.state.is_cb_alive()
+
+
+def test_a_second_ctrl_c_stops_at_once(adapter):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hf_mtp.cli.main", "serve", adapter, "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as process:
+        assert any("serves" in line for line in process.stdout)
+        wait_until(lambda: is_healthy(port))
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert process.poll() is None, "it did not wait for the running request"
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.ConnectError:
+        return False
 
 
 def test_a_port_in_use(server, adapter):
