@@ -586,8 +586,28 @@ def test_a_model_that_allows_no_batch_is_served_one_after_the_other(tmp_path):
     with served(adapter) as server:
         client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
         assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
-        sampled = complete(client, adapter, "hello", temperature=1, seed=4).choices[0].message.content
-        assert sampled == expected(server, as_prompt("hello"), seed=4, temperature=1.0)[0]
+        sampled = complete(client, adapter, "hello", temperature=1, seed=4, n=2).choices
+        assert sampled[0].message.content == expected(server, as_prompt("hello"), seed=4, temperature=1.0)[0]
+        assert sampled[0].message.content != sampled[1].message.content
+        assert streamed(client, adapter, "hello", temperature=1, seed=4).rstrip("�") == (
+            sampled[0].message.content.rstrip("�")
+        )
+        _stops_at_a_string_and_for_a_client_that_leaves(client, server, adapter)
+
+
+def _stops_at_a_string_and_for_a_client_that_leaves(client, server, adapter) -> None:
+    plain = expected(server, as_prompt("hello"))[0]
+    stop = next(character for character in plain if character != "�")  # the rest are bytes of no character
+    place = plain.index(stop)
+    assert streamed(client, adapter, "hello", stop=stop) == plain[:place]
+    response = complete(client, adapter, "hello", stop=stop)
+    assert response.choices[0].message.content == plain[:place] and response.choices[0].finish_reason == "stop"
+    stream = complete(client, adapter, "long", stream=True, max_tokens=64)
+    next(iter(stream))
+    stream.close()
+    wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 0)
+    ended = counts(server)
+    assert ended["hf_mtp_requests_totalfinished"] + ended.get("hf_mtp_requests_totalcancelled", 0) == 7
 
 
 def test_the_command_names_its_options():
