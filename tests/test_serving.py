@@ -3,7 +3,10 @@
 import concurrent.futures
 import json
 import random
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -425,7 +428,9 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapt
 BAD = {
     "no tokens": ({"max_tokens": 0}, "`max_tokens` must be an integer from 1 to 64"),
     "too many tokens": ({"max_tokens": 65}, "`max_tokens` must be an integer from 1 to 64"),
-    "a temperature below 0": ({"temperature": -1}, "temperature"),
+    "a temperature below 0": ({"temperature": -1}, "`temperature` must be a number from 0 to 2, but got -1"),
+    "a share above 1": ({"top_p": 7}, "`top_p` must be a number from 0 to 1, but got 7"),
+    "a temperature that is no number": ({"extra_body": {"temperature": "hot"}}, "`temperature` must be a number"),
     "log probabilities": ({"logprobs": True}, "`logprobs=True` is not supported by this server"),
     "a grammar": ({"response_format": {"type": "json_object"}}, "`response_format="),
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
@@ -519,10 +524,52 @@ def test_running_requests_finish_before_the_server_stops(adapter):
     assert not server.state.is_cb_alive()
 
 
+def test_a_second_ctrl_c_stops_at_once(adapter):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "hf_mtp.cli.main", "serve", adapter, "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as process:
+        assert any("serves" in line for line in process.stdout)
+        wait_until(lambda: is_healthy(port))
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            assert process.poll() is None, "it did not wait for the running request"
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+
+
+def is_healthy(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
 def test_a_port_in_use(server, adapter):
     port = server.socket.getsockname()[1]
     with pytest.raises(OSError, match=rf"port {port} of 127.0.0.1: Address already in use. Choose another"):
         Server(ServerSettings(adapter, port=port))
+
+
+def test_an_address_of_another_machine(adapter):
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        with pytest.raises(OSError, match=rf"Cannot listen on port 0 of {host}: .*Pass an address of this machine"):
+            Server(ServerSettings(adapter, port=0, host=host))
+
+
+def test_an_unknown_strategy(adapter):
+    with pytest.raises(ValueError, match="`strategy` must be one of auto, quadratic, linear, but got fast"):
+        Server(ServerSettings(adapter, port=0, strategy="fast"))
+
+
+def test_a_folder_that_does_not_exist():
+    with pytest.raises(OSError, match="/no/such/folder is neither a folder nor the id of a repository"):
+        Server(ServerSettings("/no/such/folder", port=0))
 
 
 def test_a_base_is_no_adapter(adapter):
@@ -539,8 +586,28 @@ def test_a_model_that_allows_no_batch_is_served_one_after_the_other(tmp_path):
     with served(adapter) as server:
         client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
         assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
-        sampled = complete(client, adapter, "hello", temperature=1, seed=4).choices[0].message.content
-        assert sampled == expected(server, as_prompt("hello"), seed=4, temperature=1.0)[0]
+        sampled = complete(client, adapter, "hello", temperature=1, seed=4, n=2).choices
+        assert sampled[0].message.content == expected(server, as_prompt("hello"), seed=4, temperature=1.0)[0]
+        assert sampled[0].message.content != sampled[1].message.content
+        assert streamed(client, adapter, "hello", temperature=1, seed=4).rstrip("�") == (
+            sampled[0].message.content.rstrip("�")
+        )
+        _stops_at_a_string_and_for_a_client_that_leaves(client, server, adapter)
+
+
+def _stops_at_a_string_and_for_a_client_that_leaves(client, server, adapter) -> None:
+    plain = expected(server, as_prompt("hello"))[0]
+    stop = next(character for character in plain if character != "�")  # the rest are bytes of no character
+    place = plain.index(stop)
+    assert streamed(client, adapter, "hello", stop=stop) == plain[:place]
+    response = complete(client, adapter, "hello", stop=stop)
+    assert response.choices[0].message.content == plain[:place] and response.choices[0].finish_reason == "stop"
+    stream = complete(client, adapter, "long", stream=True, max_tokens=64)
+    next(iter(stream))
+    stream.close()
+    wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 0)
+    ended = counts(server)
+    assert ended["hf_mtp_requests_totalfinished"] + ended.get("hf_mtp_requests_totalcancelled", 0) == 7
 
 
 def test_the_command_names_its_options():

@@ -33,5 +33,9 @@ def refuse_without_access(name: str, **hub) -> None:
             f"{name} is neither a folder nor a repository on the Hub that you have access to. If it is private, "
             f"{_LOG_IN}."
         ) from error
-    except (EntryNotFoundError, HFValidationError):  # it is no adapter, or there is no network: others say so
+    except HFValidationError as error:
+        raise OSError(
+            f"{name} is neither a folder nor the id of a repository on the Hub. Is it spelled right?"
+        ) from error
+    except EntryNotFoundError:  # it is no adapter, or there is no network: others say so
         return

@@ -25,8 +25,8 @@ PROMPTS = (
 )
 TITLE = """# One prompt, two decoders
 
-{name} answers twice. Plain decoding writes one token per forward pass. Multi-token prediction drafts several tokens,
-and the model itself verifies them all in one pass. So the output is still that of the model."""
+The model `{name}` answers twice. Plain decoding writes one token per forward pass. Multi-token prediction drafts
+several tokens, and the model itself verifies them all in one pass. So the output is still that of the model."""
 FAIRNESS = """**A fair race.** Both sides share this machine ({machine}) and would slow each other down if they ran at
 the same time. So they take turns: after each forward pass, the side whose clock is behind continues. A clock runs only
 while its side computes, from the start of its call, prefill included. The bars advance as on two such machines, at

@@ -15,11 +15,12 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.utils import logging
 
 from .choices import joined, merged, with_openai_errors
-from .limits import Limits, bad_request, refuse_ignored_fields, whole_number
+from .limits import Limits, bad_request, number, refuse_ignored_fields, whole_number
 from .messages import check_messages, load_images
 
 logger = logging.get_logger(__name__)
 
+HOTTEST = 2  # as OpenAI's
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -45,6 +46,8 @@ class CheckedHandler:
         refuse_ignored_fields(body)
         choices = whole_number(body, "n", 1, self.limits.choices) or 1
         whole_number(body, "seed", -(2**63), 2**64 - 1)
+        number(body, "temperature", 0, HOTTEST)
+        number(body, "top_p", 0, 1)
         for name in LENGTHS:
             whole_number(body, name, 1, self.limits.new_tokens)
         check_messages(body, self.model_manager.takes_images)

@@ -72,3 +72,19 @@ def whole_number(body: dict, name: str, least: int, most: int) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise bad_request(f"`{name}` must be an integer from {least} to {most}, but got {value!r}.")
     return value
+
+
+def number(body: dict, name: str, least: float, most: float) -> float | None:
+    """A field that must be a number; `None` if it was left out.
+
+    Args:
+        body (`dict`): The body of the request.
+        name (`str`): Name of the field.
+        least, most (`float`): The numbers that are taken.
+    """
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise bad_request(f"`{name}` must be a number from {least:g} to {most:g}, but got {value!r}.")
+    return value

@@ -4,17 +4,14 @@ The handlers of transformers ask a model manager for the model, and a generation
 """
 
 import asyncio
-import functools
 import json
 from pathlib import Path
 
-import torch
 from fastapi import HTTPException
 from transformers import GenerationConfig
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
-    GenerateManager,
     GenerationState,
     Modality,
     _StreamError,
@@ -31,6 +28,7 @@ from .engine import Engine
 from .limits import Limits, bad_request
 from .metrics import Metrics
 from .request import Request, row_of
+from .serial import SerialDecoder, SerialRequest
 from .text import TextStream, first_of
 
 logger = logging.get_logger(__name__)
@@ -102,7 +100,7 @@ class Reply:
     def __init__(self, parser=None):
         self.loop, self.queue, self.parser = asyncio.get_running_loop(), asyncio.Queue(), parser
         self.done: asyncio.Future = self.loop.create_future()
-        self.request: Request | None = None
+        self.request: Request | SerialRequest | None = None
         if parser is not None:
             self._put(parser.initial_events)
 
@@ -156,19 +154,16 @@ class BatchedManager(BaseGenerateManager):
     """
 
     def __init__(self, limits: Limits, metrics: Metrics, strategy: str, max_rows: int):
-        self.limits, self._make = (
-            limits,
-            functools.partial(Engine, strategy=strategy, max_rows=max_rows, metrics=metrics),
-        )
-        self._engine: Engine | None = None
-        self._alone = GenerateManager()
+        self.limits, self.metrics, self.strategy, self.max_rows = limits, metrics, strategy, max_rows
+        self._engine: Engine | SerialDecoder | None = None
 
     def start(self, model) -> None:
-        """Starts the engine, if the model allows one: rows of other models cannot join a batch between passes."""
+        """Starts an engine, or a decoder of one request at a time for models whose rows cannot join a batch."""
         tuner = model.base_model
         if in_own_thread(lambda: speculation_mode(tuner.model)) is SpeculationMode.TREE:
-            self._engine = self._make(tuner)
+            self._engine = Engine(tuner, self.strategy, self.max_rows, self.metrics)
         else:
+            self._engine = SerialDecoder(model, self.strategy, self.metrics)
             logger.warning("This model does not support trees of drafts, so requests are decoded one after the other.")
 
     @property
@@ -184,9 +179,6 @@ class BatchedManager(BaseGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Starts a request, and returns the queue of its text and its streamer."""
         self._check(model, inputs, gen_config)
-        if self._engine is None:
-            model = _Alone(model, gen_config)
-            return self._alone.generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
         reply = Reply(response_parser)
         self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=response_parser is None)
         return reply.queue, reply
@@ -194,9 +186,6 @@ class BatchedManager(BaseGenerateManager):
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Runs a request to its end: its text, the length of its prompt, and its new ids."""
         self._check(model, inputs, gen_config)
-        if self._engine is None:
-            model = _Alone(model, gen_config)
-            return await self._alone.generate_non_streaming(model, processor, inputs, gen_config, request_id)
         reply = Reply()
         self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=True, is_streamed=False)
         try:
@@ -238,22 +227,17 @@ class BatchedManager(BaseGenerateManager):
         tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
         text = TextStream(tokenizer, [stop] if isinstance(stop, str) else stop, skip_special_tokens)
         seed, number = getattr(config, "mtp_seed", None), getattr(config, "mtp_number", 0)
-        row = row_of(model.base_model, inputs, config, seed, number)
         # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
-        reply.request = Request(row, text, reply.on_text if is_streamed else None, reply.on_end)
+        on_text = reply.on_text if is_streamed else None
+        if isinstance(self._engine, SerialDecoder):
+            reply.request = SerialRequest(inputs, config, seed, number, text, on_text, reply.on_end)
+        else:
+            row = row_of(model.base_model, inputs, config, seed, number)
+            reply.request = Request(row, text, on_text, reply.on_end)
         try:
             self._engine.submit(reply.request)
         except RuntimeError as error:
             raise HTTPException(status_code=503, detail=str(error)) from error
-
-
-class _Alone:
-    """A model whose `generate` predicts several tokens, for requests that cannot join a batch."""
-
-    def __init__(self, model, config: GenerationConfig):
-        seed = getattr(config, "mtp_seed", None)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self.generate = functools.partial(model.generate, mtp=True, generator=generator)
 
 
 class BatchedState(GenerationState):

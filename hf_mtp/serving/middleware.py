@@ -8,6 +8,9 @@ import hmac
 from contextlib import suppress
 
 from fastapi.responses import JSONResponse
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 OPEN = ("/health", "/metrics")  # no key is asked for
 
@@ -62,6 +65,12 @@ class WholeBody:
         """Answers a request or passes it on."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        try:
+            await self._answer(scope, receive, send)
+        except asyncio.CancelledError:  # by a second Ctrl-C; uvicorn would print a traceback
+            logger.info("A request was cut off, because the server stopped at once.")
+
+    async def _answer(self, scope, receive, send) -> None:
         body = await self._read(scope, receive)
         if body is None:
             message = f"The body is larger than {self.most_bytes} bytes. Send less text."

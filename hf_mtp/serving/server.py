@@ -11,6 +11,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 
 from ..base.threads import in_own_thread
+from ..decoding.generate import STRATEGIES
 from .handlers import CheckedChatHandler, CheckedCompletionHandler, CheckedResponseHandler
 from .limits import Limits
 from .manager import AdapterManager, BatchedManager, BatchedState
@@ -58,10 +59,12 @@ class Server:
 
     Raises:
         OSError: The port is in use, or there is no such model.
-        ValueError: This is no adapter, or it does not fit its base.
+        ValueError: The strategy is unknown, this is no adapter, or it does not fit its base.
     """
 
     def __init__(self, settings: ServerSettings):
+        if settings.strategy not in STRATEGIES:
+            raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}, but got {settings.strategy}.")
         self.settings, self.metrics = settings, Metrics()
         self.socket = listen(settings.host, settings.port)  # before the model is loaded, which takes long
         try:
@@ -77,9 +80,13 @@ class Server:
         manager.start(self.model)
         self.state = BatchedState(manager)
         self.app = self._app(models)
-        self._uvicorn = uvicorn.Server(
-            uvicorn.Config(self.app, log_level=settings.log_level, timeout_graceful_shutdown=settings.shutdown_seconds)
+        config = uvicorn.Config(
+            self.app,
+            log_level=settings.log_level,
+            timeout_graceful_shutdown=settings.shutdown_seconds,
+            lifespan="off",  # the model stays; a second Ctrl-C would interrupt the lifespan with a traceback
         )
+        self._uvicorn = uvicorn.Server(config)
 
     @property
     def url(self) -> str:
