@@ -17,7 +17,7 @@ from hf_mtp.passes.bitwise import OrderedProducts
 from hf_mtp.passes.decoding_pass import DecodingPass
 from hf_mtp.passes.summation_order import rows_in_order
 
-PROMPT, NEW = 11, 40
+K, PROMPT, NEW = 3, 11, 40
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "max_position_embeddings": 256}  # sums long enough to differ
 ARCHITECTURES = ["cohere", "falcon", "gpt2", "gpt_neox", "granite", "llama", "olmo2", "opt", "phi3", "qwen2", "qwen3"]
 
@@ -289,13 +289,14 @@ def test_autocast_is_refused():
         generate(model, prompt(PROMPT), mtp=True, mtp_bitwise=True)
 
 
-def test_a_model_that_rounds_differently_is_refused(monkeypatch):
+@pytest.mark.parametrize("columns", [1 + 4 + K, 1 + 9 + K], ids=["short pass", "long pass"])
+def test_a_model_that_rounds_some_passes_differently_is_refused(columns):
     base = tiny_base("llama", torch.bfloat16, **WIDE)
     base.get_decoder().layers[0].mlp.register_forward_hook(  # stands for a kernel that depends on the columns
-        lambda layer, args, output: output * (1 + 0.01 * (output.shape[1] > 2))
+        lambda layer, args, output: output * (1 + 0.01 * (output.shape[1] == columns))
     )
     with pytest.raises(NotImplementedError, match="`mtp_bitwise=True` cannot be guaranteed for LlamaForCausalLM"):
-        generate(upgraded(base), prompt(PROMPT), mtp=True, mtp_bitwise=True)
+        generate(upgraded(base, K), prompt(PROMPT), mtp=True, mtp_bitwise=True)
 
 
 def test_the_argument_is_one_of_generates():

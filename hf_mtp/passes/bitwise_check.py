@@ -15,7 +15,9 @@ from ..layout.mask_plan import no_masks, whole_blocks
 from .decoding_pass import DecodingPass
 from .speculation_mode import example_ids
 
-PROMPT, DRAFTS = 13, 4  # the keys of these columns cross a multiple of 16, where kernels change
+# Tokens of the prompt, and drafts. Kernels change at multiples of 16 keys, which each trial crosses. They also change
+# with the number of columns, so a single trial may pass by chance.
+TRIALS = ((13, 4), (26, 9))
 
 # Whether a model passed, by what decides which kernels run.
 _known: "weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, bool]]" = weakref.WeakKeyDictionary()
@@ -39,7 +41,7 @@ def refuse_unless_bitwise(tuner: GatedLoraTuner, rows: int) -> None:
     known = _known.setdefault(model, {})
     if key not in known:
         with evaluation_mode(model):
-            known[key] = _are_equal(tuner, rows)
+            known[key] = all(_are_equal(tuner, rows, *trial) for trial in TRIALS)
     if not known[key]:
         raise NotImplementedError(
             f"`mtp_bitwise=True` cannot be guaranteed for {type(model).__name__} with {rows} rows in {model.dtype} on "
@@ -51,34 +53,33 @@ def refuse_unless_bitwise(tuner: GatedLoraTuner, rows: int) -> None:
 
 
 @torch.no_grad()
-def _are_equal(tuner: GatedLoraTuner, rows: int) -> bool:
-    """Whether logits, keys and values of some columns are equal, bit by bit, to those of one column at a time."""
-    model, k = tuner.model, tuner.active_mtp_config.k
-    columns, device = 1 + DRAFTS, input_device(model)
-    ids = example_ids(model, rows, PROMPT + columns)
-    plain_BTV, plain = _one_by_one(model, ids)
+def _are_equal(tuner: GatedLoraTuner, rows: int, prompt: int, drafts: int) -> bool:
+    """Whether logits, keys and values of columns after a prompt are equal, bit by bit, to those of one at a time."""
+    model, k, device = tuner.model, tuner.active_mtp_config.k, input_device(tuner.model)
+    length = prompt + 1 + drafts
+    ids = example_ids(model, rows, length)
+    plain_BTV, plain = _one_by_one(model, ids, prompt)
     forward, cache = DecodingPass(tuner, bitwise=True), RollbackCache(torch.zeros_like(ids[:, 0]))
-    for start, end in ((0, PROMPT), (PROMPT, PROMPT + columns)):
+    for start, end in ((0, prompt), (prompt, length)):
         if start:
-            plan = whole_blocks(torch.full((rows,), DRAFTS, device=device), DRAFTS, k, linear=True)
+            plan = whole_blocks(torch.full((rows,), drafts, device=device), drafts, k, linear=True)
         else:
             plan = no_masks(rows, 1, k, device)
-        places, before = cache.rows.next_places(end - start), 0 if start else PROMPT - 1
+        places, before = cache.rows.next_places(end - start), 0 if start else prompt - 1
         layout = decoding_layout(places, plan, first=before)
         output = forward(ids[:, start:end], layout, cache, logits_rows=end - start - before)
         cache.keep([end - start] * rows)
-    length = PROMPT + columns
     return torch.equal(output.logits_BRV, plain_BTV) and all(
         torch.equal(ours.keys[:, :, :length], theirs.keys) and torch.equal(ours.values[:, :, :length], theirs.values)
         for ours, theirs in zip(cache.layers, plain.layers, strict=True)
     )
 
 
-def _one_by_one(model: PreTrainedModel, ids: torch.LongTensor) -> tuple[torch.Tensor, DynamicCache]:
+def _one_by_one(model: PreTrainedModel, ids: torch.LongTensor, prompt: int) -> tuple[torch.Tensor, DynamicCache]:
     """`(B, T, V)`: logits of the columns after the prompt, read one at a time, and the cache."""
     name = cache_name(inspect.signature(model.forward).parameters)
     cache, logits = DynamicCache(), []
-    model(input_ids=ids[:, :PROMPT], **{name: cache}, use_cache=True)
-    for column in ids[:, PROMPT:].split(1, dim=1):
+    model(input_ids=ids[:, :prompt], **{name: cache}, use_cache=True)
+    for column in ids[:, prompt:].split(1, dim=1):
         logits.append(model(input_ids=column, **{name: cache}, use_cache=True).logits)
     return torch.cat(logits, dim=1), cache
