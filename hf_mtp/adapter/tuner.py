@@ -23,6 +23,7 @@ from .config import GatedLoraConfig
 from .gate import Gate, gate_lora_layer, refuse_merge
 from .loading import refuse_to_save, refuse_weights_unlike
 from .mask_input import MaskInput
+from .names import refuse_adapter_name
 from .noise_tokens import NoiseTokens
 from .parameters import gate_parameter
 from .sampler import SamplerHead
@@ -47,8 +48,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
             raise ValueError(
                 "A gated adapter needs a PeftModel for its mask embeddings and sampler head, but this call would "
                 "inject it into the base alone: one of AutoModelForCausalLM.from_pretrained(adapter), "
-                "`load_adapter` or `add_adapter` of a transformers model, or `inject_adapter_in_model`. Load it "
-                "with "
+                "`load_adapter` or `add_adapter` of a transformers model, or `inject_adapter_in_model`. Load it with "
                 "AutoPeftModelForCausalLM.from_pretrained(adapter) or PeftModel.from_pretrained(base, adapter). "
                 "Create a new one with get_peft_model(base, config)."
             )
@@ -65,6 +65,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         config: GatedLoraConfig = self.peft_config[adapter_name]
         config.check()
         refuse_unsupported(model)
+        refuse_adapter_name(adapter_name, model)
         is_first = "gate" not in self.__dict__
         head = prediction_head(model) if is_first else self.head
         refuse_other_base(config, model, head.hidden_size)
