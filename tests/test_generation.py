@@ -97,8 +97,17 @@ def test_a_static_cache_is_filled():
 def test_a_cache_that_holds_the_whole_prompt():
     model, cache = small_model(), DynamicCache()
     sequence = generate(model, small_prompt(), 5, **{CACHE: cache}, mtp=True)
-    with pytest.raises(ValueError, match="already contains all"):
-        generate(model, sequence[:, :-1], 5, **{CACHE: cache}, mtp=True)
+    tokens = sequence.shape[1] - 1
+    for length in (tokens, tokens - 4):
+        message = f"already contains {tokens} tokens, and the prompt has {length}. Pass the whole text"
+        with pytest.raises(ValueError, match=message):
+            generate(model, sequence[:, :length], 5, **{CACHE: cache}, mtp=True)
+
+
+@pytest.mark.parametrize("length", [9, 15])
+def test_an_attention_mask_of_another_length_is_refused(length):
+    with pytest.raises(ValueError, match=f"`attention_mask` has {length} columns, but the prompt .* have 11"):
+        generate(small_model(), prompt(11), 5, attention_mask=torch.ones(1, length, dtype=torch.long), mtp=True)
 
 
 def test_rolling_back_copies_nothing():

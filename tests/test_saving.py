@@ -5,7 +5,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from saved_adapter import DRAFTS, FOLDER, base, drafts
-from tiny_models import generate, prompt, tiny_base, upgraded
+from tiny_models import generate, prompt, randomised, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -161,3 +161,31 @@ def test_a_fingerprint_counts_known_tokens_only():
     assert tokenizer_fingerprint(plain) != tokenizer_fingerprint(grown)
     assert tokenizer_fingerprint(plain, size) == tokenizer_fingerprint(grown, size)
     assert tokenizer_fingerprint(plain, size) != tokenizer_fingerprint(tiny_tokenizer(size - 1), size)
+
+
+# ---------------------------------------------------------------- names of adapters
+
+
+@pytest.mark.parametrize("name", ["0", "1", "layers", "mlp", "weight", "bias", "blocks", "lora_A", "a.b", ""])
+def test_names_that_files_would_mix_up_are_refused(name):
+    with pytest.raises(ValueError, match=f"The adapter cannot have the name {name!r}: .* Choose another"):
+        get_peft_model(tiny_base("llama"), GatedLoraConfig(k=K, r=2), adapter_name=name)
+    model = upgraded("llama", K)
+    with pytest.raises(ValueError, match="The adapter cannot have the name"):
+        model.add_adapter(name, GatedLoraConfig(k=K, r=2))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(generate(model, prompt(), mtp=True), generate(model, prompt()))
+
+
+@pytest.mark.parametrize("name", ["other", "step 100", "é", "10"])
+def test_other_names_are_saved_beside_each_other(name, tmp_path):
+    model = upgraded("llama", K)
+    model.add_adapter(name, GatedLoraConfig(k=K, r=2))
+    randomised(model, seed=5).save_pretrained(tmp_path)
+    for folder, adapter in ((tmp_path, "default"), (tmp_path / name, name)):
+        loaded = PeftModel.from_pretrained(tiny_base("llama"), folder)
+        ours = {
+            key.replace(f".{adapter}.", ".default."): p for key, p in model.named_parameters() if f".{adapter}." in key
+        }
+        theirs = {key: p for key, p in loaded.named_parameters() if ".default." in key}
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -286,6 +286,32 @@ def test_a_collator_of_the_users_own(padding_side, streamed, tmp_path):
     assert logged(by_collator)[0] == pytest.approx(logged(by_trl)[0], rel=1e-4)
 
 
+def test_a_disabled_adapter_is_refused(tmp_path):
+    model = upgraded("llama", K)
+    with model.disable_adapter(), pytest.raises(ValueError, match="The adapter is disabled.*Train outside of"):
+        trainer(tmp_path, model=model)
+    trainer(tmp_path, model=model, max_steps=1).train()
+
+
+def test_a_frozen_lora_leaves_the_rest_to_train(tmp_path):
+    model = upgraded("llama", K)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_sampler_heads" in name or "lora_mask_embeddings" in name)
+    before = {name: p.clone() for name, p in adapter_parameters(model).items()}
+    trainer(tmp_path, model=model, max_steps=2).train()
+    changed = {name for name, p in adapter_parameters(model).items() if not torch.equal(p, before[name])}
+    assert changed and all("lora_A" not in name and "lora_B" not in name for name in changed)
+
+
+def test_packed_evaluation_is_that_of_single_texts(tmp_path):
+    with pytest.raises(ValueError, match="`eval_packing=True` without `packing=True` mixes"):
+        trainer(tmp_path, eval_dataset=texts(8), eval_packing=True)
+    model, losses = upgraded("llama", K), []
+    for options in ({}, {"packing": True}, {"padding_free": True, "max_length": None, "eval_packing": False}):
+        losses.append(trainer(tmp_path, model=model, eval_dataset=texts(8), **options).evaluate()["eval_loss"])
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
+
+
 def test_a_bad_row_in_one_of_several_evaluation_datasets_is_named(tmp_path):
     rows = {"good": texts(4), "bad": Dataset.from_dict({"text": ["w7 w8 w9 w10", None]})}
     with pytest.raises(ValueError, match=r"`eval_dataset\['bad'\]` is read by its column 'text', but row 1 has none"):

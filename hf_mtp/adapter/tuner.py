@@ -23,6 +23,7 @@ from .config import GatedLoraConfig
 from .gate import Gate, gate_lora_layer, refuse_merge
 from .loading import refuse_to_save, refuse_weights_unlike
 from .mask_input import MaskInput
+from .names import refuse_adapter_name
 from .noise_tokens import NoiseTokens
 from .parameters import gate_parameter
 from .sampler import SamplerHead
@@ -74,6 +75,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         config: GatedLoraConfig = self.peft_config[adapter_name]
         config.check()
         refuse_unsupported(model)
+        refuse_adapter_name(adapter_name, model)
         is_first = "gate" not in self.__dict__
         head = prediction_head(model) if is_first else self.head
         refuse_other_base(config, model, head.hidden_size)

@@ -59,7 +59,7 @@ class Prompt:
             mask_length (`int`, *optional*): Length of an attention mask of ones, if `generate` left it out.
 
         Raises:
-            ValueError: A row is all padding, or no token is left to read.
+            ValueError: A row is all padding, the attention mask has another length, or no token is left to read.
             NotImplementedError: The decode loop cannot continue the prompt.
         """
         cache, embeds = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("inputs_embeds")
@@ -128,8 +128,9 @@ def _unread(
         raise ValueError("The prompt is empty. Start it with the tokenizer's bos token.")
     if not unread.shape[1]:
         raise ValueError(
-            f"The cache that was passed already contains all {read} tokens of the prompt. Pass a prompt with at "
-            "least one more token than the cache."
+            f"The cache that was passed already contains {read} tokens, and the prompt has {input_ids.shape[1]}. Pass "
+            "the whole text, with at least one more token than the cache; or the new tokens alone, with an attention "
+            "mask over the whole text."
         )
     return unread
 
@@ -161,7 +162,12 @@ def _padding(
     """`(B,)`: columns of padding at the left of each row; `(B, columns)`, or `(B, 0)`: other hidden columns."""
     if mask is None:
         mask = torch.ones(batch, columns, device=device)
-    mask_BP = mask[:, :columns].bool().to(device)
+    if mask.shape[1] != columns:
+        raise ValueError(
+            f"`attention_mask` has {mask.shape[1]} columns, but the prompt and the tokens of a cache that was passed "
+            f"have {columns}. Pass the mask that the tokenizer returned with these ids."
+        )
+    mask_BP = mask.bool().to(device)
     if not mask_BP.any(dim=1).all():
         row = int((~mask_BP.any(dim=1)).nonzero()[0])
         raise ValueError(

@@ -90,7 +90,7 @@ def refuse_settings(args: MTPConfig, tuner: GatedLoraModel) -> None:
     """Raises if the model cannot be trained with these settings.
 
     Raises:
-        ValueError: Rows are too short for a block; or packed, though the base cannot separate their documents; or the
+        ValueError: Rows are too short for a block; or packed, though the base or TRL would mix their documents; or the
             base's attention implementation takes no masks.
     """
     k = tuner.active_mtp_config.k
@@ -100,6 +100,11 @@ def refuse_settings(args: MTPConfig, tuner: GatedLoraModel) -> None:
             f"masks predict. Set it to at least k + 2 = {k + 2}."
         )
     refuse_attention_without_masks(tuner.model)
+    if args.eval_packing and not (args.packing or args.padding_free):
+        raise ValueError(
+            "`eval_packing=True` without `packing=True` mixes the texts of a row: TRL separates them only if it packs "
+            "for training, too. Set `eval_packing=False`, or `packing=True`."
+        )
     packed = next((name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)), None)
     if packed is not None and speculation_mode(tuner.model) is not SpeculationMode.TREE:
         raise ValueError(
@@ -179,6 +184,11 @@ def refuse_model(args: MTPConfig, model, peft_config=None) -> None:
 
 def refuse_parameters(tuner: GatedLoraModel) -> None:
     """Raises a `ValueError` unless the active adapter is trainable and nothing else is."""
+    if tuner.adapters_disabled:
+        raise ValueError(
+            "The adapter is disabled, so it cannot be trained. Train outside of `with model.disable_adapter()`, or "
+            "call `model.base_model.enable_adapter_layers()` if it was switched off for good."
+        )
     adapter = f".{tuner.active_adapters[0]}."
     trainable = [name for name, parameter in tuner.named_parameters() if parameter.requires_grad]
     others = [name for name in trainable if "lora_" not in name or adapter not in f"{name}."]

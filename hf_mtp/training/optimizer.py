@@ -101,11 +101,12 @@ class MuonAdamW(torch.optim.Optimizer):
         matrices = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if matrix]
         others = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if not matrix]
         self.optimizers = [  # AdamW first: transformers logs the learning rate of the first group
-            # A group, which may be empty: an adapter of noise tokens without a sampler head has nothing but matrices.
+            # Groups may be empty: an adapter of noise tokens without a sampler head has nothing but matrices, and of
+            # an adapter whose LoRA is frozen only the rest is trained.
             torch.optim.AdamW(
                 [{"params": others}], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True
             ),
-            Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+            Muon([{"params": matrices}], lr=muon_lr, weight_decay=weight_decay),
         ]
         super().__init__([{"params": others}, {"params": matrices}], {"lr": lr})
         # The same group objects, so that a schedule that sets `lr` here also sets it there.
