@@ -2,10 +2,10 @@
 
 from tables import RESULTS, aim, load, machine, table
 
-from hf_mtp.evaluation.rank_report import papers_claim, rank_table
-from hf_mtp.evaluation.ranks import load_probe
-from hf_mtp.evaluation.results import load_results
-from hf_mtp.evaluation.tables import simulated_table, tokens_table
+from hf_mtp.evaluation.ranks.report import papers_claim, rank_table
+from hf_mtp.evaluation.ranks.results import load_probe
+from hf_mtp.evaluation.speed.results import load_results
+from hf_mtp.evaluation.speed.tables import simulated_table, tokens_table
 
 
 def verification() -> str:

@@ -10,16 +10,16 @@ import torch
 from peft import PeftModel
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from ..base.inspection import evaluation_mode
-from ..base.randomness import own_randomness
-from ..decoding.noise import PositionNoise, draw_seed
-from .compare import describe_machine
-from .decoded import checked_config, decode_rows
+from ...base.inspection import evaluation_mode
+from ...base.machine import describe_machine
+from ...base.randomness import own_randomness
+from ...decoding.noise import PositionNoise, draw_seed
+from ..decoded import checked_config, decode_rows
+from ..measures import first_difference
+from ..methods import STRATEGIES, DecodingMethod, methods_of
+from ..suites.prompts import EncodedPrompt, encode_prompts
+from ..suites.suite import Suite, load_suite
 from .divergence import Divergence, divergence_at
-from .measures import first_difference
-from .methods import STRATEGIES, DecodingMethod, methods_of
-from .prompts import EncodedPrompt, encode_prompts
-from .suites import Suite, load_suite
 from .two_sample import p_value
 
 SIGNIFICANT = 0.001  # how often a true equality may be taken for a difference
