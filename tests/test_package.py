@@ -29,7 +29,7 @@ adapter: prepared gate parameters stacked sampler names noise_tokens mask_input 
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
 data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
-decoding: noise sequence states outcome
+decoding: noise noise_processor sequence states outcome
 decoding.drafters: base acceptance ngrams masks
 decoding.schedule: base costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
