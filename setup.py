@@ -46,7 +46,9 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hf_mtp", "hf_mtp.*"]),
     # Folders of metrics are no packages: they have the layout that the `evaluate` library loads.
-    package_data={"hf_mtp": ["py.typed", "evaluation/data/*.jsonl", "evaluation/metrics/*/*", "demo/style.css"]},
+    package_data={
+        "hf_mtp": ["py.typed", "evaluation/suites/data/*.jsonl", "evaluation/metrics/*/*", "demo/style.css"]
+    },
     # Floors only. The last releases of transformers and trl for Python 3.10 are 5.20 and 1.14.
     install_requires=[
         "torch>=2.4",

@@ -2,10 +2,10 @@
 
 from tables import RESULTS, aim, load, machine, table
 
-from hf_mtp.evaluation.rank_report import papers_claim, rank_table
-from hf_mtp.evaluation.ranks import load_probe
-from hf_mtp.evaluation.results import load_results
-from hf_mtp.evaluation.tables import simulated_table, tokens_table
+from hf_mtp.evaluation.ranks.report import papers_claim, rank_table
+from hf_mtp.evaluation.ranks.results import load_probe
+from hf_mtp.evaluation.speed.results import load_results
+from hf_mtp.evaluation.speed.tables import simulated_table, speed_table, tokens_table
 
 
 def verification() -> str:
@@ -55,13 +55,18 @@ def quality() -> str:
 
 def evaluated_tokens() -> str:
     """Tokens per pass of `hf-mtp evaluate` on SmolLM2."""
+    return tokens_table(load_results(RESULTS / "evaluation.json")) + "\n"
+
+
+def evaluated_speed() -> str:
+    """Speed of the same run."""
     results = load_results(RESULTS / "evaluation.json")
     settings = results.settings
     about = (
         f"{settings.suite['prompts']} prompts of `{settings.suite['name']}`, up to {settings.max_new_tokens} tokens"
     )
     note = f"{about}, {settings.dtype}; {machine({'machine': settings.machine})}."
-    return f"{tokens_table(results)}\n\n{note}\n"
+    return f"{speed_table(results)}\n\n{note}\n"
 
 
 def simulated_and_decoded() -> str:

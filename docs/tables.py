@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hf_mtp.evaluation.tables import markdown_table
+from hf_mtp.evaluation.markdown import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -202,7 +202,7 @@ def test_evaluate_writes_everything_and_goes_on_after_an_interrupt(saved, prompt
         *SHORT,
     )
     with monkeypatch.context() as patch:
-        patch.setattr("hf_mtp.evaluation.runner._turn", interrupt)
+        patch.setattr("hf_mtp.evaluation.speed.runner._turn", interrupt)
         assert "run the same command to resume" in run("evaluate", saved[1], *options, code=130).stderr
     output = run("evaluate", saved[1], *options).stdout
     assert "| domain | prompt lookup | quadratic, k=1 | quadratic, k=3 |" in output
@@ -230,8 +230,8 @@ def test_evaluate_completes_the_card(saved, prompts, tmp_path):
 
 
 def test_evaluate_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mtp.evaluation.curves.can_draw", lambda: False)
-    monkeypatch.setattr("hf_mtp.evaluation.report_files.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.base.plotting.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.speed.report.can_draw", lambda: False)
     options = ("--suite", prompts, "--strategies", "linear", "--output", str(tmp_path / "out"), *SHORT)
     assert "no curves: matplotlib is not installed" in run("evaluate", saved[1], *options).stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "table.md"}
@@ -251,8 +251,8 @@ def test_probe_writes_everything(saved, prompts, tmp_path):
 
 
 def test_probe_takes_a_base_alone_and_says_so_where_matplotlib_is_missing(saved, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mtp.evaluation.curves.can_draw", lambda: False)
-    monkeypatch.setattr("hf_mtp.evaluation.rank_report.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.base.plotting.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.ranks.report.can_draw", lambda: False)
     output = run("probe", saved[0], "--suite", prompts, "--output", str(tmp_path / "out"), *SHORT).stdout
     assert "| newline | " not in output and "| masks | " not in output and "| mean embedding | " in output
     assert "no figures: matplotlib is not installed" in output

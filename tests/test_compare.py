@@ -40,24 +40,3 @@ def test_sampling_and_batches_are_timed_too(models):
     torch.manual_seed(0)
     assert torch.equal(new_BN, base.generate(rows, max_new_tokens=5, do_sample=True)[:, rows.shape[1] :])
     assert new_BN.shape[0] == 3 and passes == new_BN.shape[1] and seconds > 0
-
-
-def test_the_faster_dtype_is_found_by_trying(monkeypatch):
-    state = torch.get_rng_state()
-    clock, step = [0.0], {torch.bfloat16: 1.0, torch.float32: 2.0}
-    ones = torch.ones
-
-    def made(*size, dtype):
-        made.dtype = dtype
-        return ones(*size, dtype=dtype)
-
-    def now():
-        clock[0] += step[made.dtype]
-        return clock[0]
-
-    monkeypatch.setattr(compare.torch, "ones", made)
-    monkeypatch.setattr(compare.time, "perf_counter", now)
-    assert compare.bfloat16_is_faster(size=4) is True
-    step[torch.bfloat16] = 3.0
-    assert compare.bfloat16_is_faster(size=4) is False
-    assert torch.equal(torch.get_rng_state(), state)

@@ -13,11 +13,11 @@ from tiny_training import taught
 
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
-from hf_mtp.evaluation import runner as runner_module
 from hf_mtp.evaluation.decoded import decode_rows
-from hf_mtp.evaluation.results import Answer, Call, Results, Settings, Summary, summarize_calls
-from hf_mtp.evaluation.suites import suite_of_rows
-from hf_mtp.evaluation.tables import table_page
+from hf_mtp.evaluation.speed import runner as runner_module
+from hf_mtp.evaluation.speed.results import Answer, Call, Results, Settings, Summary, summarize_calls
+from hf_mtp.evaluation.speed.tables import table_page
+from hf_mtp.evaluation.suites.suite import suite_of_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 12
@@ -349,7 +349,7 @@ def test_a_busy_machine_and_what_was_left_out_are_shown(results, tmp_path):
 
 
 def test_without_matplotlib_there_is_the_table(results, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mtp.evaluation.report_files.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.speed.report.can_draw", lambda: False)
     assert [path.name for path in write_report(results, tmp_path)] == ["table.md"]
 
 

@@ -107,7 +107,7 @@ def test_a_cache_that_holds_the_whole_prompt():
 @pytest.mark.parametrize("length", [9, 15])
 def test_an_attention_mask_of_another_length_is_refused(length):
     with pytest.raises(ValueError, match=f"`attention_mask` has {length} columns, but the prompt .* have 11"):
-        generate(small_model(), prompt(11), 5, attention_mask=torch.ones(1, length, dtype=torch.long), mtp=True)
+        generate(small_model(), small_prompt(), 5, attention_mask=torch.ones(1, length).long(), mtp=True)
 
 
 def test_rolling_back_copies_nothing():

@@ -22,14 +22,14 @@ PACKAGE = Path(hf_mtp.__file__).parent
 ORDER = """
 layout: tree mask_plan blocks attention
 base: files padding threads autocast caches inspection head rope randomness sizes tiny distributed embedding
-base: lora_layers
+base: lora_layers machine plotting
 cache: column_attention shared_heads rows rollback sequence protocol
 adapter: access peft_type loading config base_identity custom_generate card hub
 adapter: prepared gate parameters stacked sampler names noise_tokens mask_input tuner
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
 data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
-decoding: noise sequence states outcome
+decoding: noise noise_processor sequence states outcome
 decoding.drafters: base acceptance ngrams masks
 decoding.schedule: base costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
@@ -38,13 +38,15 @@ export: files fit plain_lora vllm uno
 serving: text rules request metrics serial engine limits messages choices manager handlers middleware port server
 serving.vllm: adapter arguments schedule drafter scheduler runner guard worker
 serving: vllm_server
-evaluation: measures decoded support compare plotting
+evaluation: measures decoded support compare markdown documents methods
 evaluation.metrics.tokens_per_pass: tokens_per_pass app
 evaluation.metrics.acceptance_per_position: acceptance_per_position app
 evaluation.metrics.agreement: agreement app
-evaluation: methods benchmarks rows suites prompts divergence two_sample exactness
-evaluation: documents results folder simulated runner tables curves report_files
-evaluation: placeholders ranks probing rank_figures rank_report
+evaluation.suites: benchmarks rows suite prompts
+evaluation: run
+evaluation.exactness: divergence two_sample verify
+evaluation.speed: results folder simulated runner tables curves report
+evaluation.ranks: placeholders results probe figures report
 evaluation: harness
 training.recovery: nonfinite compatibility checkpoint workers
 training: batches evaluation config optimizer data_checks

@@ -10,12 +10,13 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import VOCAB, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 
-from hf_mtp.evaluation import load_probe, probe, probing, write_probe
+from hf_mtp.evaluation import load_probe, probe, write_probe
 from hf_mtp.evaluation.decoded import decode_rows
-from hf_mtp.evaluation.placeholders import placeholders_of
-from hf_mtp.evaluation.probing import AHEAD, MASKS, SAMPLER, SAMPLER_ALONE
-from hf_mtp.evaluation.rank_figures import heatmap, histogram
-from hf_mtp.evaluation.ranks import (
+from hf_mtp.evaluation.ranks import probe as probing
+from hf_mtp.evaluation.ranks.figures import heatmap, histogram
+from hf_mtp.evaluation.ranks.placeholders import placeholders_of
+from hf_mtp.evaluation.ranks.probe import AHEAD, MASKS, SAMPLER, SAMPLER_ALONE
+from hf_mtp.evaluation.ranks.results import (
     ProbedText,
     ProbeResults,
     ProbeSettings,
@@ -24,7 +25,7 @@ from hf_mtp.evaluation.ranks import (
     summarize_ranks,
     token_ranks,
 )
-from hf_mtp.evaluation.suites import suite_of_rows
+from hf_mtp.evaluation.suites.suite import suite_of_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 K, NEW_TOKENS = 3, 10
@@ -340,7 +341,7 @@ def test_the_heatmap_has_the_medians_and_the_histogram_the_shares(results):
 
 
 def test_without_matplotlib_there_is_the_table(results, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_mtp.evaluation.rank_report.can_draw", lambda: False)
+    monkeypatch.setattr("hf_mtp.evaluation.ranks.report.can_draw", lambda: False)
     assert [path.name for path in write_probe(results, tmp_path)] == ["probe.md"]
 
 

@@ -533,7 +533,7 @@ def test_a_second_ctrl_c_stops_at_once(adapter):
         wait_until(lambda: is_healthy(port))
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
-            time.sleep(0.5)
+            wait_until(lambda: is_healthy(port))  # so it has begun to read the request before
             process.send_signal(signal.SIGINT)
             time.sleep(0.5)
             assert process.poll() is None, "it did not wait for the running request"

@@ -5,8 +5,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_mtp.evaluation.benchmarks import BENCHMARKS, COLLECTIONS
-from hf_mtp.evaluation.suites import Suite, SuitePrompt, load_suite
+from hf_mtp.evaluation.suites.benchmarks import BENCHMARKS, COLLECTIONS
+from hf_mtp.evaluation.suites.suite import Suite, SuitePrompt, load_suite
 
 TURNS = [{"role": "user", "content": "Grüße, 世界\u2028!"}]
 ROWS = [

@@ -9,9 +9,9 @@ from tiny_text import tiny_tokenizer, words
 
 from hf_mtp.decoding import verification
 from hf_mtp.evaluation import verify
-from hf_mtp.evaluation.divergence import Divergence, divergence_at, unit_of_rounding
-from hf_mtp.evaluation.suites import suite_of_rows
-from hf_mtp.evaluation.two_sample import p_value
+from hf_mtp.evaluation.exactness.divergence import Divergence, divergence_at, unit_of_rounding
+from hf_mtp.evaluation.exactness.two_sample import p_value
+from hf_mtp.evaluation.suites.suite import suite_of_rows
 
 PROMPTS = suite_of_rows("words", [{"prompt": words(9, start=index)} for index in range(3)])
 LEFT_ALONE = verification.chosen_tokens

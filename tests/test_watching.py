@@ -10,8 +10,8 @@ from tiny_training import logged, texts, trainer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from hf_mtp import DecodingCallback
+from hf_mtp.base.plotting import spread
 from hf_mtp.evaluation.compare import decode_both_ways
-from hf_mtp.evaluation.plotting import spread
 from hf_mtp.training.callbacks import curves
 from hf_mtp.training.callbacks import decoding as decoding_callback
 from hf_mtp.training.callbacks.curves import TrainingCurves, draw_training_curves
@@ -225,7 +225,7 @@ def test_each_save_and_the_end_leave_a_picture(tmp_path):
 
 def test_the_picture_has_all_measures(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr("hf_mtp.evaluation.plotting.save_png", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("hf_mtp.training.callbacks.curves.save_png", lambda figure, path: figures.append(figure))
     made = trained_with(tmp_path, decoding(), training_curves=True)
     losses, steps, accuracies = figures[-1].axes
     texts_of = lambda axes: [text.get_text() for text in axes.texts]  # noqa: E731
@@ -241,7 +241,7 @@ def test_the_picture_has_all_measures(tmp_path, monkeypatch):
 
 def test_a_failure_to_draw_is_a_warning(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_mtp.evaluation.plotting.save_png", lambda *args: 1 / 0)
+    monkeypatch.setattr("hf_mtp.training.callbacks.curves.save_png", lambda *args: 1 / 0)
     monkeypatch.setattr(curves.logger, "warning", lambda text, *values: warnings.append(text % values))
     trained_with(tmp_path, training_curves=True)
     assert warnings == ["Could not plot training_curves.png: ZeroDivisionError: division by zero"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_mtp.evaluation.plotting import COLOURS, GREY, save_png
+from hf_mtp.base.plotting import COLOURS, GREY, save_png
 
 HERE = Path(__file__).parent
 DOMAINS = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}

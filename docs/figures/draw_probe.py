@@ -6,9 +6,9 @@ python docs/figures/draw_probe.py    # writes docs/figures/probe.png
 
 from pathlib import Path
 
+from hf_mtp.base.plotting import save_png
 from hf_mtp.evaluation import load_probe
-from hf_mtp.evaluation.plotting import save_png
-from hf_mtp.evaluation.rank_figures import heatmap
+from hf_mtp.evaluation.ranks.figures import heatmap
 
 HERE = Path(__file__).parent
 

@@ -28,7 +28,8 @@ from train_reference import ADAPTER, SETTINGS, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.evaluation.compare import decode_all, describe_machine, tokens_per_step
+from hf_mtp.base.machine import describe_machine
+from hf_mtp.evaluation.compare import decode_all, tokens_per_step
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def main() -> None:
     args = parse_args()
     if args.worker:
         return work(args)
-    from hf_mtp.evaluation.compare import describe_machine
+    from hf_mtp.base.machine import describe_machine
 
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
     revisions = {"before": Revision(args.before), "now": Revision(Path(__file__).parents[2])}

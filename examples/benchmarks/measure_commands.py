@@ -16,7 +16,7 @@ from pathlib import Path
 
 from report import finish
 
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 HELP_ROUNDS = 5
 

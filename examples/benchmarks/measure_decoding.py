@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.evaluation.compare import describe_machine, same_weights
+from hf_mtp.base.machine import describe_machine
+from hf_mtp.evaluation.compare import same_weights
 from hf_mtp.evaluation.decoded import timed_generate
 
 DOMAINS = {"maths": {"do_sample": False}, **dict.fromkeys(("chat", "python"), {"do_sample": True, "temperature": 0.7})}

@@ -27,12 +27,12 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 from report import finish, save
 
+from hf_mtp.base.machine import describe_machine
 from hf_mtp.demo.app import Demo, DemoSettings
 from hf_mtp.demo.page import PROMPTS
 from hf_mtp.demo.race import RaceTrack
 from hf_mtp.demo.settings import RaceSettings
-from hf_mtp.evaluation.compare import describe_machine
-from hf_mtp.evaluation.runner import adapter_fingerprint
+from hf_mtp.evaluation.run import adapter_fingerprint
 
 WINDOWS = {"wide": (1280, 900, "light"), "narrow": (390, 844, "dark")}
 PATIENCE = 600_000  # milliseconds

@@ -25,10 +25,10 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, StaticCac
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.base.caches import cache_name
+from hf_mtp.base.machine import describe_machine
 from hf_mtp.cache.rollback import RollbackCache
 from hf_mtp.decoding.drafters.base import no_drafts
 from hf_mtp.decoding.verification import verify_together
-from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.layout.blocks import decoding_layout
 from hf_mtp.layout.mask_plan import choose_masks
 from hf_mtp.passes.decoding_pass import DecodingPass

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_mtp.adapter.prepared import PreparedLora
 from hf_mtp.base.caches import cache_name
+from hf_mtp.base.machine import describe_machine
 from hf_mtp.cache.rollback import RollbackCache
-from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.layout.blocks import decoding_layout
 from hf_mtp.layout.mask_plan import choose_masks, no_masks
 from hf_mtp.passes.decoding_pass import DecodingPass

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import MTPConfig, MTPTrainer
-from hf_mtp.evaluation.compare import decode_both_ways, describe_machine, summarize
-from hf_mtp.evaluation.simulated import simulated_decoding
+from hf_mtp.base.machine import describe_machine
+from hf_mtp.evaluation.compare import decode_both_ways, summarize
+from hf_mtp.evaluation.speed.simulated import simulated_decoding
 
 STRATEGIES = ("quadratic", "linear")
 

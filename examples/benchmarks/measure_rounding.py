@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_mtp.base.caches import cache_name
 from hf_mtp.base.lora_layers import linear_layers
+from hf_mtp.base.machine import describe_machine
 from hf_mtp.cache.column_attention import ColumnAttention
 from hf_mtp.cache.rollback import RollbackCache
-from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.layout.blocks import decoding_layout
 from hf_mtp.layout.mask_plan import choose_masks, no_masks
 from hf_mtp.passes.bitwise import OrderedProducts

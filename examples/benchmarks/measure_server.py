@@ -31,8 +31,8 @@ from urllib.request import urlopen
 import openai
 from report import finish, save
 
-from hf_mtp.evaluation.compare import describe_machine
-from hf_mtp.evaluation.runner import adapter_fingerprint
+from hf_mtp.base.machine import describe_machine
+from hf_mtp.evaluation.run import adapter_fingerprint
 from hf_mtp.pretrained import load_model, load_tokenizer
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 from trl import SFTConfig, SFTTrainer
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 from hf_mtp.objective.losses import ROWS_PER_CHUNK
 
 K, RANK, BATCH = 8, 32, 4

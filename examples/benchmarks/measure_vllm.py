@@ -57,7 +57,7 @@ def own_decoding(args: argparse.Namespace) -> tuple[list[dict], str]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_mtp.evaluation.runner import adapter_fingerprint
+    from hf_mtp.evaluation.run import adapter_fingerprint
 
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
@@ -113,7 +113,7 @@ def main() -> None:
 
 def report_of(args: argparse.Namespace, rows: list[dict], runs: dict[str, list[dict]]) -> dict:
     """What was measured so far. Only the first engines decoded the prompts."""
-    from hf_mtp.evaluation.compare import describe_machine
+    from hf_mtp.base.machine import describe_machine
 
     plain, linear, auto = (runs[way][0] for way in WAYS)
     pairs = {

@@ -20,7 +20,7 @@ from torch import nn
 from train import ADAPTER, SETTINGS, load_base, make_trainer, upgrade
 
 from hf_mtp.base.inspection import decoder_of
-from hf_mtp.evaluation.rows import read_rows
+from hf_mtp.evaluation.suites.rows import read_rows
 from hf_mtp.training.callbacks.deadline import SCHEDULE_STEPS, Deadline
 from hf_mtp.training.optimizer import Muon
 

@@ -28,7 +28,7 @@ from peer_training import TRAINED, train_missing
 from peer_ways import OURS, PeerModels, families, refused_generators
 from ways import PLAIN, Way
 
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTING_TOKENS = 32  # length of the answers that settings are chosen on

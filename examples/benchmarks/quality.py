@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from hf_mtp import MTPConfig, MTPTrainer
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 from hf_mtp.evaluation.decoded import counted_forward_passes
-from hf_mtp.evaluation.runner import adapter_fingerprint
+from hf_mtp.evaluation.run import adapter_fingerprint
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 TEXT = Path(__file__).parents[1] / "quickstart" / "data"

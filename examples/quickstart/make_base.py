@@ -47,7 +47,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 CODE_PACKAGES = (
     "numpy scipy pandas sympy networkx torch transformers peft trl accelerate datasets huggingface_hub".split()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from hf_mtp import MTPConfig, MTPTrainer
-from hf_mtp.evaluation.compare import bfloat16_is_faster
+from hf_mtp.base.machine import bfloat16_is_faster
 
 
 class Report(TrainerCallback):

@@ -29,15 +29,8 @@ from training import Report, make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.evaluation.compare import (
-    Record,
-    bfloat16_is_faster,
-    compare,
-    decode,
-    describe_machine,
-    same_weights,
-    summarize,
-)
+from hf_mtp.base.machine import bfloat16_is_faster, describe_machine
+from hf_mtp.evaluation.compare import Record, compare, decode, same_weights, summarize
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "base"

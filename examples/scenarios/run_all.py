@@ -20,7 +20,7 @@ import mathematics
 import torch
 from scenario import WAYS, Scenario, add_options, load, show
 
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 SCENARIOS = [module.SCENARIO for module in (code_completion, mathematics, long_form, chat, data_generation)]
 

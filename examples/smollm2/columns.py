@@ -28,6 +28,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from hf_mtp.base.machine import describe_machine
 from hf_mtp.cache.rollback import RollbackCache
 from hf_mtp.decoding.batch import Batch
 from hf_mtp.decoding.drafters.masks import MaskDrafter
@@ -36,7 +37,6 @@ from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule
 from hf_mtp.decoding.schedule.costs import PassCosts
 from hf_mtp.decoding.sequence import Sequence
 from hf_mtp.decoding.verifier import Verifier
-from hf_mtp.evaluation.compare import describe_machine
 from hf_mtp.layout.blocks import IGNORE, segments, training_layout
 from hf_mtp.passes.decoding_pass import DecodingPass
 from hf_mtp.passes.training_pass import training_pass

@@ -21,7 +21,7 @@ from peft import PeftModel
 from recipe import held_out_answers
 from train import BATCHES, SETTINGS, load_base, make_trainer
 
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 BLOCK = re.compile(r"layers\.(\d+)\.")
 

@@ -31,7 +31,7 @@ from ways import PEERS, PLAIN, PLAIN_IN_A_BATCH, Models, Way, mtp, sampled
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.card import write_model_card
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 BATCHES = (4, 8)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from ways import Models, Way
 
-from hf_mtp.evaluation.divergence import divergence_at
+from hf_mtp.evaluation.exactness.divergence import divergence_at
 from hf_mtp.evaluation.measures import first_difference, repeated_share
 
 WARM_UP_TOKENS = 24  # `auto` measures what passes cost when it first decodes

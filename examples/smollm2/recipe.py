@@ -24,7 +24,7 @@ from train import ADAPTER, BATCHES, SETTINGS, load_base, make_trainer, upgrade
 from transformers import TrainerCallback
 
 from hf_mtp import regenerate_responses
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

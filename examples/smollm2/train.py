@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer, regenerate_responses
-from hf_mtp.evaluation.compare import describe_machine
+from hf_mtp.base.machine import describe_machine
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ANSWERS = {"greedy": {}, "sampled": {"do_sample": True, "temperature": 0.8}}  # one half of the prompts each

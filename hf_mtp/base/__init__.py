@@ -1,1 +1,1 @@
-"""Facts about a base model, read from the model itself rather than from the name of its architecture."""
+"""What the other rooms stand on: facts about a base model, read from the model itself; files; the machine; plots."""

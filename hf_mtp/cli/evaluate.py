@@ -47,12 +47,12 @@ def evaluate(
 
         hf-mtp evaluate Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --suite paper --limit 20
     """
-    from ..evaluation.curves import can_draw
-    from ..evaluation.report_files import write_card_section, write_report
-    from ..evaluation.results import FILE
-    from ..evaluation.runner import evaluate as run
-    from ..evaluation.suites import load_suite
-    from ..evaluation.tables import tokens_table
+    from ..base.plotting import can_draw
+    from ..evaluation.speed.report import write_card_section, write_report
+    from ..evaluation.speed.results import FILE
+    from ..evaluation.speed.runner import evaluate as run
+    from ..evaluation.speed.tables import tokens_table
+    from ..evaluation.suites.suite import load_suite
     from ..pretrained import load_upgraded
 
     check_path(as_json)

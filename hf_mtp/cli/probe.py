@@ -30,10 +30,10 @@ def probe(
 
         hf-mtp probe Qwen/Qwen3-0.6B --adapter me/qwen3-mtp
     """
-    from ..evaluation.curves import can_draw
-    from ..evaluation.probing import probe as run
-    from ..evaluation.rank_report import papers_claim, rank_table, write_probe
-    from ..evaluation.suites import load_suite
+    from ..base.plotting import can_draw
+    from ..evaluation.ranks.probe import probe as run
+    from ..evaluation.ranks.report import papers_claim, rank_table, write_probe
+    from ..evaluation.suites.suite import load_suite
     from ..pretrained import load_with_tokenizer
 
     prompts = load_suite(suite)

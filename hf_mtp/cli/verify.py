@@ -13,7 +13,7 @@ from .lists import words
 from .verb import verb
 
 if TYPE_CHECKING:
-    from ..evaluation.exactness import Comparison, VerifyReport
+    from ..evaluation.exactness.verify import Comparison, VerifyReport
 
 DIFFERENT, ERROR = 1, 2
 
@@ -48,7 +48,7 @@ def verify(
 
         hf-mtp verify Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --dtype float32,bfloat16
     """
-    from ..evaluation.exactness import verify as run
+    from ..evaluation.exactness.verify import verify as run
     from ..pretrained import load_upgraded, refuse_dtype
 
     check_path(as_json)

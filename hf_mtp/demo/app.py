@@ -7,7 +7,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from ..evaluation.compare import describe_machine
+from ..base.machine import describe_machine
 from ..pretrained import load_upgraded
 from ..serving.port import listen, url_of
 from .page import DEFAULT_TOKENS, STYLE, make_page

@@ -6,21 +6,21 @@
 import importlib
 
 _LAZY = {
-    "ProbeResults": ".ranks",
-    "Results": ".results",
-    "Suite": ".suites",
-    "SuitePrompt": ".suites",
-    "VerifyReport": ".exactness",
-    "evaluate": ".runner",
+    "ProbeResults": ".ranks.results",
+    "Results": ".speed.results",
+    "Suite": ".suites.suite",
+    "SuitePrompt": ".suites.suite",
+    "VerifyReport": ".exactness.verify",
+    "evaluate": ".speed.runner",
     "load_metric": ".metrics",
-    "load_probe": ".ranks",
-    "load_results": ".results",
-    "load_suite": ".suites",
-    "probe": ".probing",
-    "verify": ".exactness",
-    "write_card_section": ".report_files",
-    "write_probe": ".rank_report",
-    "write_report": ".report_files",
+    "load_probe": ".ranks.results",
+    "load_results": ".speed.results",
+    "load_suite": ".suites.suite",
+    "probe": ".ranks.probe",
+    "verify": ".exactness.verify",
+    "write_card_section": ".speed.report",
+    "write_probe": ".ranks.report",
+    "write_report": ".speed.report",
 }
 
 __all__ = [

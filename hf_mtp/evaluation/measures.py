@@ -7,6 +7,7 @@ Pure functions of counts and token ids.
 import statistics
 from collections.abc import Sequence
 
+ALL = "all"  # the name of all domains, or positions, together
 CITATION = """\
 @article{samragh2025your,
   title = {Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential},

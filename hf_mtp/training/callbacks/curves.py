@@ -1,11 +1,12 @@
 """Plots a training into its output folder: losses, tokens per step, accuracy of each mask position."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from ...base.plotting import COLOURS, GREY, can_draw, label_ends, save_png, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ class TrainingCurves(TrainerCallback):
     def _draw(self, args, state) -> None:
         if not state.is_world_process_zero:
             return
-        if importlib.util.find_spec("matplotlib") is None:
+        if not can_draw():
             logger.info("No %s: matplotlib is not installed (`pip install hf_mtp[plots]`).", FILE)
             return
         try:
@@ -60,8 +61,6 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
     if not points_of("tokens_per_step", log_history):
         return
     from matplotlib.figure import Figure
-
-    from ...evaluation.plotting import save_png
 
     figure = Figure(figsize=(8, 9), dpi=125, layout="constrained")  # 1000 pixels wide
     figure.get_layout_engine().set(h_pad=0.15)  # inches
@@ -82,8 +81,6 @@ def points_of(name: str, log_history: list[dict]) -> Points:
 
 def _draw_losses(axes: "Axes", log_history: list[dict]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
-
-    from ...evaluation.plotting import COLOURS, style
 
     lines = {label: name for name, label in LOSSES.items() if points_of(name, log_history)}
     colours = [COLOURS[[*LOSSES.values()].index(label)] for label in lines]
@@ -106,7 +103,6 @@ def _ticks(names: list[str], log_history: list[dict]) -> tuple[float, ...]:
 
 
 def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
-    from ...evaluation.plotting import COLOURS, GREY, style
 
     decoded = points_of(DECODED, log_history)
     style(
@@ -123,8 +119,6 @@ def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
 
 def _draw_accuracies(axes: "Axes", log_history: list[dict]) -> None:
     from matplotlib import colormaps
-
-    from ...evaluation.plotting import style
 
     logged = {name for entry in log_history for name in entry}
     k = max(int(name.removeprefix("accuracy_")) for name in logged if name.startswith("accuracy_"))
@@ -143,7 +137,6 @@ def _draw_lines(
     axes: "Axes", lines: dict[str, str], colours: list, log_history: list[dict], label_every: int = 1
 ) -> None:
     """Plots a line for training and circles for evaluations, for each label and its measure."""
-    from ...evaluation.plotting import label_ends
 
     ends = {}
     for label, name in lines.items():

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..run import refuse_other_run
 from .results import FILE, Call, Results, Settings, call_of, load_results
 
 CALLS = "calls.jsonl"
@@ -82,24 +83,3 @@ class RunFolder:
             self.seconds += turn["seconds"]
         if lines[-1]:
             path.write_text("\n".join(whole) + "\n", encoding="utf-8")
-
-
-def refuse_other_run(folder: Path, mine, found) -> None:
-    """Raises if a folder has the results of a run with other settings.
-
-    Args:
-        folder (`Path`): The folder.
-        mine ([`Settings`] or [`ProbeSettings`]): What is to be measured.
-        found (of the same class): What the folder's results measured.
-
-    Raises:
-        ValueError: The two differ.
-    """
-    mine, other = dataclasses.asdict(mine), dataclasses.asdict(found)
-    different = [name for name in mine if mine[name] != other[name]]
-    if different:
-        listed = "; ".join(f"{name} was {other[name]}, but is now {mine[name]}" for name in different)
-        raise ValueError(
-            f"The folder {folder} contains the results of a different run: {listed}. Choose another output folder, "
-            "or delete this one."
-        )

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .ranks import TOPS, ProbeResults
-from .results import ALL
+from ...base.plotting import GREY, save_figure, style
+from ..measures import ALL
+from .results import TOPS, ProbeResults
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,6 @@ def draw_ranks(results: ProbeResults, folder: Path) -> list[Path]:
     Returns:
         `list[Path]`: The files.
     """
-    from .plotting import save_figure
 
     return [
         *save_figure(heatmap(results), folder, HEATMAP),
@@ -74,8 +74,6 @@ def histogram(results: ProbeResults) -> "Figure":
 
 def _draw_shares(axes: "Axes", results: ProbeResults) -> None:
     from matplotlib import colormaps
-
-    from .plotting import GREY, style
 
     style(axes, "True future tokens among the likeliest n", "share of tokens, all positions; dashed: the base alone")
     for top in TOPS:

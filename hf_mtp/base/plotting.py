@@ -1,19 +1,27 @@
-"""Style of the project's line plots. Needs matplotlib, but no display. Knows nothing of what is plotted."""
+"""Style of the project's plots. Needs matplotlib to draw, but no display. Knows nothing of what is plotted."""
 
+import importlib.util
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from .files import write_whole
 
-from ..base.files import write_whole
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: safe for colour blindness
 GREY = "#666666"
 GAP = 0.07  # between two labels, as a fraction of the panel's height
 
 
-def style(axes: Axes, title: str, subtitle: str) -> None:
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def style(axes: "Axes", title: str, subtitle: str) -> None:
     """Puts the title and a subtitle at the left, and keeps only horizontal grid lines."""
     axes.set_title(title, loc="left", fontweight="bold", pad=24)
     axes.annotate(subtitle, (0, 1), xytext=(0, 7), xycoords="axes fraction", textcoords="offset points", color=GREY)
@@ -22,7 +30,7 @@ def style(axes: Axes, title: str, subtitle: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: list[str]) -> None:
+def label_ends(axes: "Axes", ends: dict[str, tuple[float, float]], colours: list[str]) -> None:
     """Writes each line's name to the right of its last point, and moves names that would overlap.
 
     Args:
@@ -65,14 +73,14 @@ def spread(heights: list[float], gap: float) -> list[float]:
     return [moved[index] for index in range(len(heights))]
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def save_png(figure: "Figure", path: Path) -> None:
     """Writes a figure atomically."""
     picture = BytesIO()
     figure.savefig(picture, format="png")
     write_whole(path, [picture.getvalue()])
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save_figure(figure: "Figure", folder: Path, name: str) -> list[Path]:
     """Writes a figure as PNG and SVG.
 
     Args:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from peft import PeftModel
 
-from ..base.inspection import evaluation_mode, input_device
-from ..layout.blocks import IGNORE
-from ..objective.request import ObjectiveRequest
-from ..objective.simulation import SimulatedDecoding
+from ...base.inspection import evaluation_mode, input_device
+from ...layout.blocks import IGNORE
+from ...objective.request import ObjectiveRequest
+from ...objective.simulation import SimulatedDecoding
 
 
 @torch.no_grad()

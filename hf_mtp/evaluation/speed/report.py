@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END, README, is_replaceable, write_model_card
-from ..adapter.config import GatedLoraConfig
-from ..base.files import write_whole
-from .curves import can_draw, draw_curves
+from ...adapter.card import EVALUATION_BEGIN, EVALUATION_END, README, is_replaceable, write_model_card
+from ...adapter.config import GatedLoraConfig
+from ...base.files import write_whole
+from ...base.plotting import can_draw
+from .curves import draw_curves
 from .results import Results
 from .tables import card_section, table_page
 

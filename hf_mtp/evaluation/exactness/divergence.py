@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..base.inspection import evaluation_mode, input_device
+from ...base.inspection import evaluation_mode, input_device
 
 # Rounding moves a logit by a few units, since it adds up over the layers. A bug moves it by hundreds.
 TIE_UNITS = 4.0

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from ..adapter.card import EVALUATION_BEGIN, EVALUATION_END
-from .methods import PLAIN, DecodingMethod
+from ...adapter.card import EVALUATION_BEGIN, EVALUATION_END
+from ..markdown import machine_line, markdown_table
+from ..methods import PLAIN, DecodingMethod
 from .results import Results, Summary
 
 BUSY = 0.75  # processes that wait for a processor besides this one, on average
@@ -119,26 +120,6 @@ def notes(results: Results) -> str:
         *(f"Left out: {name}. {reason}" for name, reason in results.left_out.items()),
     ]
     return "\n\n".join(lines) + "\n"
-
-
-def machine_line(machine: dict) -> str:
-    """Processor, threads and versions.
-
-    Args:
-        machine (`dict`): As from [`~hf_mtp.evaluation.compare.describe_machine`].
-    """
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}"
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown.
-
-    Args:
-        head (`list[str]`): Names of the columns.
-        rows (`list[list[str]]`): Cells.
-    """
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
 def _by_method(results: Results, cell: Callable[[Summary], str]) -> str:

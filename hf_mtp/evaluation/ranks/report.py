@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from ..base.files import write_whole
-from .curves import can_draw
-from .rank_figures import draw_ranks
-from .ranks import TOPS, ProbeResults
-from .results import ALL
-from .tables import machine_line, markdown_table
+from ...base.files import write_whole
+from ...base.plotting import can_draw
+from ..markdown import machine_line, markdown_table
+from ..measures import ALL
+from .figures import draw_ranks
+from .results import TOPS, ProbeResults
 
 TABLE = "probe.md"
 

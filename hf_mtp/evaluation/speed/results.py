@@ -7,12 +7,11 @@ The fields of these classes are the schema. docs/evaluation.md describes them; a
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .documents import fields_of, load_document, write_document
-from .measures import acceptance_per_position, quartiles, tokens_per_pass
-from .methods import PLAIN
+from ..documents import fields_of, load_document, write_document
+from ..measures import ALL, acceptance_per_position, quartiles, tokens_per_pass
+from ..methods import PLAIN
 
 SCHEMA = "hf_mtp.evaluation/1"
-ALL = "all"  # the name of all domains together
 FILE = "results.json"
 
 

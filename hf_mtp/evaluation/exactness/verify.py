@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from peft import PeftModel
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from ..base.inspection import evaluation_mode
-from ..base.randomness import own_randomness
-from ..decoding.noise import PositionNoise, draw_seed
-from .compare import describe_machine
-from .decoded import checked_config, decode_rows
+from ...base.inspection import evaluation_mode
+from ...base.machine import describe_machine
+from ...base.randomness import own_randomness
+from ...decoding.noise import PositionNoise, draw_seed
+from ...decoding.noise_processor import NoiseProcessor
+from ..decoded import checked_config, decode_rows
+from ..measures import first_difference
+from ..methods import STRATEGIES, DecodingMethod, methods_of
+from ..suites.prompts import EncodedPrompt, encode_prompts
+from ..suites.suite import Suite, load_suite
 from .divergence import Divergence, divergence_at
-from .measures import first_difference
-from .methods import STRATEGIES, DecodingMethod, methods_of
-from .prompts import EncodedPrompt, encode_prompts
-from .suites import Suite, load_suite
 from .two_sample import p_value
 
 SIGNIFICANT = 0.001  # how often a true equality may be taken for a difference
@@ -179,26 +180,10 @@ def _noises(model: PeftModel, rows: int) -> list[PositionNoise]:
     return [PositionNoise(seed, row, head.weight.shape[0], head.weight.device) for row in range(rows)]
 
 
-class AddedNoise(LogitsProcessor):
-    """Adds to each row's scores the noise of its output position. The largest sum is a draw (the Gumbel-max trick).
-
-    Args:
-        noises (`list[PositionNoise]`): The noise of each row.
-        prompt_length (`int`): Columns of the prompts, padding included.
-    """
-
-    def __init__(self, noises: list[PositionNoise], prompt_length: int):
-        self.noises, self.prompt_length = noises, prompt_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        position = input_ids.shape[1] - self.prompt_length
-        return scores + torch.stack([noise.at(position) for noise in self.noises]).to(scores.device)
-
-
 def _plain_options(noises: list[PositionNoise] | None, ids: list[list[int]]) -> dict:
     if noises is None:
         return {}
-    return {"logits_processor": LogitsProcessorList([AddedNoise(noises, max(map(len, ids)))])}
+    return {"logits_processor": LogitsProcessorList([NoiseProcessor(noises, max(map(len, ids)))])}
 
 
 def _divergences(

@@ -13,20 +13,19 @@ from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter.config import GatedLoraConfig
-from ..adapter.tuner import GatedLoraTuner
-from ..base.inspection import evaluation_mode, input_device
-from ..base.randomness import own_randomness
-from ..layout.blocks import IGNORE, BlockLayout, training_layout
-from ..objective.compute import drafted_features
-from ..passes.training_pass import TrainingPass, training_pass
-from .decoded import checked_config, decode_rows
-from .folder import refuse_other_run
+from ...adapter.config import GatedLoraConfig
+from ...adapter.tuner import GatedLoraTuner
+from ...base.inspection import evaluation_mode, input_device
+from ...base.randomness import own_randomness
+from ...layout.blocks import IGNORE, BlockLayout, training_layout
+from ...objective.compute import drafted_features
+from ...passes.training_pass import TrainingPass, training_pass
+from ..decoded import checked_config, decode_rows
+from ..run import describe_run, refuse_other_run
+from ..suites.prompts import EncodedPrompt, encode_prompts
+from ..suites.suite import Suite, load_suite
 from .placeholders import Placeholder, placeholders_of
-from .prompts import EncodedPrompt, encode_prompts
-from .ranks import FILE, ProbedText, ProbeResults, ProbeSettings, load_probe, summaries_of, token_ranks
-from .runner import describe_run
-from .suites import Suite, load_suite
+from .results import FILE, ProbedText, ProbeResults, ProbeSettings, load_probe, summaries_of, token_ranks
 
 AHEAD = 8  # placeholders of a base without an adapter
 MASKS_PER_CHUNK = 512

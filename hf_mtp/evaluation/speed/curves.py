@@ -1,9 +1,9 @@
 """Draws the results of an evaluation against k: tokens per pass, and speed by the wall clock."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...base.plotting import GREY, label_ends, save_figure, style
 from .results import Results
 
 if TYPE_CHECKING:
@@ -14,11 +14,6 @@ PANELS = {
     "tokens_per_pass": ("Tokens per pass", "new tokens per forward pass of the base, pooled"),
     "speedup": ("Speed", "plain decoding's seconds divided by ours, median over prompts"),
 }
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_curves(results: Results, folder: Path) -> list[Path]:
@@ -41,8 +36,6 @@ def draw_curves(results: Results, folder: Path) -> list[Path]:
         return []
     from matplotlib.figure import Figure
 
-    from .plotting import save_figure
-
     figure = Figure(figsize=(4.5 * len(strategies) + 1, 8), dpi=125, layout="constrained")
     grid = figure.subplots(len(PANELS), len(strategies), sharex=True, sharey="row", squeeze=False)
     for row, (measure, (title, subtitle)) in zip(grid, PANELS.items(), strict=True):
@@ -57,8 +50,6 @@ def _draw_panel(axes: "Axes", results: Results, measure: str, by_k: dict[int, st
     """One measure of one strategy against k."""
     from matplotlib import colormaps
     from matplotlib.ticker import FixedLocator
-
-    from .plotting import GREY, label_ends, style
 
     style(axes, *titles)
     axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)))

@@ -1,6 +1,5 @@
 """Measures an adapter: every prompt of a suite decoded with every method in turn. Knows nothing of tables or plots."""
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -10,17 +9,17 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..base.inspection import evaluation_mode, input_device
-from ..objective.simulation import SimulatedDecoding
-from .compare import describe_machine
-from .decoded import DecodedRows, checked_config, decode_rows, end_tokens
+from ...base.inspection import evaluation_mode
+from ...objective.simulation import SimulatedDecoding
+from ..decoded import DecodedRows, checked_config, decode_rows, end_tokens
+from ..measures import ALL, first_difference, repeated_share
+from ..methods import PLAIN, STRATEGIES, DecodingMethod, methods_of
+from ..run import describe_run
+from ..suites.prompts import EncodedPrompt, encode_prompts
+from ..suites.suite import Suite, load_suite
 from .folder import RunFolder
-from .measures import first_difference, repeated_share
-from .methods import PLAIN, STRATEGIES, DecodingMethod, methods_of
-from .prompts import EncodedPrompt, encode_prompts
-from .results import ALL, Answer, Call, Results, Settings, summarize_calls
+from .results import Answer, Call, Results, Settings, summarize_calls
 from .simulated import simulated_decoding
-from .suites import Suite, load_suite
 
 WARM_UP_TOKENS = 24
 
@@ -85,45 +84,6 @@ def evaluate(
         if results.complete:
             folder.finish()
     return results
-
-
-def describe_run(model: PeftModel, suite: Suite) -> dict[str, str | dict]:
-    """What every measurement says of its model, its prompts and the machine: some of the fields of [`Settings`].
-
-    Args:
-        model ([`~peft.PeftModel`]): An upgraded model.
-        suite ([`Suite`]): The prompts.
-    """
-    config = model.base_model.active_mtp_config
-    return {
-        "model": _name_of(model),
-        "adapter": {"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
-        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
-        "device": str(input_device(model).type),
-        "suite": {"name": suite.name, "fingerprint": suite.fingerprint, "prompts": len(suite.prompts)},
-        "machine": describe_machine(),
-    }
-
-
-def _name_of(model: PeftModel) -> str:
-    """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory."""
-    base = model.get_base_model()
-    name = base.name_or_path or type(base).__name__
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
-def adapter_fingerprint(model: PeftModel) -> str:
-    """16 hexadecimal digits that change with any weight of the active adapter, and not with the dtype it is held in.
-
-    Args:
-        model ([`~peft.PeftModel`]): An upgraded model.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if f".{model.active_adapter}" in name:
-            digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _batches(prompts: list[EncodedPrompt], size: int) -> list[list[EncodedPrompt]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .documents import fields_of, load_document, write_document
-from .results import ALL
+from ..documents import fields_of, load_document, write_document
+from ..measures import ALL
 
 SCHEMA = "hf_mtp.probe/1"
 FILE = "probe.json"

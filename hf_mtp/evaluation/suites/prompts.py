@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..data.prompts import encode_prompt
-from .suites import SuitePrompt
+from ...data.prompts import encode_prompt
+from .suite import SuitePrompt
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.embedding import mean_embedding
-from ..layout.blocks import BlockLayout
-from ..passes.training_pass import TrainingPass
+from ...base.embedding import mean_embedding
+from ...layout.blocks import BlockLayout
+from ...passes.training_pass import TrainingPass
 
 REPEATED, MEAN = "last token repeated", "mean embedding"
 

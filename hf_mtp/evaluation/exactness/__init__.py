@@ -1,0 +1,1 @@
+"""`verify`: whether the output is that of plain decoding."""

@@ -1,0 +1,21 @@
+"""Parts of reports in Markdown. Knows nothing of what was measured."""
+
+
+def machine_line(machine: dict) -> str:
+    """Processor, threads and versions.
+
+    Args:
+        machine (`dict`): As from [`~hf_mtp.base.machine.describe_machine`].
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}"
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        head (`list[str]`): Names of the columns.
+        rows (`list[list[str]]`): Cells.
+    """
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])

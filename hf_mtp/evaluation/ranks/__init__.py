@@ -1,0 +1,1 @@
+"""`probe`: what a model knows of later tokens, as their ranks."""

@@ -1,0 +1,1 @@
+"""`evaluate`: tokens per pass and speed."""

@@ -1,0 +1,1 @@
+"""Suites of prompts: what is in them, and how they are read."""
