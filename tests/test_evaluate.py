@@ -14,6 +14,7 @@ from tiny_training import taught
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
 from hf_mtp.evaluation.decoded import decode_rows
+from hf_mtp.evaluation.run import adapter_fingerprint
 from hf_mtp.evaluation.speed import runner as runner_module
 from hf_mtp.evaluation.speed.results import Answer, Call, Results, Settings, Summary, summarize_calls
 from hf_mtp.evaluation.speed.tables import table_page
@@ -294,9 +295,9 @@ def test_a_model_without_an_adapter_is_refused():
 
 
 def test_the_fingerprint_is_of_the_adapters_weights_and_not_of_their_dtype():
-    prints = [runner_module.adapter_fingerprint(made) for made in (upgraded(), upgraded().double(), upgraded(seed=9))]
+    prints = [adapter_fingerprint(made) for made in (upgraded(), upgraded().double(), upgraded(seed=9))]
     assert prints[0] == prints[1] != prints[2]
-    assert prints[0] == runner_module.adapter_fingerprint(upgraded(tiny_base("llama", seed=3)))
+    assert prints[0] == adapter_fingerprint(upgraded(tiny_base("llama", seed=3)))
 
 
 # ---------------------------------------------------------------- files

@@ -157,7 +157,9 @@ def test_a_trainer_pushes_the_adapter_with_its_card(strategy, pushed):
     during = [
         commit.message for commit in repository.commits if commit.message.startswith("Training in progress, step")
     ]
-    assert len(during) == {"end": 0, "every_save": 2}.get(strategy, 4)
+    most = {"end": 0, "every_save": 2}.get(strategy, 4)
+    # Uploads run beside training. A late one finds the weights of the next save, which then has nothing to commit.
+    assert most - (most > 0) <= len(during) <= most
     steps = {path.split("/")[0] for path in files if "/" in path and "checkpoint" in path}
     expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}
     assert steps == expected.get(strategy, set())

@@ -156,7 +156,7 @@ ALLOWED = {
         "A load average above 0.75": SETTING,
         "The harness (0.4.13)": VERSION,
     },
-    "docs/serving.md": {"`--max-body-bytes` (2 MiB)": SETTING},
+    "docs/serving.md": {"(2 MiB) for large data URLs": SETTING},
     "docs/how-it-works.md": {"below 1.5 % of the cost": SETTING},
     "docs/scale.md": {
         "second environment (3.3 GB)": "the size of a download",

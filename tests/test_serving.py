@@ -528,7 +528,8 @@ def test_a_second_ctrl_c_stops_at_once(adapter):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "hf_mtp.cli.main", "serve", adapter, "--port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stderr": subprocess.STDOUT, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heed_ctrl_c) as process:
         assert any("serves" in line for line in process.stdout)
         wait_until(lambda: is_healthy(port))
         with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -541,6 +542,10 @@ def test_a_second_ctrl_c_stops_at_once(adapter):
             output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in output
+
+
+def heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts in the background ignore Ctrl-C
 
 
 def is_healthy(port: int) -> bool:

@@ -64,9 +64,11 @@ class Prompt:
         """
         cache, embeds = model_kwargs.get(cache_name(model_kwargs)), model_kwargs.get("inputs_embeds")
         read = 0 if cache is None else _tokens_read(cache)
-        unread = _unread(input_ids, embeds, model_kwargs.get("attention_mask"), mask_length, read)
+        mask = model_kwargs.get("attention_mask")
+        unread = _unread(input_ids, embeds, mask, mask_length, read)
         columns, rows = read + unread.shape[1], list(range(len(input_ids)))
-        start_B, hidden_BP = _padding(model_kwargs.get("attention_mask"), len(rows), columns, unread.device)
+        _check_mask(mask_length if mask is None else mask.shape[1], columns)
+        start_B, hidden_BP = _padding(mask, len(rows), columns, unread.device)
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         positions, extra = model_kwargs.get("position_ids") if takes_positions else None, ExtraInputs()
         is_text = not _is_more_than_text(model_kwargs) and _count_up(positions, start_B, columns)
@@ -156,17 +158,20 @@ def _tokens_read(cache: Cache) -> int:
     return 0
 
 
+def _check_mask(length: int | None, columns: int) -> None:
+    if length not in (None, columns):
+        raise ValueError(
+            f"`attention_mask` has {length} columns, but the prompt and the tokens of a cache that was passed have "
+            f"{columns}. Pass the mask that the tokenizer returned with these ids."
+        )
+
+
 def _padding(
     mask: torch.Tensor | None, batch: int, columns: int, device: torch.device
 ) -> tuple[torch.LongTensor, torch.BoolTensor]:
     """`(B,)`: columns of padding at the left of each row; `(B, columns)`, or `(B, 0)`: other hidden columns."""
     if mask is None:
         mask = torch.ones(batch, columns, device=device)
-    if mask.shape[1] != columns:
-        raise ValueError(
-            f"`attention_mask` has {mask.shape[1]} columns, but the prompt and the tokens of a cache that was passed "
-            f"have {columns}. Pass the mask that the tokenizer returned with these ids."
-        )
     mask_BP = mask.bool().to(device)
     if not mask_BP.any(dim=1).all():
         row = int((~mask_BP.any(dim=1)).nonzero()[0])
