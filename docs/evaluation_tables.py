@@ -16,8 +16,12 @@ def verification() -> str:
             units = [divergence["units"] for divergence in one["divergences"]]
             ties = sum(divergence["tie"] for divergence in one["divergences"])
             gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
-            rows.append([report["dtype"], one["way"], f"{one['answers'] - len(units)} of {one['answers']}", gaps])
-    return table(["dtype", "method", "equal answers", "differences"], rows) + f"\n{machine(reports[0])}.\n"
+            equal = f"{one['answers'] - len(units)} of {one['answers']}"
+            rows.append([report["dtype"], one["mode"], one["way"], equal, gaps])
+    tests = " and ".join(f"p = {report['p_value']:.2f} in {report['dtype']}" for report in reports)
+    head = ["dtype", "decoding", "method", "equal answers", "differences"]
+    note = f"Up to {reports[0]['max_new_tokens']} tokens; two-sample test: {tests}; {machine(reports[0])}."
+    return f"{table(head, rows)}\n{note}\n"
 
 
 def commands() -> str:
