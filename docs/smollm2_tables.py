@@ -208,3 +208,19 @@ def smollm2_recipe() -> str:
     head = ["run", *NAMES.values(), "steps", "masks", "parameters"]
     what = f"{report['seconds']:.0f} s of the processor each, {report['prompts']} held-out prompts of each kind"
     return table(head, rows) + f"\n{what}; {machine(report)}.\n"
+
+
+def smollm2_layers() -> str:
+    """What an adapter loses without the LoRA of some layers."""
+    report = load("layers")
+    whole = report["left_out"]["nothing"]["tokens_per_step"]
+    rows = [
+        [
+            group,
+            str(found["layers"]),
+            *(f"{rate:.2f} ({rate / whole[name] - 1:+.0%})" for name, rate in found["tokens_per_step"].items()),
+        ]
+        for group, found in report["left_out"].items()
+    ]
+    head = ["without the LoRA of", "layers", *NAMES.values()]
+    return table(head, rows) + f"\n{report['prompts']} held-out prompts of each kind; {machine(report)}.\n"
