@@ -66,12 +66,7 @@ def whole_number(body: dict, name: str, least: int, most: int) -> int | None:
         name (`str`): Name of the field.
         least, most (`int`): The numbers that are taken.
     """
-    value = body.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise bad_request(f"`{name}` must be an integer from {least} to {most}, but got {value!r}.")
-    return value
+    return _within(body, name, least, most, int, "an integer")
 
 
 def number(body: dict, name: str, least: float, most: float) -> float | None:
@@ -82,9 +77,13 @@ def number(body: dict, name: str, least: float, most: float) -> float | None:
         name (`str`): Name of the field.
         least, most (`float`): The numbers that are taken.
     """
+    return _within(body, name, least, most, int | float, "a number")
+
+
+def _within(body: dict, name: str, least: float, most: float, kind: type, called: str) -> int | float | None:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise bad_request(f"`{name}` must be a number from {least:g} to {most:g}, but got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        raise bad_request(f"`{name}` must be {called} from {least} to {most}, but got {value!r}.")
     return value

@@ -20,8 +20,8 @@ from .acceptance import MaskAcceptance
 from .base import Drafts, no_drafts
 
 SHORTLIST = 32  # with masks trained, the right token is among the first ten (Samragh et al., arXiv 2507.11851, fig. 2)
-# A mask does not know the tokens just before its own, so it is less certain than the base will be. Raised to this
-# power, its distribution hits the base's choice most often (docs/benchmarks.md, "Sampled drafts").
+# A mask does not know the tokens just before its own, so it is less certain than the base will be. A power of its
+# distribution above 1 hits the base's choice more often; 1.25 is about as good (docs/benchmarks.md, "Sampled drafts").
 SHARPNESS = 1.5
 # Processors that also work on a shortlist. Others use token ids as indices.
 SHORTLIST_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
