@@ -120,21 +120,18 @@ def draft(
     score_BKC, candidate_BKC = logits_BKV.topk(min(SHORTLIST, logits_BKV.shape[-1]), dim=-1)
     if sampler is not None:
         refine, rescore = sampler.refiner(hidden_BKD), _shortlisted(unembedding, candidate_BKC)
-    tokens, confidences, others = [], [], []
+    scores, ranked = [], []  # of each step: all candidates' scores, and the best candidates in order
     for step, candidate_BC in enumerate(candidate_BKC.unbind(dim=1)):
         score_BC = score_BKC[:, step].float() if sampler is None else rescore(step, refine(step, embedding(pending_B)))
         if noise_of is not None:
             score_BC = warpers(None, score_BC) + noise_of(step, candidate_BC) / SHARPNESS
-        best_B1 = score_BC.argmax(dim=-1, keepdim=True)
-        if siblings:
-            others.append(
-                candidate_BC.gather(1, score_BC.topk(min(1 + siblings, score_BC.shape[1]), dim=-1).indices[:, 1:])
-            )
-        confidences.append(score_BC.softmax(dim=-1).gather(1, best_B1))
-        pending_B = candidate_BC.gather(1, best_B1)[:, 0]
-        tokens.append(pending_B)
-    sibling_BKC = torch.stack(others, dim=1) if siblings else None
-    return Drafts(torch.stack(tokens, dim=1), torch.cat(confidences, dim=1), sibling_BKC=sibling_BKC)
+        best_BW = score_BC.topk(min(1 + siblings, score_BC.shape[1]), dim=-1).indices
+        scores.append(score_BC)
+        ranked.append(candidate_BC.gather(1, best_BW))
+        pending_B = ranked[-1][:, 0]
+    ranked_BKW = torch.stack(ranked, dim=1)
+    confidence_BK = torch.stack(scores, dim=1).softmax(dim=-1).amax(dim=-1)
+    return Drafts(ranked_BKW[..., 0], confidence_BK, sibling_BKC=ranked_BKW[..., 1:] if siblings else None)
 
 
 def _noise_of(sequences: list[Sequence]) -> Callable[[int, torch.LongTensor], torch.Tensor]:
