@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.cli.main import app as command
+from hf_mtp.decoding.batch import Batch
 from hf_mtp.serving import manager
 from hf_mtp.serving.limits import Limits
 from hf_mtp.serving.server import Server, ServerSettings
@@ -420,6 +421,33 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapt
             complete(client, adapter, "hello")
     finally:
         del loop.step
+    assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
+
+
+@pytest.mark.parametrize("change", ["admit", "retire"])
+def test_a_batch_that_cannot_change_ends_its_requests_and_no_others(client, server, adapter, change, monkeypatch):
+    engine = server.state.manager._engine
+    step, both = engine.loop.step, threading.Event()
+
+    def step_once_both_came(batch):
+        wait_until(lambda: both.is_set() or not engine.waiting.empty())
+        both.set()
+        return step(batch)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room for another row")
+
+    engine.loop.step = step_once_both_came
+    monkeypatch.setattr(Batch, change, fail)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(complete, client, adapter, text, timeout=30) for text in ("one", "two")]
+        for answer in answers:
+            with pytest.raises(openai.InternalServerError, match="no room for another row"):
+                answer.result()
+    finally:
+        del engine.loop.step
+        monkeypatch.undo()
     assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
 
 
