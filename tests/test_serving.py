@@ -475,6 +475,14 @@ BAD = {
     "another model": ({"model": "other"}, "pinned"),
     "a prompt longer than the context": ({"messages": messages("x" * CONTEXT)}, "The prompt has 263 tokens"),
     "beam search": ({"extra_body": {"generation_config": '{"num_beams": 3, "max_new_tokens": 4}'}}, "num_beams=3"),
+    "several rows": (
+        {"temperature": 1, "extra_body": {"generation_config": '{"num_return_sequences": 2, "do_sample": true}'}},
+        "`num_return_sequences=2` of `generation_config` is not supported by this server. Send `n` instead",
+    ),
+    "a stop that is no text": (
+        {"stream": True, "extra_body": {"stop": ["x", 5]}},
+        "`stop` must be a string or a list",
+    ),
     "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
     "too many choices": ({"n": 9, "stream": True}, "`n` must be an integer from 1 to 8"),
 }
