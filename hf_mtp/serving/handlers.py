@@ -81,8 +81,8 @@ class CheckedHandler:
         config = super()._build_generation_config(own, model_generation_config, use_cb=use_cb)
         if (config.num_return_sequences or 1) > 1:
             raise bad_request(
-                f"`num_return_sequences={config.num_return_sequences}` of `generation_config` is not supported by this "
-                "server. Send `n` instead."
+                f"`num_return_sequences={config.num_return_sequences}` of `generation_config` is not supported by "
+                "this server. Send `n` instead."
             )
         if body.get("generation_config") is None:
             _sample_if_asked(config, body)
