@@ -43,7 +43,7 @@ def load_model(
         kind = AutoModelForImageTextToText if takes_images(name, **kwargs) else AutoModelForCausalLM
         return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device)
     adapter = PeftConfig.from_pretrained(name, **hub)
-    base = {**kwargs, "revision": adapter.revision}
+    base = _of_base(adapter, kwargs)
     if takes_images(adapter.base_model_name_or_path, **base):
         model = AutoModelForImageTextToText.from_pretrained(adapter.base_model_name_or_path, dtype=dtype, **base)
         return PeftModel.from_pretrained(model, name, **hub).to(device)
@@ -124,9 +124,10 @@ def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, 
         kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
     """
     if isinstance(model, PeftModel):
-        return AutoTokenizer.from_pretrained(model.name_or_path)
+        return AutoTokenizer.from_pretrained(model.name_or_path, **_of_base(model.active_peft_config, kwargs))
     if model is None and is_adapter(name, **kwargs):
-        return AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(name, **kwargs).base_model_name_or_path)
+        config = PeftConfig.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(config.base_model_name_or_path, **_of_base(config, kwargs))
     return AutoTokenizer.from_pretrained(name, **kwargs)
 
 
@@ -137,8 +138,14 @@ def load_processor(name: str, **kwargs) -> ProcessorMixin | PreTrainedTokenizerB
         name (`str`): Hub id or folder of the adapter.
         kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
     """
-    base = PeftConfig.from_pretrained(name, **kwargs).base_model_name_or_path
-    return AutoProcessor.from_pretrained(base) if takes_images(base) else load_tokenizer(name, **kwargs)
+    config = PeftConfig.from_pretrained(name, **kwargs)
+    base, hub = config.base_model_name_or_path, _of_base(config, kwargs)
+    return AutoProcessor.from_pretrained(base, **hub) if takes_images(base, **hub) else load_tokenizer(name, **kwargs)
+
+
+def _of_base(adapter: PeftConfig, hub: dict) -> dict:
+    """Arguments of `from_pretrained` for the base of an adapter, which may pin a revision of its base."""
+    return {**hub, "revision": adapter.revision or "main"}
 
 
 def takes_images(name: str, **kwargs) -> bool:

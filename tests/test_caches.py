@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 from transformers.generation import StoppingCriteria
 
 from hf_mtp.base.tiny import tiny_model
+from hf_mtp.cache.rollback import RollbackCache
 from hf_mtp.decoding.checks import QuantizedLayer, refuse_cache
 from hf_mtp.evaluation.support import Rehearsal
 
@@ -229,3 +230,67 @@ def test_a_quantized_cache_is_refused():
     cache.layers, cache._is_user_defined = [object.__new__(rounded)], True
     with pytest.raises(ValueError, match="quantized.*rounds keys and values"):
         refuse_cache(cache, columns=9)
+
+
+# ---------------------------------------------------------------- offloading
+
+
+class Underway:
+    """The stream of an offloaded cache whose first layer is on its way back: it arrives when somebody waits."""
+
+    def __init__(self, layer):
+        self.layer, self.states = layer, (layer.keys, layer.values)
+        layer.keys, layer.values = (torch.full_like(states, torch.nan) for states in self.states)
+
+    def synchronize(self) -> None:
+        for place, states in zip((self.layer.keys, self.layer.values), self.states, strict=True):
+            place.copy_(states)
+
+
+def filled(cache: Cache, columns: int = 6, rows: int = 2) -> Cache:
+    generator = torch.Generator().manual_seed(0)
+    for index in range(2):
+        cache.update(*torch.randn(2, rows, 1, columns, 4, generator=generator), index)
+    return cache
+
+
+def rollback() -> RollbackCache:
+    cache = filled(RollbackCache(torch.zeros(2, dtype=torch.long)))
+    cache.keep([6, 6])
+    return cache
+
+
+def read_as(way: str, cache: Cache) -> Cache:
+    if way == "adopt":
+        made = RollbackCache(torch.zeros(2, dtype=torch.long))
+        made.adopt(cache)
+        return made
+    if way == "give_back":
+        return cache.give_back(DynamicCache())
+    if way == "gather":
+        cache.keep([-3, -3])
+        cache.gather([[0, 2], [0, 1]])
+    else:
+        cache.select_rows([1])
+    return cache
+
+
+@pytest.mark.parametrize("way", ["adopt", "give_back", "gather", "select_rows"])
+def test_a_layer_on_its_way_back_to_the_device_is_waited_for(way):
+    make = (lambda: filled(DynamicCache())) if way == "adopt" else rollback
+    expected, cache = read_as(way, make()), make()
+    cache.offloading, cache.prefetch_stream = True, Underway(cache.layers[0])
+    for found, layer in zip(read_as(way, cache).layers, expected.layers, strict=True):
+        assert torch.equal(found.keys, layer.keys) and torch.equal(found.values, layer.values)
+
+
+def test_offloaded_layers_are_given_back_on_the_device_of_the_model():
+    class Given(DynamicCache):
+        def update(self, keys, values, index):
+            places.extend([keys.device.type, values.device.type])
+
+    cache, places = rollback(), []
+    for layer in cache.layers:
+        layer.device = torch.device("meta")  # stands for a GPU: the layer's storage is on the CPU
+    cache.give_back(Given())
+    assert places == ["meta"] * 4

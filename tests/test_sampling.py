@@ -1,6 +1,7 @@
 """Sampling with `mtp=True`: one seed gives one text, however it is decoded, and texts have the base's distribution."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny_models import adapter_parameters, prompt, randomised, tiny_base, upgra
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.decoding import generate
 from hf_mtp.decoding.drafters.masks import SHARPNESS
 from hf_mtp.decoding.noise import PositionNoise
 from hf_mtp.objective.recipe import get_recipe
@@ -149,6 +151,21 @@ def test_the_seed_of_torch_or_of_a_generator(model):
     assert sample(model, ids()) != sample(model, ids(), seed=SEED + 1)
     torch.manual_seed(0)
     assert not torch.equal(*(model.generate(ids(), do_sample=True, max_new_tokens=12, mtp=True) for _ in range(2)))
+
+
+@pytest.mark.parametrize("way", ["mtp=False", "disabled", "a model that decodes plainly"])
+@pytest.mark.filterwarnings("ignore:generate.mtp=True. was called while the adapter is disabled")
+def test_a_generator_seeds_plain_decoding(model, way, monkeypatch):
+    if way == "a model that decodes plainly":
+        monkeypatch.setattr(generate, "speculation_mode", lambda _: generate.SpeculationMode.NONE)
+
+    def of(seed: int) -> list:
+        with model.disable_adapter() if way == "disabled" else nullcontext():
+            return sample(model, ids(), seed=seed, mtp=way != "mtp=False", mtp_strategy="auto")
+
+    state = torch.get_rng_state()
+    assert of(0) == of(0) != of(1)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_generator_leaves_the_random_state_of_the_process_alone(model):

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.cli.main import app as command
+from hf_mtp.decoding.batch import Batch
 from hf_mtp.serving import manager
 from hf_mtp.serving.limits import Limits
 from hf_mtp.serving.server import Server, ServerSettings
@@ -423,6 +424,33 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapt
     assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
 
 
+@pytest.mark.parametrize("change", ["admit", "retire"])
+def test_a_batch_that_cannot_change_ends_its_requests_and_no_others(client, server, adapter, change, monkeypatch):
+    engine = server.state.manager._engine
+    step, both = engine.loop.step, threading.Event()
+
+    def step_once_both_came(batch):
+        wait_until(lambda: both.is_set() or not engine.waiting.empty())
+        both.set()
+        return step(batch)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room for another row")
+
+    engine.loop.step = step_once_both_came
+    monkeypatch.setattr(Batch, change, fail)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(complete, client, adapter, text, timeout=30) for text in ("one", "two")]
+        for answer in answers:
+            with pytest.raises(openai.InternalServerError, match="no room for another row"):
+                answer.result()
+    finally:
+        del engine.loop.step
+        monkeypatch.undo()
+    assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
+
+
 # ---------------------------------------------------------------- bad requests
 
 BAD = {
@@ -447,6 +475,14 @@ BAD = {
     "another model": ({"model": "other"}, "pinned"),
     "a prompt longer than the context": ({"messages": messages("x" * CONTEXT)}, "The prompt has 263 tokens"),
     "beam search": ({"extra_body": {"generation_config": '{"num_beams": 3, "max_new_tokens": 4}'}}, "num_beams=3"),
+    "several rows": (
+        {"temperature": 1, "extra_body": {"generation_config": '{"num_return_sequences": 2, "do_sample": true}'}},
+        "`num_return_sequences=2` of `generation_config` is not supported by this server. Send `n` instead",
+    ),
+    "a stop that is no text": (
+        {"stream": True, "extra_body": {"stop": ["x", 5]}},
+        "`stop` must be a string or a list",
+    ),
     "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
     "too many choices": ({"n": 9, "stream": True}, "`n` must be an integer from 1 to 8"),
 }

@@ -11,11 +11,18 @@ from transformers import (
     StoppingCriteriaList,
     TemperatureLogitsWarper,
 )
+from transformers.generation import EosTokenCriteria
 
+from hf_mtp.decoding.batch import Batch
 from hf_mtp.decoding.drafters.base import Drafts, no_drafts
 from hf_mtp.decoding.noise import PositionNoise
+from hf_mtp.decoding.outcome import Origin, Outcome
 from hf_mtp.decoding.sequence import Sequence
+from hf_mtp.decoding.statistics import MTPStatistics
 from hf_mtp.decoding.verification import chosen_tokens, noise_of, verify_in_order, verify_together
+from hf_mtp.decoding.verifier import Verifier
+from hf_mtp.layout.mask_plan import no_masks
+from hf_mtp.passes.decoding_pass import PassOutput
 
 V, CPU = 6, torch.device("cpu")
 
@@ -201,3 +208,24 @@ def test_processors_may_write_into_what_they_get():
         None,
     )
     assert torch.equal(logits, given)
+
+
+# ---------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_looked_up_draft_that_ends_the_text_counts(in_step):
+    tokens, end = torch.tensor([2, 3, 4]), 4
+    logits = torch.nn.functional.one_hot(torch.tensor([[2, 3, 4, 5]]), V).float()
+    # Two alternatives, the second one right, and behind it a chain to the end of the text.
+    drafts = Drafts(torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4), torch.tensor([[0, 0, 2, 3]]))
+    logits = logits[:, [0, 0, 1, 2, 3]]  # after the pending token, the wrong draft, and the right ones
+    criteria = StoppingCriteriaList([MaxLengthCriteria(99), EosTokenCriteria(end)])
+    verifier = Verifier(LogitsProcessorList(), criteria, 1, in_step=in_step)
+    batch = Batch(rows(1), None, torch.zeros(1, 5, dtype=torch.long), drafts)
+    output = PassOutput(logits, torch.zeros(1, 0, 1), 0, [3])
+    verified, origins = verifier(batch, output), [[Origin(1, place) for place in (1, 1, 2, 3)]]
+    assert verified.tokens == [tokens.tolist()] and verified.accepted == [3]
+    statistics = MTPStatistics()
+    statistics.count_pass(Outcome(batch.sequences, 5, no_masks(1, 5, 1, CPU), output, verified, origins))
+    assert statistics.accepted == statistics.looked_up == 3

@@ -155,8 +155,7 @@ class RollbackCache(Cache):
         same = next((place for place in range(width) if any(row[place] != place for row in moves)), width)
         if same == width:
             return
-        if self.offloading:  # the first layer may be on its way back to the device
-            self.prefetch_stream.synchronize()
+        _wait_for_layers(self)
         length_B1 = self.rows.length_B[:, None]
         source_BP = length_B1 + torch.tensor([row[same:] for row in moves], device=length_B1.device)
         target_BP = length_B1 + torch.arange(same, width, device=length_B1.device)
@@ -169,6 +168,7 @@ class RollbackCache(Cache):
         index = torch.tensor(rows, device=self.rows.length_B.device)
         self.rows.select(rows, index)
         self.extra_inputs = {name: value[index.to(value.device)] for name, value in self.extra_inputs.items()}
+        _wait_for_layers(self)
         for layer in self.layers:
             if layer.is_initialized:  # else cross-attention to an image, without an image
                 there = index.to(layer.keys.device)
@@ -180,6 +180,7 @@ class RollbackCache(Cache):
         A layer with a sliding window may hold only the last tokens; it needs no others.
         """
         length = int(given.get_seq_length())
+        _wait_for_layers(given)
         for index, layer in enumerate(given.layers):
             if not layer.is_initialized:
                 continue
@@ -198,11 +199,14 @@ class RollbackCache(Cache):
             return given
         start_B = self.rows.start_B
         in_row = (torch.arange(known, length, device=start_B.device) >= start_B[:, None])[:, None, :, None]
+        _wait_for_layers(self)
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, RollbackLayer) or not layer.is_initialized:
                 continue
-            inside = in_row.to(layer.keys.device)
-            given.update(layer.keys[:, :, known:length] * inside, layer.values[:, :, known:length] * inside, index)
+            inside = in_row.to(layer.device)
+            # They may be offloaded, and a new layer of `given` stays on the device of the first states that it gets.
+            new = (states.to(layer.device)[:, :, known:length] for states in (layer.keys, layer.values))
+            given.update(*(states * inside for states in new), index)
         return given
 
     def append_rows(self, other: "RollbackCache") -> None:
@@ -224,6 +228,15 @@ class RollbackCache(Cache):
         for index in layers:
             self.layers[index] = copy.copy(cache.layers[index])
         self.extra_inputs = extra_inputs
+
+
+def _wait_for_layers(cache: Cache) -> None:
+    """Waits until no layer of an offloaded cache is on its way back to the device, as the first one is after a pass.
+
+    Only transformers' `update` waits by itself. All other readers would get what has not arrived yet.
+    """
+    if cache.offloading:
+        cache.prefetch_stream.synchronize()
 
 
 def _put(storage: torch.Tensor, column_BN: torch.LongTensor, states_BNHD: torch.Tensor) -> None:

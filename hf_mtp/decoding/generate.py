@@ -10,11 +10,13 @@ from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriter
 from transformers.utils import logging
 
 from ..base.inspection import refuse_attention_without_masks, refuse_without_weights
+from ..base.randomness import own_randomness
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .call import GenerateCall
 from .checks import refuse_arguments
 from .drafters.base import Drafts
 from .drafters.masks import draft
+from .noise import draw_seed
 from .schedule.store import ScheduleStore
 from .statistics import MTPStatistics
 
@@ -50,7 +52,8 @@ class GenerationMixin:
 
         Args:
             mtp (`bool`, *optional*, defaults to `False`):
-                Whether to use multi-token prediction. If not, this is exactly the base model's `generate`.
+                Whether to use multi-token prediction. If not, this is exactly the base model's `generate`, which a
+                `generator` seeds, too.
             mtp_strategy (`str`, *optional*, defaults to `"auto"`):
                 `"quadratic"` appends a whole block of masks to every draft, so that each pass has drafts to verify.
                 `"linear"` appends a block to the last draft only: passes are shorter, but after a rejected draft the
@@ -86,19 +89,19 @@ class GenerationMixin:
         configs = [c for c in (kwargs.get("generation_config"), self.model.generation_config) if c is not None]
         asked = {name: _first_given(value, name, configs) for name, value in asked.items()}
         if not asked["mtp"]:
-            return self.model.generate(**kwargs)
+            return self._generate_plainly(generator, kwargs)
         if self.adapters_disabled:
             warnings.warn(
                 "generate(mtp=True) was called while the adapter is disabled, so it uses plain decoding, one token "
                 "per forward pass. The output is the same.",
                 stacklevel=2,
             )
-            return self.model.generate(**kwargs)
+            return self._generate_plainly(generator, kwargs)
         refuse_without_weights(self.model)
         k = self._checked_k(asked["mtp_k"])
         strategy, mode = self._checked_strategy(asked["mtp_strategy"] or "auto")
         if strategy is None:
-            return self.model.generate(**kwargs)
+            return self._generate_plainly(generator, kwargs)
         healing = _first_given(kwargs.get("token_healing"), "token_healing", configs)
         refuse_arguments({**kwargs, "token_healing": healing})
         stop_strings_to_criteria(kwargs, configs)
@@ -107,6 +110,13 @@ class GenerationMixin:
         call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus, bitwise)
         set_use_cache(kwargs)
         return self.model.generate(custom_generate=call, **kwargs)
+
+    def _generate_plainly(self, generator: torch.Generator | None, kwargs: dict):
+        """Plain decoding. transformers' own `generate` takes no generator, and would draw from torch's global one."""
+        if generator is None:
+            return self.model.generate(**kwargs)
+        with own_randomness(draw_seed(generator)):
+            return self.model.generate(**kwargs)
 
     def _checked_k(self, mtp_k: int | None) -> int:
         trained = self.active_mtp_config.k

@@ -81,12 +81,12 @@ class Verifier:
             right, _, is_finite = values[width : width + 3]
             _refuse_nonfinite(is_finite)
             row_tokens = self._cut(row, values[: right + 1])
-            path = values[width + 3 :][: len(row_tokens)]
-            here = index, path if paths else slice(len(row_tokens))
+            path = values[width + 3 :]
+            here = index, path[: len(row_tokens)] if paths else slice(len(row_tokens))
             row.append(token_BR[index, : len(row_tokens)], logits_BRV[here], score_BRV[here])
             tokens.append(row_tokens)
-            columns.append(path)
             accepted.append(min(right, len(row_tokens)))
+            columns.append(path[: 1 + accepted[-1]])
         pending_B = token_BR.gather(1, accepted_B[:, None])[:, 0]
         anchor_B = accepted_B if path_BR is None else path_BR.gather(1, accepted_B[:, None])[:, 0]
         offered = [values[width + 1] for values in read]
@@ -133,7 +133,7 @@ class Verifier:
             torch.cat([row.ids_1S[0, -1:] for row in rows]).to(device),
             torch.tensor([visited[-1] if visited else 0 for visited in kept], device=device),
             had_ended,
-            None if drafts.parent_BK is None else kept,
+            None if drafts.parent_BK is None else columns,
         )
 
 

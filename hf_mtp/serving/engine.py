@@ -90,10 +90,14 @@ class Engine:
         self._warm_up()
         self._ready.set()
         while not self._stopping.is_set():
-            self._admit()
-            self._retire()
-            if self.batch is not None:
-                self._step()
+            try:
+                self._admit()
+                self._retire()
+                if self.batch is not None:
+                    self._deliver(self._pass(self.batch))
+            except Exception as error:  # of the whole batch, such as running out of memory
+                logger.exception("A forward pass failed, and so did the requests in its batch.")
+                self._fail(error)
         self._fail(RuntimeError("The server is shutting down."))
         while not self.waiting.empty():
             request = self.waiting.get()
@@ -145,13 +149,6 @@ class Engine:
             self.batch = None
         else:
             self.batch.retire()
-
-    def _step(self) -> None:
-        try:
-            self._deliver(self._pass(self.batch))
-        except Exception as error:  # of a pass over all rows, such as running out of memory
-            logger.exception("A forward pass failed, and so did the requests in its batch.")
-            self._fail(error)
 
     def _pass(self, batch: Batch) -> Outcome:
         """One pass of the decode loop, and its counts."""

@@ -15,7 +15,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.utils import logging
 
 from .choices import joined, merged, with_openai_errors
-from .limits import Limits, bad_request, number, refuse_ignored_fields, whole_number
+from .limits import Limits, bad_request, number, refuse_ignored_fields, refuse_no_text, whole_number
 from .messages import check_messages, load_images
 
 logger = logging.get_logger(__name__)
@@ -50,6 +50,7 @@ class CheckedHandler:
         number(body, "top_p", 0, 1)
         for name in LENGTHS:
             whole_number(body, name, 1, self.limits.new_tokens)
+        refuse_no_text(body, "stop")
         check_messages(body, self.model_manager.takes_images)
         await load_images(body)
         if choices == 1:
@@ -78,6 +79,11 @@ class CheckedHandler:
         # The host would seed torch's global generator.
         own = {name: value for name, value in body.items() if name != "seed"}
         config = super()._build_generation_config(own, model_generation_config, use_cb=use_cb)
+        if (config.num_return_sequences or 1) > 1:
+            raise bad_request(
+                f"`num_return_sequences={config.num_return_sequences}` of `generation_config` is not supported by "
+                "this server. Send `n` instead."
+            )
         if body.get("generation_config") is None:
             _sample_if_asked(config, body)
         asked = next((body[name] for name in LENGTHS if body.get(name) is not None), config.max_new_tokens)

@@ -80,6 +80,19 @@ def number(body: dict, name: str, least: float, most: float) -> float | None:
     return _within(body, name, least, most, int | float, "a number")
 
 
+def refuse_no_text(body: dict, name: str) -> None:
+    """Raises for a field that is neither a string nor a list of strings, nor left out.
+
+    Args:
+        body (`dict`): The body of the request.
+        name (`str`): Name of the field.
+    """
+    value = body.get(name)
+    strings = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(string, str) for string in strings):
+        raise bad_request(f"`{name}` must be a string or a list of strings, but got {value!r}.")
+
+
 def _within(body: dict, name: str, least: float, most: float, kind: type, called: str) -> int | float | None:
     value = body.get(name)
     if value is None:
