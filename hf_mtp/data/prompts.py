@@ -1,5 +1,6 @@
 """The prompt of a dataset row, and the row with a new response, for every TRL dataset format that has a prompt."""
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,19 +78,20 @@ def encode_prompt(prompt: TextOrTurns, tokenizer: PreTrainedTokenizerBase, row: 
     Args:
         prompt (`str` or `list[dict]`): Text, or the turns of a conversation.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
-        row (`dict`, *optional*): The row it is from, for its `tools` and `chat_template_kwargs`.
+        row (`dict`, *optional*): The row it is from, for its `tools`, a list or its JSON, and `chat_template_kwargs`.
     """
     if not prompt:
         return []
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     row = row or {}
+    tools = row.get("tools")
     encoded = tokenizer.apply_chat_template(
         prompt,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        tools=row.get("tools") or None,
+        tools=(json.loads(tools or "null") if isinstance(tools, str) else tools) or None,
         **(row.get("chat_template_kwargs") or {}),
     )
     return encoded["input_ids"]
