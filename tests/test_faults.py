@@ -442,7 +442,7 @@ def test_two_processes_leave_out_the_same_step_and_write_one_checkpoint(tmp_path
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trains in copies of this process")
 def test_two_processes_follow_one_clock(tmp_path, monkeypatch):
-    """The clock of the second process goes faster. By it, the learning rate would fall faster, and training end first."""
+    """The second process has a faster clock, by which the learning rate would fall faster, and training end first."""
 
     def train(rank: int) -> None:
         clock = iter(range(0, 100_000, 10 + 5 * rank))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_mtp import GatedLoraModel, MTPConfig, MTPTrainer, regenerate_responses
 from hf_mtp.cli import regenerate
 from hf_mtp.data import answers, responses, survey
-from hf_mtp.data.prompts import decode_response, encode_prompt
+from hf_mtp.data.prompts import decode_response, encode_prompt, question_of
 from hf_mtp.data.rows import load_rows
 from hf_mtp.data.shard import Shard
 from hf_mtp.pretrained import load_model, load_tokenizer
@@ -91,6 +91,17 @@ def test_every_row_has_the_response_of_the_base_alone(form, tmp_path):
             asked = turns(row)[:1]
             conversation = after["messages"] if "messages" in after else after["prompt"] + after["completion"]
             assert conversation == [*asked, {"role": "assistant", "content": answered_alone(asked)}]
+
+
+def test_columns_of_other_forms_are_dropped():
+    """TRL would take the old response from one of them. UltraChat has prompts and conversations."""
+    row = {"prompt": words(3), "messages": turns(0), "text": words(9), "id": 7}
+    question = question_of(row, tiny_tokenizer())
+    assert question.with_response("w9") == {"prompt": words(3), "completion": "w9", "id": 7}
+    del row["prompt"]
+    question = question_of(row, tiny_tokenizer())
+    expected = [*turns(0)[:1], {"role": "assistant", "content": "w9"}]
+    assert question.with_response("w9") == {"messages": expected, "id": 7}
 
 
 def test_tools_are_a_list_or_its_json(tmp_path):

@@ -49,7 +49,8 @@ def question_of(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_tokens: in
         prompt_tokens (`int`, *optional*): How many tokens of a plain text are the prompt.
     """
     form = form_of([*row])
-    row = maybe_convert_to_chatml(dict(row))
+    # TRL could take columns of other forms, which have the old response.
+    row = maybe_convert_to_chatml({name: value for name, value in row.items() if name == form or name not in FORMS})
     if form == "prompt":
         if isinstance(row["prompt"], str):
             return Question(row["prompt"], lambda response: {**row, "completion": response})
