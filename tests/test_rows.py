@@ -112,7 +112,9 @@ def test_a_dataset_with_nothing_to_learn_from_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "others, advice", [({}, "`regenerate_responses"), ({"text": [words(9)] * 4}, "'text', drop the prompts")], ids=str
+    "others, advice",
+    [({}, "`regenerate_responses"), ({"text": [words(9)] * 4}, "'text', drop the prompts")],
+    ids=["alone", "beside texts"],
 )
 def test_prompts_without_completions_are_refused(others, advice, tmp_path):
     """TRL's error is a KeyError. UltraChat has such prompts beside its conversations."""
