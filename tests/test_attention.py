@@ -218,6 +218,26 @@ def test_regular_states_have_no_gradient_to_pay_for():
     assert masks[-1].requires_grad
 
 
+@pytest.mark.parametrize(
+    "architecture, checkpointing", [("gpt2", False), ("gpt2", True), ("opt", False), ("opt", True), ("bloom", False)]
+)
+def test_regular_states_in_training_are_the_bases_without_its_dropout(architecture, checkpointing):
+    """Masks would learn from states that the base does not have when it verifies their drafts."""
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1} if architecture == "bloom" else {}
+    model = upgraded(tiny_base(architecture, **dropout), k=3).train()
+    checkpoint_layers(model, on=checkpointing)
+    input_ids = torch.randint(5, 97, (2, 12))
+    positions = torch.arange(12).expand(2, -1)
+    layout = training_layout(input_ids, positions, segments(None, positions), k=3)
+    in_training = masked_states(model.base_model, input_ids, layout, all_layers=True)
+    again = masked_states(model.base_model, input_ids, layout, all_layers=True)
+    with torch.no_grad():
+        in_evaluation = masked_states(model.eval().base_model, input_ids, layout, all_layers=True)
+    for state, expected in zip(in_training[0], in_evaluation[0], strict=True):
+        torch.testing.assert_close(state, expected)
+    assert not torch.equal(in_training[1][-1], again[1][-1])  # masks are trained with dropout
+
+
 def test_regular_states_are_the_bases():
     base, model = tiny_base("llama"), upgraded("llama", k=3)
     input_ids = torch.randint(5, 97, (2, 12))

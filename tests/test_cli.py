@@ -385,11 +385,15 @@ def test_train_writes_an_adapter(adapter, tmp_path):
     rows = [{"text": words(20, start)} for start in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {"model": base, "k": 2, "r": 4, "max_steps": 1, "report_to": "none", "bf16": False, "use_cpu": True}
+    settings |= {"save_steps": 1, "logging_steps": 1}
     (tmp_path / "train.yaml").write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()))
     options = ("--config", str(tmp_path / "train.yaml"), "--dataset", str(tmp_path / "rows.jsonl"))
     out = str(tmp_path / "out")
     assert f"hf-mtp generate {out}" in run("train", *options, "--output_dir", out, "--k", "3").stdout
     assert load_model(out).base_model.active_mtp_config.k == 3
+    run("train", *options, "--output_dir", out, "--k", "3", "--max_steps", "2", "--resume_from_checkpoint", "true")
+    state = json.loads(Path(out, "checkpoint-2", "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [1, 2]  # the first is of the training before
     run("train", *options, "--output_dir", f"{out}-noise", "--masks", "noise", "--no_sampler")
     config = load_model(f"{out}-noise").base_model.active_mtp_config
     assert (config.k, config.masks, config.sampler) == (2, "noise", False)

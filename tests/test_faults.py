@@ -438,3 +438,34 @@ def test_two_processes_leave_out_the_same_step_and_write_one_checkpoint(tmp_path
     alone.train(resume_from_checkpoint=True)
     assert "The checkpoint was written by 2 process(es) and is resumed by 1" in logs.text
     assert alone.state.global_step == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="trains in copies of this process")
+def test_two_processes_follow_one_clock(tmp_path, monkeypatch):
+    """The second process has a faster clock, by which the learning rate would fall faster, and training end first."""
+
+    def train(rank: int) -> None:
+        clock = iter(range(0, 100_000, 10 + 5 * rank))
+        monkeypatch.setattr("hf_mtp.training.callbacks.deadline.time.monotonic", lambda: next(clock))
+        made = trainer(tmp_path, max_minutes=2, max_steps=50, ddp_timeout=30, lr_scheduler_type="linear")
+        made.train()
+        (tmp_path / f"{rank}.json").write_text(json.dumps(logged(made, "learning_rate")))
+
+    assert in_two_processes(train) == [0, 0]
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == other
+    assert len(set(one)) == len(one) == 12  # 120 seconds, 10 for each step
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="trains in copies of this process")
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_two_processes_end_together_where_one_is_interrupted(interrupted, tmp_path):
+    def train(rank: int) -> None:
+        callbacks = [RaisesAt(3, lambda: os.kill(os.getpid(), signal.SIGINT))] if rank == interrupted else []
+        made = trainer(tmp_path, callbacks=callbacks, ddp_timeout=30, **KILLED_RUN)
+        made.train()
+        assert made.state.global_step == 3
+
+    assert in_two_processes(train) == [0, 0]
+    assert contents(tmp_path / "checkpoint-3")["steps"]["processes"] == 2
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3"

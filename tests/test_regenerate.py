@@ -1,6 +1,7 @@
 """Responses from the model itself: every form of dataset, the same file however often it was interrupted."""
 
 import datetime
+import json
 import sys
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 from accelerate import PartialState, debug_launcher
 from datasets import Dataset, DatasetDict, load_dataset
 from tiny_models import generate, tiny_base, upgraded
-from tiny_text import tiny_tokenizer, words
+from tiny_text import CHAT_TEMPLATE, tiny_tokenizer, words
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraModel, MTPConfig, MTPTrainer, regenerate_responses
 from hf_mtp.cli import regenerate
 from hf_mtp.data import answers, responses, survey
-from hf_mtp.data.prompts import decode_response, encode_prompt
+from hf_mtp.data.prompts import decode_response, encode_prompt, question_of
 from hf_mtp.data.rows import load_rows
 from hf_mtp.data.shard import Shard
 from hf_mtp.pretrained import load_model, load_tokenizer
@@ -90,6 +91,31 @@ def test_every_row_has_the_response_of_the_base_alone(form, tmp_path):
             asked = turns(row)[:1]
             conversation = after["messages"] if "messages" in after else after["prompt"] + after["completion"]
             assert conversation == [*asked, {"role": "assistant", "content": answered_alone(asked)}]
+
+
+def test_columns_of_other_forms_are_dropped():
+    """TRL would take the old response from one of them. UltraChat has prompts and conversations."""
+    row = {"prompt": words(3), "messages": turns(0), "text": words(9), "id": 7}
+    question = question_of(row, tiny_tokenizer())
+    assert question.with_response("w9") == {"prompt": words(3), "completion": "w9", "id": 7}
+    del row["prompt"]
+    question = question_of(row, tiny_tokenizer())
+    expected = [*turns(0)[:1], {"role": "assistant", "content": "w9"}]
+    assert question.with_response("w9") == {"messages": expected, "id": 7}
+
+
+def test_tools_are_a_list_or_its_json(tmp_path):
+    """As in TRL's datasets, where JSON keeps tools of different arguments in one column."""
+    tools = [{"type": "function", "function": {"name": "w7", "parameters": {"type": "object", "properties": {}}}}]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}" + CHAT_TEMPLATE
+    asked, without = turns(0)[:1], encode_prompt(turns(0)[:1], tokenizer)
+    for given in (tools, json.dumps(tools)):
+        assert encode_prompt(asked, tokenizer, {"tools": given}) == [7, *without]
+    for given in (None, [], "", "[]", "null"):
+        assert encode_prompt(asked, tokenizer, {"tools": given}) == without
+    rows = [{"messages": turns(row), "tools": json.dumps(tools)} for row in range(ROWS)]
+    assert own_words(Dataset.from_list(rows), tmp_path / "out")["tools"][:] == [json.dumps(tools)] * ROWS
 
 
 @pytest.mark.parametrize("form", ["messages", "prompt_completion", "text"])

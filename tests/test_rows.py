@@ -111,6 +111,18 @@ def test_a_dataset_with_nothing_to_learn_from_is_refused(tmp_path):
     trainer(tmp_path, rows, dataset_text_field="body")
 
 
+@pytest.mark.parametrize(
+    "others, advice",
+    [({}, "`regenerate_responses"), ({"text": [words(9)] * 4}, "'text', drop the prompts")],
+    ids=["alone", "beside texts"],
+)
+def test_prompts_without_completions_are_refused(others, advice, tmp_path):
+    """TRL's error is a KeyError. UltraChat has such prompts beside its conversations."""
+    rows = Dataset.from_dict({"prompt": [words(9)] * 4, **others})
+    with pytest.raises(ValueError, match=f"`train_dataset` has the column 'prompt' and no 'completion'.*{advice}"):
+        trainer(tmp_path, rows)
+
+
 # ---------------------------------------------------------------- templates
 
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from tiny_training import K, logged, texts, trainer
@@ -123,6 +123,29 @@ def test_the_best_model_by_a_loss_of_ours_is_loaded(tmp_path):
     found = {entry["step"]: entry["eval_loss_sampler"] for entry in trained.state.log_history if "eval_loss" in entry}
     assert trained.state.best_metric == min(found.values())
     assert trained.state.best_global_step == min(found, key=found.get)
+
+
+@pytest.mark.parametrize("name, others", [("default", ["mtp"]), ("mtp", []), ("mtp", ["default"])], ids=str)
+def test_the_best_model_of_an_adapter_of_any_name_is_loaded(name, others, tmp_path):
+    """PEFT saves adapters of other names than `default` in folders of their own."""
+    model = get_peft_model(tiny_base(), GatedLoraConfig(k=K, r=4), adapter_name=name)
+    for other in others:
+        model.add_adapter(other, GatedLoraConfig(k=K + 1, r=4))
+    trained = trainer(
+        tmp_path,
+        model=model,
+        eval_dataset=texts(4),
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the best checkpoint is not the last
+        load_best_model_at_end=True,
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+    )
+    trained.train()
+    best = tmp_path / "checkpoint-1"
+    assert trained.state.best_model_checkpoint == str(best)
+    loaded = PeftModel.from_pretrained(tiny_base(), best / ("" if name == "default" else name), adapter_name=name)
+    for weight, parameter in adapter_parameters(loaded).items():
+        assert torch.equal(trained.model.get_parameter(weight), parameter)
 
 
 @pytest.mark.parametrize("switched_on", [False, True])

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed
+from accelerate import PartialState
+from accelerate.utils import broadcast, gather
 from peft.utils.integrations import gather_params_ctx
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -88,6 +90,20 @@ def any_process_unfinished(model: torch.nn.Module, synced_gpus: bool | None) -> 
         return unfinished.item() > 0
 
     return anyone_unfinished
+
+
+def in_first_process(value: float, device: torch.device) -> float:
+    """A number as the first process has it. All processes must call this together."""
+    if PartialState().num_processes == 1:
+        return value
+    return broadcast(torch.tensor(value, device=device)).item()
+
+
+def in_any_process(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set in some process. All processes must call this together."""
+    if PartialState().num_processes == 1:
+        return flag
+    return bool(gather(torch.tensor([float(flag)], device=device)).any())
 
 
 def agreed_seconds(model: torch.nn.Module) -> Callable[[float], float]:

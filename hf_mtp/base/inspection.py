@@ -156,6 +156,12 @@ def evaluation_mode(model: torch.nn.Module) -> AbstractContextManager[None]:
     return _switched_off(model, "training")
 
 
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether the base's config has a dropout above 0, which is on in training mode."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    return any(isinstance(value, float) and value > 0 for name, value in config.items() if "drop" in name)
+
+
 def without_checkpointing(model: torch.nn.Module) -> AbstractContextManager[None]:
     """Turns gradient checkpointing off, and on again on exit."""
     return _switched_off(model, "gradient_checkpointing")

@@ -49,8 +49,8 @@ def train(
     """Train an adapter. Every field of MTPConfig (an SFTConfig) is a flag, and --config reads flags from a YAML file.
 
     --model and --dataset are required. --k, --r, --lora_alpha, --masks and --no_sampler are those of GatedLoraConfig.
-    For several GPUs, use `accelerate launch -m hf_mtp.cli.train`. --resume_from_checkpoint resumes after an
-    interruption.
+    For several GPUs, use `accelerate launch -m hf_mtp.cli.train`. --resume_from_checkpoint true resumes from the
+    newest checkpoint.
 
     Example:
 
@@ -84,7 +84,8 @@ def train(
         train_dataset=load_rows(asked.dataset, asked.dataset_config, asked.split),
         processing_class=load_tokenizer(asked.model, base),
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    asked_to_resume = config.resume_from_checkpoint  # a path, or, from the command line, the text "true"
+    trainer.train(resume_from_checkpoint=str(asked_to_resume).lower() == "true" or asked_to_resume)
     trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()

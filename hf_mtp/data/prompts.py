@@ -1,5 +1,6 @@
 """The prompt of a dataset row, and the row with a new response, for every TRL dataset format that has a prompt."""
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def question_of(row: dict, tokenizer: PreTrainedTokenizerBase, prompt_tokens: in
         prompt_tokens (`int`, *optional*): How many tokens of a plain text are the prompt.
     """
     form = form_of([*row])
-    row = maybe_convert_to_chatml(dict(row))
+    # TRL could take columns of other forms, which have the old response.
+    row = maybe_convert_to_chatml({name: value for name, value in row.items() if name == form or name not in FORMS})
     if form == "prompt":
         if isinstance(row["prompt"], str):
             return Question(row["prompt"], lambda response: {**row, "completion": response})
@@ -77,19 +79,20 @@ def encode_prompt(prompt: TextOrTurns, tokenizer: PreTrainedTokenizerBase, row: 
     Args:
         prompt (`str` or `list[dict]`): Text, or the turns of a conversation.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
-        row (`dict`, *optional*): The row it is from, for its `tools` and `chat_template_kwargs`.
+        row (`dict`, *optional*): The row it is from, for its `tools`, a list or its JSON, and `chat_template_kwargs`.
     """
     if not prompt:
         return []
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     row = row or {}
+    tools = row.get("tools")
     encoded = tokenizer.apply_chat_template(
         prompt,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        tools=row.get("tools") or None,
+        tools=(json.loads(tools or "null") if isinstance(tools, str) else tools) or None,
         **(row.get("chat_template_kwargs") or {}),
     )
     return encoded["input_ids"]

@@ -66,8 +66,9 @@ def regenerate_responses(
         dataset ([`~datasets.Dataset`]):
             Rows with a prompt, in any of TRL's forms: `prompt`, a text or a conversation, whose `completion` is
             replaced or added; `messages` (or `conversations`), whose last turn of the assistant is replaced or added;
-            or plain `text`, of which `prompt_tokens` are kept. All other columns stay, and `finish_reason` is added:
-            `"stop"` if the model ended its response, `"length"` if `max_new_tokens` cut it off.
+            or plain `text`, of which `prompt_tokens` are kept. Of several forms the first one counts, and the others,
+            with their old responses, are dropped. All other columns stay, and `finish_reason` is added: `"stop"` if
+            the model ended its response, `"length"` if `max_new_tokens` cut it off.
         output (`str` or `Path`):
             Folder for the result, JSON Lines that `load_dataset(output)` reads.
         batch_size (`int`, *optional*, defaults to `16`):

@@ -22,6 +22,7 @@ from ..base.embedding import last_columns_embedded_as
 from ..base.inspection import (
     decoder_of,
     evaluation_mode,
+    has_dropout,
     input_device,
     is_checkpointing,
     is_media,
@@ -71,7 +72,7 @@ class TrainingPass:
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
         """Reads the regular tokens."""
         self.cache = DynamicCache()
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(self.tuner.model):  # the base's dropout would change what masks learn
             regular = layout.without_masks()
             # Where each row is one text, no token attends to the padding after it.
             self.regular = self.states(input_ids_BT, regular, self.cache, is_causal=each_row_is_one_text(layout))
@@ -142,6 +143,9 @@ class CheckpointedPass(TrainingPass):
         with self.tuner.masks_in_columns(length, layout.index_BM):
             states = self.states(columns, layout, None)
         self.regular = [state[:, :length].detach() for state in states]
+        if has_dropout(self.tuner.model):  # which must not change what masks learn
+            with torch.no_grad(), evaluation_mode(self.tuner.model):
+                self.regular = self.states(input_ids_BT, layout.without_masks(), None)
         self._masks = [state[:, length:] for state in states]
 
     def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:
@@ -226,7 +230,7 @@ class SequencePass(TrainingPass):
                 "DeepSpeed ZeRO-2, where every process has all weights."
             )
         self.input_ids_BT = input_ids_BT
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(self.tuner.model):
             self.regular = self.call(input_ids_BT, use_cache=False)
 
     def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:

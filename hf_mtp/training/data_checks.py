@@ -12,6 +12,7 @@ from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .config import MTPConfig
 
 CHAT_COLUMNS = ("messages", "conversations")
+IMAGES = {"image", "images"}  # TRL's collator for them goes by 'messages' first
 
 
 def refuse_unreadable_rows(dataset, name: str, text_field: str) -> None:
@@ -23,7 +24,8 @@ def refuse_unreadable_rows(dataset, name: str, text_field: str) -> None:
         text_field (`str`): Column of plain texts.
 
     Raises:
-        ValueError: No column can be learned from, or some rows have no value in it, because formats are mixed.
+        ValueError: No column can be learned from, prompts have no completions, or some rows have no value, because
+            formats are mixed.
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom" or not len(dataset):
         return  # the user's own function makes the rows, or another check refuses it
@@ -35,6 +37,7 @@ def refuse_unreadable_rows(dataset, name: str, text_field: str) -> None:
             f"{text_field!r} (or set `dataset_text_field`), 'messages', 'prompt' with 'completion', or 'input_ids'. "
             "Rename one with `dataset.rename_column`, or pass `formatting_func`."
         )
+    _refuse_prompts_alone(dataset.column_names, name, [column for column in formats if column != "prompt"])
     # As TRL does: it decides on tokens and prompts by the column, on chats by the first row.
     chosen = next((name for name in formats if name not in CHAT_COLUMNS or dataset[0][name] is not None), formats[0])
     empty = first_empty_row(dataset, chosen)
@@ -47,6 +50,19 @@ def refuse_unreadable_rows(dataset, name: str, text_field: str) -> None:
         else f"Drop such rows: `dataset.filter(lambda row: row[{chosen!r}] is not None)`."
     )
     raise ValueError(f"`{name}` is read by its column {chosen!r}, but row {empty} has none. {advice}")
+
+
+def _refuse_prompts_alone(columns: list[str], name: str, others: list[str]) -> None:
+    """Raises for a column of prompts without one of completions, even if the dataset has other texts."""
+    if "prompt" not in columns or {"input_ids", "completion"} & {*columns} or IMAGES & {*columns}:
+        return
+    advice = "Add responses, such as the model's own: `regenerate_responses(model, tokenizer, dataset, folder)`."
+    if others:
+        advice = f"To learn from {others[0]!r}, drop the prompts: `dataset.remove_columns('prompt')`."
+    raise ValueError(
+        f"`{name}` has the column 'prompt' and no 'completion'. TRL needs both, and reads no other texts if there are "
+        f"prompts. {advice}"
+    )
 
 
 def first_empty_row(dataset: Dataset, column: str) -> int | None:

@@ -175,9 +175,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The batches of one optimizer step, and the weight of all their masks, which divides their loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        k = self.tuner.active_mtp_config.k
-        inputs = [objective_inputs(batch, self.model.config) for batch in batches]
-        weights = [batch_weight(batch, k, self.recipe.position_decay) for batch in inputs]
+        k, decay, config = self.tuner.active_mtp_config.k, self.recipe.position_decay, self.model.config
+        weights = [batch_weight(objective_inputs(batch, config), k, decay) for batch in batches]
         if not weights:
             return batches, None
         weight = torch.stack(weights).sum().to(device)
@@ -195,6 +194,11 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         sequences = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         steps = describe_steps(self.args.world_size, sequences)
         return {"adapter": self._adapter, "steps": steps, "muon": self.uses_muon}
+
+    def weights_folder(self, checkpoint: Path) -> Path:
+        """Where PEFT saves the active adapter. Sharded trainings load files of their own."""
+        at_root = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.tuner.active_adapters[0] == "default"
+        return checkpoint if at_root else checkpoint / self.tuner.active_adapters[0]
 
     def before_resuming(self, checkpoint: Path) -> None:
         """Refuses a checkpoint of another adapter or optimizer, and warns of other step sizes."""
@@ -284,8 +288,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Writes the adapter's model card into `output_dir`. Takes the arguments of TRL's trainers."""
         if not self.is_world_process_zero():
             return
-        tuner = self.tuner
-        config, name = tuner.active_mtp_config, tuner.active_adapters[0]
+        config, name = self.tuner.active_mtp_config, self.tuner.active_adapters[0]
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
         write_model_card(

@@ -7,11 +7,16 @@ from collections.abc import Callable
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+from ...base.distributed import in_first_process
+
 SCHEDULE_STEPS = 10_000  # length of a schedule that follows the clock
 
 
 class Deadline(TrainerCallback):
     """Ends training when its time is up.
+
+    The clock of the first process counts for all. By their own clocks, processes would use different learning rates
+    and end after different steps.
 
     Args:
         minutes (`float`): Time from the first step on. It starts again when a training is resumed.
@@ -20,14 +25,19 @@ class Deadline(TrainerCallback):
     def __init__(self, minutes: float):
         self.seconds = 60 * minutes
         self.start = math.inf
+        self._share = 0.0
 
     @property
     def share(self) -> float:
-        """Fraction of the time that has passed, 0 to 1."""
-        return min(1.0, max(0.0, (time.monotonic() - self.start) / self.seconds))
+        """Fraction of the time that had passed at the latest optimizer step, 0 to 1."""
+        return self._share
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.monotonic()
+        self.start, self._share = time.monotonic(), 0.0
+
+    def on_optimizer_step(self, args, state, control, **kwargs):  # the schedule's step follows
+        passed = (time.monotonic() - self.start) / self.seconds
+        self._share = in_first_process(min(1.0, passed), args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.share >= 1.0:

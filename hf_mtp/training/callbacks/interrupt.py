@@ -6,11 +6,16 @@ import threading
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ...base.distributed import in_any_process
+
 logger = logging.get_logger(__name__)
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, at the first Ctrl-C; at once at the second."""
+    """Ends training after the current step, with a checkpoint, at the first Ctrl-C; at once at the second.
+
+    All processes end after the same step, although the signal may reach them in different ones.
+    """
 
     def __init__(self):
         self._previous_handler = None
@@ -28,6 +33,7 @@ class SaveOnInterrupt(TrainerCallback):
         logger.warning("Interrupted: finishing this step, then saving a checkpoint. Ctrl-C again stops at once.")
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._interrupted = in_any_process(self._interrupted, args.device)
         if self._interrupted:
             control.should_save = control.should_training_stop = True
 

@@ -37,6 +37,10 @@ class WholeCheckpoints(Trainer):
     def before_resuming(self, checkpoint: Path) -> None:
         """Called with the checkpoint to resume from, before anything changes. May raise to refuse it."""
 
+    def weights_folder(self, checkpoint: Path) -> Path:
+        """Where a checkpoint has the weights that `load_best_model_at_end` loads."""
+        return checkpoint
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         run = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
@@ -79,6 +83,14 @@ class WholeCheckpoints(Trainer):
             for checkpoint in checkpoints_over_limit(run, limit, best):
                 delete_checkpoint(checkpoint)
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _load_best_model(self):
+        best = self.state.best_model_checkpoint
+        self.state.best_model_checkpoint = str(self.weights_folder(Path(best)))
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _publish(self, written: Path, checkpoint: Path) -> None:
         """Renames the checkpoint when all processes have written their files."""
