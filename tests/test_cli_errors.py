@@ -23,10 +23,10 @@ from hf_mtp.serving.vllm_server import VllmSettings, serve_with_vllm
 
 
 def error_of(*arguments: str, code: int) -> str:
-    """What the command prints on stderr, as one line without the frame around wrong usage."""
+    """What the command prints on stderr, as one line without colors and the frame around wrong usage."""
     result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == code, result.output
-    return re.sub(r"[\s│]+", " ", result.stderr)
+    return re.sub(r"[\s│]+", " ", re.sub(r"\x1b\[[\d;]*m", "", result.stderr))
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +91,21 @@ def test_a_dataset_that_is_not_json_lines(content, message, tmp_path):
         load_rows(str(tmp_path / "rows.jsonl"))
 
 
-def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "out.json", tmp_path / f"{'x' * 300}.json"):
-        with pytest.raises(OSError, match=r"--json cannot write to .*Pass a file that can be written"):
-            check_path(path)
+    with pytest.raises(OSError, match=r"--json cannot write to .*out\.json: .*Pass a file that can be written"):
+        check_path(tmp_path / "file" / "out.json")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write to .*Permission denied"):
+        patch.setattr(Path, "open", refuse)
+        check_path(tmp_path / "out.json")
     (tmp_path / "mine.json").write_text("mine")
     check_path(tmp_path / "mine.json")
     check_path(tmp_path / "new.json")
     assert (tmp_path / "mine.json").read_text() == "mine" and not (tmp_path / "new.json").exists()
+
+
+def refuse(*_):
+    raise PermissionError(13, "Permission denied")
 
 
 def test_verify_reads_the_prompts_before_the_model():
@@ -124,7 +130,13 @@ def test_probe_makes_its_folder_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "{words(9)}"}}\n')
     monkeypatch.setattr("hf_mtp.evaluation.ranks.probe._measured", lambda *_: pytest.fail("measured"))
     with pytest.raises(NotADirectoryError, match="is a file, but results need a folder"):
-        probe(tiny_base("llama"), tiny_tokenizer(), str(tmp_path / "prompts.jsonl"), output=tmp_path / "out")
+        probe(
+            tiny_base("llama"),
+            tiny_tokenizer(),
+            str(tmp_path / "prompts.jsonl"),
+            max_new_tokens=6,
+            output=tmp_path / "out",
+        )
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -145,6 +157,8 @@ def test_errors_of_the_system_name_the_file():
 
 CTRL_C = """
 import sys
+
+sys.argv = ["hf-mtp", "--help"]
 from hf_mtp.cli.main import main
 
 
