@@ -169,6 +169,9 @@ def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, 
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): The model, if it was loaded from
             there. Then the adapter's config is not read again.
         kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
+
+    Raises:
+        OSError: There is no such model or tokenizer, or you may not read it.
     """
     if isinstance(model, PeftModel):
         return AutoTokenizer.from_pretrained(model.name_or_path)
