@@ -17,6 +17,7 @@ from transformers.utils import find_adapter_config_file
 
 from .adapter.access import refuse_without_access
 from .adapter.loading import read_config
+from .adapter.tuner import GatedLoraTuner
 
 
 def load_model(
@@ -34,9 +35,10 @@ def load_model(
 
     Raises:
         OSError: There is no such model, or you may not read it.
-        ValueError: The dtype is none, the adapter does not fit its base, or its config is broken.
+        ValueError: There is no such dtype or device, the adapter does not fit its base, or its config is broken.
     """
     refuse_dtype(dtype)
+    refuse_device(device)
     hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
     device = device or default_device()
     if not is_adapter(name, **hub):
@@ -61,6 +63,25 @@ def refuse_dtype(dtype: str | torch.dtype) -> None:
         raise ValueError(
             f"The dtype must be 'auto' or one of torch's floating-point types, such as 'bfloat16', but got {dtype!r}."
         )
+
+
+def refuse_device(device: str | torch.device | None) -> None:
+    """Raises a `ValueError` unless this machine has the device.
+
+    Args:
+        device (`str` or `torch.device`, *optional*): A device or its name; `None` is always accepted.
+    """
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch has a type of error for each way to have no device
+        kind = default_device().type
+        count = 0 if kind == "cpu" else getattr(torch, kind).device_count()
+        here = ["cpu", *(f"{kind}:{index}" for index in range(count))]
+        if str(device) in (kind, *here):  # it is there, but fails
+            raise
+        raise ValueError(
+            f"The device must be one that this machine has ({', '.join(here)}), but got {str(device)!r}."
+        ) from error
 
 
 def load_upgraded(
@@ -97,7 +118,7 @@ def load_with_tokenizer(
 
     Raises:
         OSError: There is no such model or adapter.
-        ValueError: The adapter does not fit its base, or is none.
+        ValueError: The adapter does not fit its base, or is not one of hf_mtp.
     """
     model = load_model(name, dtype)
     tokenizer = load_tokenizer(name, model)
@@ -111,7 +132,33 @@ def load_with_tokenizer(
                 f"{adapter} is not an adapter: it has no adapter_config.json. Pass the Hub id or folder of an adapter."
             )
         model = PeftModel.from_pretrained(model, adapter)
+    if isinstance(model, PeftModel):
+        refuse_other_adapter(model, adapter or name)
     return model.eval(), tokenizer
+
+
+def is_upgraded(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a model has an adapter of hf_mtp.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+    """
+    return isinstance(model.base_model, GatedLoraTuner)
+
+
+def refuse_other_adapter(model: PeftModel, name: str) -> None:
+    """Raises a `ValueError` unless the adapter is one of hf_mtp.
+
+    Args:
+        model ([`~peft.PeftModel`]): A model with an adapter.
+        name (`str`): The Hub id or folder of the adapter, for the error.
+    """
+    if not is_upgraded(model):
+        kind = model.peft_config[model.active_adapter].peft_type
+        raise ValueError(
+            f"{name} is an adapter of type {str(getattr(kind, 'value', kind))!r}, not one of hf_mtp ('GATED_LORA'), "
+            "so it cannot predict several tokens. Pass an adapter that was trained with hf_mtp."
+        )
 
 
 def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, **kwargs) -> PreTrainedTokenizerBase:
@@ -122,6 +169,9 @@ def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, 
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): The model, if it was loaded from
             there. Then the adapter's config is not read again.
         kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
+
+    Raises:
+        OSError: There is no such model or tokenizer, or you may not read it.
     """
     if isinstance(model, PeftModel):
         return AutoTokenizer.from_pretrained(model.name_or_path, **_of_base(model.active_peft_config, kwargs))

@@ -133,7 +133,7 @@ def locked_out() -> dict:
     from typer.testing import CliRunner
 
     from hf_mtp.attached import attach
-    from hf_mtp.cli.main import app
+    from hf_mtp.cli.app import app
     from hf_mtp.pretrained import load_model
 
     base = AutoModelForCausalLM.from_pretrained("me/base")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, XLNetConfig
 from typer.testing import CliRunner
 
 import hf_mtp
-from hf_mtp.cli.main import app
+from hf_mtp.cli.app import app
 from hf_mtp.cli.session import Session
 from hf_mtp.pretrained import load_model, load_tokenizer
 

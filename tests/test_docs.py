@@ -21,7 +21,7 @@ from tiny_models import CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_mtp
-from hf_mtp.cli.main import app
+from hf_mtp.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "examples" / "quickstart" / "base"

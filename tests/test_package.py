@@ -53,8 +53,8 @@ training: batches evaluation config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
 demo: turns settings plain_sampling lane race drawing page app
-cli: verb lists documents session generate chat demo serve
-cli: train regenerate check push export verify evaluate probe main
+cli: verb lists documents strategy session generate chat demo serve
+cli: train regenerate check push export verify evaluate probe app main
 : regenerate
 """
 MODULES = [

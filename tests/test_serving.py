@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.cli.main import app as command
+from hf_mtp.cli.app import app as command
 from hf_mtp.decoding.batch import Batch
 from hf_mtp.serving import manager
 from hf_mtp.serving.limits import Limits

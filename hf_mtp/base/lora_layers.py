@@ -72,7 +72,12 @@ def refuse_layers_out_of_reach(config: LoraConfig, model: PreTrainedModel) -> No
 def layers_out_of_reach(model: PreTrainedModel) -> set[str]:
     """Finds the linear layers that cannot have a gated LoRA by two short forward passes.
 
-    It returns an empty set if the model has no weights or cannot run. Then the gate raises at the first such layer.
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+
+    Returns:
+        `set[str]`: Their names. It is empty if the model has no weights or cannot run; then the gate raises an error
+        at the first such layer.
     """
     is_offloaded = bool(getattr(model, "hf_device_map", None))  # then weights are loaded when needed
     if not is_offloaded and any(parameter.device.type == "meta" for parameter in model.parameters()):

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from .strategy import Strategy
 from .verb import verb
 
 TINTS = ("cyan", "green", "yellow", "magenta")
@@ -16,13 +17,13 @@ def chat(
     model: Annotated[str, Argument(help="Hub id or folder of an adapter, or of a base model.")],
     system: Annotated[str | None, Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float | None, Option(help="Sample at this temperature. Greedy by default.")] = None,
+    temperature: Annotated[float | None, Option(min=0, help="Sample at this temperature. Greedy by default.")] = None,
     top_p: Annotated[
-        float | None, Option(help="Sample from the most likely tokens with this total probability.")
+        float | None, Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
     ] = None,
     seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
     plain: Annotated[bool, Option("--plain", help="Start with one token per pass.")] = False,
-    strategy: Annotated[str, Option(help="auto, quadratic or linear, as mtp_strategy of generate.")] = "auto",
+    strategy: Annotated[Strategy, Option(help="As mtp_strategy of generate.")] = Strategy.AUTO,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str | None, Option(help="Device, such as cuda:0.")] = None,
 ) -> None:
@@ -44,7 +45,7 @@ def chat(
     console = Console(highlight=False)
     loaded = load_model(model, dtype, device)
     settings = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_p, seed)}
-    session = Session(loaded, load_tokenizer(model, loaded), plain, strategy, system=system, **settings)
+    session = Session(loaded, load_tokenizer(model, loaded), plain, strategy.value, system=system, **settings)
     speed = session.plain_speed()
     console.print(f"{model}. Plain decoding runs at {speed:.1f} tokens/s here. {HELP}", style="dim", markup=False)
     while (text := _ask(console)) is not None:

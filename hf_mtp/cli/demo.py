@@ -15,7 +15,7 @@ def demo(
     model: Annotated[str, Argument(help="Hub id or folder of an adapter, or of a base model.")],
     adapter: Annotated[str | None, Option(help="Hub id or folder of the adapter, if the model is a base.")] = None,
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, Option(help="Port to listen on; 0 for any free one.")] = 7860,
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 7860,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     browser: Annotated[bool, Option("--browser", help="Open the page in a browser.")] = False,
 ) -> None:

@@ -14,13 +14,20 @@ def check_path(path: Path | None) -> None:
         path (`Path`, *optional*): As for [`write_json`].
 
     Raises:
-        OSError: It is a folder, or its folder cannot be made.
+        OSError: It is a folder, or it cannot be written there.
     """
     if path is None or path == STDOUT:
         return
     if path.is_dir():
         raise IsADirectoryError(f"--json writes to a file, but {path} is a folder. Add the name of a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise OSError(f"--json cannot write to {path}: {error.strerror}. Pass a file that can be written.") from error
+    if is_new:
+        path.unlink()  # so that no empty document stays after an error
 
 
 def write_json(text: str, path: Path | None) -> None:

@@ -22,9 +22,9 @@ def evaluate(
     ] = "quick",
     k: Annotated[str | None, Option(help="Masks per block, separated by commas.")] = None,
     strategies: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
-    batch_size: Annotated[int, Option(help="Prompts of one call.")] = 1,
-    limit: Annotated[int | None, Option(help="Most prompts of each domain.")] = None,
-    max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 128,
+    batch_size: Annotated[int, Option(min=1, help="Prompts of one call.")] = 1,
+    limit: Annotated[int | None, Option(min=1, help="Most prompts of each domain.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 128,
     dtype: Annotated[
         str, Option(help="Dtype of the base, such as bfloat16; auto is that of the checkpoint.")
     ] = "auto",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from .strategy import Strategy
 from .verb import verb
 
 
@@ -21,13 +22,13 @@ def generate(
         bool, Option("--chat", help="Apply the chat template, with the prompt as a user message.")
     ] = False,
     max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens.")] = 256,
-    temperature: Annotated[float | None, Option(help="Sample at this temperature. Greedy by default.")] = None,
+    temperature: Annotated[float | None, Option(min=0, help="Sample at this temperature. Greedy by default.")] = None,
     top_p: Annotated[
-        float | None, Option(help="Sample from the most likely tokens with this total probability.")
+        float | None, Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
     ] = None,
     seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
     plain: Annotated[bool, Option("--plain", help="One token per pass: the same text, slower.")] = False,
-    strategy: Annotated[str, Option(help="auto, quadratic or linear, as mtp_strategy of generate.")] = "auto",
+    strategy: Annotated[Strategy, Option(help="As mtp_strategy of generate.")] = Strategy.AUTO,
     as_json: Annotated[bool, Option("--json", help="Print a JSON document with the text and statistics.")] = False,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str | None, Option(help="Device, such as cuda:0.")] = None,
@@ -45,7 +46,7 @@ def generate(
     quiet_hosts()
     loaded = load_model(model, dtype, device)
     settings = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_p, seed)}
-    session = Session(loaded, load_tokenizer(model, loaded), plain, strategy, **settings)
+    session = Session(loaded, load_tokenizer(model, loaded), plain, strategy.value, **settings)
     show = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
     answer = session.say(text, show) if chat else session.complete(session.tokenizer(text).input_ids, show)
     if as_json:
@@ -60,7 +61,10 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("Got both a prompt and --file. Pass only one of them.")
     if file is not None:
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise typer.BadParameter(f"{file} is not UTF-8 text: {error}. Convert it to UTF-8.") from error
     if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin.isatty():

@@ -25,8 +25,9 @@ def numbers(value: str | None, option: str) -> list[int] | None:
     if value is None:
         return None
     try:
-        return [int(word) for word in words(value)]
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{option} takes integers separated by commas, such as 1,4,8, but got {value!r}."
-        ) from error
+        found = [int(word) for word in words(value)]
+    except ValueError:
+        found = []
+    if not found:
+        raise typer.BadParameter(f"{option} takes integers separated by commas, such as 1,4,8, but got {value!r}.")
+    return found

@@ -19,10 +19,12 @@ def regenerate(
     output: Annotated[Path, Option(help="Folder for the result.")],
     config: Annotated[str | None, Option(help="Configuration of the dataset, if it has several.")] = None,
     split: Annotated[str, Option(help="Split of the dataset.")] = "train",
-    rows: Annotated[int | None, Option(help="Number of rows to use, from the first. All by default.")] = None,
-    batch_size: Annotated[int, Option(help="Rows at a time, per process.")] = 16,
-    max_new_tokens: Annotated[int, Option(help="Most tokens per response.")] = 512,
-    prompt_tokens: Annotated[int | None, Option(help="For plain texts: how many tokens are the prompt.")] = None,
+    rows: Annotated[int | None, Option(min=1, help="Number of rows to use, from the first. All by default.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Rows at a time, per process.")] = 16,
+    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens per response.")] = 512,
+    prompt_tokens: Annotated[
+        int | None, Option(min=1, help="For plain texts: how many tokens are the prompt.")
+    ] = None,
     do_sample: Annotated[bool, Option("--do-sample", help="Sample instead of decoding greedily.")] = False,
     temperature: Annotated[float | None, Option(help="With --do-sample, as in generate.")] = None,
     top_p: Annotated[float | None, Option(help="With --do-sample, as in generate.")] = None,
@@ -42,7 +44,7 @@ def regenerate(
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {name: value for name, value in sampling.items() if value is not None}
     if sampling and not do_sample:
-        raise typer.BadParameter("--temperature, --top-p and --top-k need --do-sample")
+        raise typer.BadParameter("--temperature, --top-p and --top-k need --do-sample.")
     from ..data.responses import launched_processes, regenerate_responses
     from ..data.rows import load_rows
     from ..pretrained import load_model, load_tokenizer

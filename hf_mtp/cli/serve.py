@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from .strategy import Strategy
 from .verb import verb
 
 KEY = "HF_MTP_API_KEY"
@@ -20,22 +21,33 @@ class Engine(str, Enum):
     VLLM = "vllm"
 
 
+class LogLevel(str, Enum):
+    """What uvicorn logs."""
+
+    CRITICAL = "critical"
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+    DEBUG = "debug"
+    TRACE = "trace"
+
+
 @verb
 def serve(
     adapter: Annotated[str, Argument(help="Hub id or folder of an adapter. Clients name it as the model.")],
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, Option(help="Port to listen on; 0 for any free one.")] = 8000,
-    strategy: Annotated[str, Option(help="auto, quadratic or linear, as mtp_strategy of generate.")] = "auto",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    strategy: Annotated[Strategy, Option(help="As mtp_strategy of generate.")] = Strategy.AUTO,
     max_batch: Annotated[
         int, Option(min=1, help="Maximum number of requests in the batch. Further requests are queued.")
     ] = 16,
     max_prompt_tokens: Annotated[int | None, Option(min=1, help="Longest prompt. By default the context.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest response.")] = 4096,
     max_body_bytes: Annotated[int, Option(min=1, help="Largest body of a request.")] = 2**21,
-    shutdown_seconds: Annotated[int, Option(help="How long running requests may continue after Ctrl-C.")] = 30,
+    shutdown_seconds: Annotated[int, Option(min=0, help="How long running requests may continue after Ctrl-C.")] = 30,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str, Option(help="Device, such as cuda:0. By default an accelerator, if any.")] = "auto",
-    log_level: Annotated[str, Option(help="Of uvicorn; info logs each request.")] = "warning",
+    log_level: Annotated[LogLevel, Option(help="Of uvicorn; info logs each request.")] = LogLevel.WARNING,
     engine: Annotated[Engine, Option(help="What decodes: this process, or vLLM.")] = Engine.TRANSFORMERS,
     vllm_python: Annotated[str, Option(help="Python of an environment with vLLM.")] = sys.executable,
     vllm_options: Annotated[list[str] | None, Argument(help="Further options of vLLM, after --.")] = None,
@@ -54,7 +66,7 @@ def serve(
         from ..serving.vllm_server import VllmSettings, serve_with_vllm
 
         key, options = os.environ.get(KEY), vllm_options or []
-        settings = VllmSettings(adapter, host, port, key, strategy, max_batch, dtype, vllm_python, options)
+        settings = VllmSettings(adapter, host, port, key, strategy.value, max_batch, dtype, vllm_python, options)
         raise typer.Exit(serve_with_vllm(settings))
     if vllm_options:
         raise typer.BadParameter(
@@ -71,15 +83,15 @@ def serve(
         host,
         port,
         os.environ.get(KEY),
-        strategy,
+        strategy.value,
         max_batch,
         limits,
         dtype,
         device,
         shutdown_seconds,
-        log_level,
+        log_level.value,
     )
-    if log_level == "warning":
+    if log_level is LogLevel.WARNING:
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # the host warns of each request

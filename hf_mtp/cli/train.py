@@ -61,7 +61,7 @@ def train(
 
     from ..adapter.config import GatedLoraConfig
     from ..data.rows import load_rows
-    from ..pretrained import default_device, load_model, load_tokenizer
+    from ..pretrained import default_device, is_upgraded, load_model, load_tokenizer
     from ..training.config import MTPConfig
     from ..training.trainer import MTPTrainer
 
@@ -75,13 +75,20 @@ def train(
         asked, config = parser.parse_args_and_config(context.args)
     except ValueError as error:  # a field that neither class has, or a value that one refuses
         raise typer.BadParameter(str(error)) from error
-    base = load_model(asked.model, asked.dtype, device="cpu")
     scale = {} if asked.lora_alpha is None else {"lora_alpha": asked.lora_alpha}
     upgrade = GatedLoraConfig(k=asked.k, r=asked.r, masks=asked.masks, sampler=asked.sampler, **scale)
+    rows = load_rows(asked.dataset, asked.dataset_config, asked.split)
+    base = load_model(asked.model, asked.dtype, device="cpu")
+    if is_upgraded(base):
+        raise ValueError(
+            f"{asked.model} is an adapter of hf_mtp, and this command trains a new one on a base. Pass its base with "
+            f"--model ({base.get_base_model().name_or_path}). To resume an interrupted training, add "
+            "--resume_from_checkpoint."
+        )
     trainer = MTPTrainer(
         model=get_peft_model(base, upgrade),
         args=config,
-        train_dataset=load_rows(asked.dataset, asked.dataset_config, asked.split),
+        train_dataset=rows,
         processing_class=load_tokenizer(asked.model, base),
     )
     asked_to_resume = config.resume_from_checkpoint  # a path, or, from the command line, the text "true"

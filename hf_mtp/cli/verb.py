@@ -2,12 +2,15 @@
 
 import functools
 import inspect
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+CLOSED_PIPE = 141  # as shells have it for a process that writes to a pipe that nobody reads
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 # Errors whose message says all. Of others, such as a KeyError, the name helps too.
 SELF_EXPLANATORY = (ValueError, OSError, NotImplementedError, RuntimeError, ImportError, TypeError)
@@ -36,6 +39,8 @@ def verb(function: Callable, error_code: int = 1) -> Callable:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+                raise typer.Exit(CLOSED_PIPE) from None
             if debug:
                 raise
             typer.secho(_paragraph(error), err=True, fg="red")
@@ -59,8 +64,21 @@ def run_alone(function: Callable) -> None:
     app()
 
 
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads stdout any more, as after `| head -1`. If so, stdout is discarded from now on."""
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails when it flushes at its end
+        return True
+    return False
+
+
 def _paragraph(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}."  # without the number of the error
     is_clear = text and isinstance(error, SELF_EXPLANATORY)
     what = text if is_clear else f"{type(error).__name__}: {text}".rstrip(": ")
     return f"Error: {what} (--debug shows the traceback.)"

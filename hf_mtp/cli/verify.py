@@ -28,9 +28,9 @@ def verify(
         str, Option(help="Dtypes of the base, separated by commas; auto is that of the checkpoint.")
     ] = "auto",
     k: Annotated[int | None, Option(help="Masks per block. By default the adapter's k.")] = None,
-    batch_size: Annotated[int, Option(help="Prompts of one call.")] = 1,
-    max_new_tokens: Annotated[int, Option(help="Most new tokens of an answer.")] = 64,
-    limit: Annotated[int, Option(help="Most prompts of each domain.")] = 2,
+    batch_size: Annotated[int, Option(min=1, help="Prompts of one call.")] = 1,
+    max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 64,
+    limit: Annotated[int, Option(min=1, help="Most prompts of each domain.")] = 2,
     greedy_only: Annotated[bool, Option("--greedy-only", help="Do not compare sampling.")] = False,
     as_json: Annotated[
         Path | None,
@@ -49,6 +49,7 @@ def verify(
         hf-mtp verify Qwen/Qwen3-0.6B --adapter me/qwen3-mtp --dtype float32,bfloat16
     """
     from ..evaluation.exactness.verify import verify as run
+    from ..evaluation.suites.suite import load_suite
     from ..pretrained import load_upgraded, refuse_dtype
 
     check_path(as_json)
@@ -56,14 +57,14 @@ def verify(
         raise typer.BadParameter(f"--dtype takes at least one dtype, such as auto, but got {dtype!r}.")
     for name in dtypes:
         refuse_dtype(name)
-    reports, tokenizer = [], None
+    suite, reports, tokenizer = load_suite(prompts), [], None
     for name in dtypes:
         loaded, tokenizer = load_upgraded(model, adapter, name)
         reports.append(
             run(
                 loaded,
                 tokenizer,
-                prompts,
+                suite,
                 strategies=words(strategy),
                 k=k,
                 batch_size=batch_size,

@@ -56,7 +56,11 @@ class Batch:
         self.unread_BT = torch.cat([pending_B[:, None], drafts.token_BK.clamp(min=0)], dim=1)
 
     def admit(self, other: "Batch") -> None:
-        """Adds rows whose prompts have been read. Both caches must be a growing [`RollbackCache`]."""
+        """Adds rows whose prompts have been read. Both caches must be a growing [`RollbackCache`].
+
+        Args:
+            other ([`Batch`]): The rows after their prefill.
+        """
         device = self.unread_BT.device
         pending_B = torch.cat([self.unread_BT[:, 0], other.unread_BT[:, 0].to(device)])
         self.cache.append_rows(other.cache)

@@ -36,7 +36,17 @@ class Decoded:
 
 @dataclass
 class Record:
-    """One prompt, answered without (`plain`) and with (`mtp`) multi-token prediction."""
+    """One prompt, answered without (`plain`) and with (`mtp`) multi-token prediction.
+
+    Args:
+        new_tokens (`int`): New tokens of the answer with `mtp=True`, the end token included.
+        forward_passes_plain, forward_passes_mtp (`int`): Forward passes of the base, the one over the prompt included.
+        seconds_plain, seconds_mtp (`float`): Wall-clock time.
+        identical (`bool`): Whether both answers have the same token ids.
+        repeated_4grams (`float`): The share of the answer's 4-grams that occur earlier in it.
+        steps (`list[int]`): New tokens of each forward pass with `mtp=True`, in order.
+        ids (`list[int]`): New tokens with `mtp=True`.
+    """
 
     new_tokens: int
     forward_passes_plain: int
@@ -88,6 +98,9 @@ def decode_both_ways(
         max_new_tokens (`int`): Most new tokens per answer.
         on_prompt (`Callable`, *optional*): Called after each prompt.
         options: Further arguments of `generate`. Those that begin with `mtp_` are left out in plain decoding.
+
+    Returns:
+        `list[Record]`: One for each prompt, in order.
     """
     warm_up(model, prompts[0], **options)
     ways = [_plain(options), {"mtp": True, **options}]

@@ -64,6 +64,20 @@ def refuse_other_run(folder: Path, mine, found) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the folder of results, before the work that would be lost without it.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Raises:
+        OSError: It is a file, or cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, but results need a folder. Choose another `output`.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _name_of(model: PeftModel) -> str:
     """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory."""
     base = model.get_base_model()

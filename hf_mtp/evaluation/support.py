@@ -39,7 +39,7 @@ class SupportReport:
 
     @property
     def strategy(self) -> str | None:
-        """What `mtp_strategy="auto"` means here: `"quadratic"`, `"linear"` or `"plain"`; `None` if not supported."""
+        """The most that it supports: `"quadratic"`, `"linear"` or `"plain"`; `None` if it cannot be upgraded."""
         if self.mode is None:
             return None
         mode = SpeculationMode(self.mode)
@@ -75,6 +75,7 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
 
     Raises:
         TypeError: The argument is none of these.
+        OSError: There is no such Hub id or folder, or you may not read it.
     """
     config = _config_of(model_or_config_or_id)
     report = SupportReport(config.model_type)

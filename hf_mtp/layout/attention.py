@@ -33,7 +33,11 @@ class AttentionKind:
 
 
 def attention_kinds(config) -> list[AttentionKind]:
-    """The kinds of attention in the layers of a text decoder, by its config."""
+    """The kinds of attention in the layers of a text decoder.
+
+    Args:
+        config ([`~transformers.PreTrainedConfig`]): The config of the decoder.
+    """
     window = getattr(config, "sliding_window", None)
     by_name = {
         "sliding_attention": AttentionKind("sliding_attention", window=window),

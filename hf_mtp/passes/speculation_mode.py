@@ -40,7 +40,14 @@ logger = logging.get_logger(__name__)
 
 
 class SpeculationMode(str, enum.Enum):
-    """How a model can compute several tokens in one pass with the results of one token at a time."""
+    """How a model can compute several tokens in one pass with the results of one token at a time.
+
+    - `TREE`: blocks of masks and alternative drafts branch off at every draft.
+    - `CHAIN`: a pass is one plain sequence, the drafts and a block of masks.
+    - `CHAIN_ON_COPY`: the same, with drafts and masks in a copy of a cache that cannot be rolled back.
+    - `RECOMPUTE`: each pass recomputes the whole sequence.
+    - `NONE`: plain decoding only.
+    """
 
     TREE = "tree"
     CHAIN = "chain"
@@ -99,6 +106,12 @@ def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
     Runs a few short passes, once per model and attention implementation: through the model itself, and through a tiny
     random one of the same kind, whose windows are short enough to be exceeded. If only the model itself fails, perhaps
     because memory ran out, the result is not kept for later calls.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model, without its adapter.
+
+    Returns:
+        [`SpeculationMode`]
     """
     known = _known.setdefault(model, {})
     implementation = str(model.config._attn_implementation)

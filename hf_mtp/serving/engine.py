@@ -64,6 +64,9 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Adds a request, which is decoded as soon as there is room.
 
+        Args:
+            request ([`Request`]): The request, which receives its tokens.
+
         Raises:
             RuntimeError: The engine was stopped.
         """

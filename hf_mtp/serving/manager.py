@@ -19,11 +19,10 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils import logging
 
-from ..adapter.tuner import GatedLoraTuner
 from ..base.threads import in_own_thread
 from ..data.survey import context_length
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
-from ..pretrained import is_adapter, load_model, load_processor
+from ..pretrained import is_adapter, load_model, load_processor, refuse_other_adapter
 from .engine import Engine
 from .limits import Limits, bad_request
 from .metrics import Metrics
@@ -57,8 +56,7 @@ class AdapterManager(ModelManager):
         name, hub = self._pinned(model_id_and_revision)
         device = None if self.device == "auto" else self.device
         model = load_model(name, self.dtype or "auto", device, **hub).eval()
-        if not isinstance(model.base_model, GatedLoraTuner):
-            raise ValueError(f"{name} is a {type(model.base_model).__name__}, not an adapter of hf_mtp.")
+        refuse_other_adapter(model, name)
         return model
 
     def _pinned(self, model_id_and_revision: str) -> tuple[str, dict]:

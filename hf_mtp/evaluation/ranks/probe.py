@@ -21,7 +21,7 @@ from ...layout.blocks import IGNORE, BlockLayout, training_layout
 from ...objective.compute import drafted_features
 from ...passes.training_pass import TrainingPass, training_pass
 from ..decoded import checked_config, decode_rows
-from ..run import describe_run, refuse_other_run
+from ..run import describe_run, make_folder, refuse_other_run
 from ..suites.prompts import EncodedPrompt, encode_prompts
 from ..suites.suite import Suite, load_suite
 from .placeholders import Placeholder, placeholders_of
@@ -66,6 +66,7 @@ def probe(
     Raises:
         ValueError: The model's adapter is not one of hf_mtp, an argument is out of range, no prompt fits into the
             context or has an answer of two tokens, or `output` has the results of another run.
+        OSError: `output` is a file, or cannot be made.
     """
     if not isinstance(model, PeftModel):
         with _upgraded(model) as alone:
@@ -107,9 +108,10 @@ def _probe(
         refuse_other_run(folder, settings, load_probe(folder).settings)
     room = max_new_tokens + config.k  # the last positions stand for tokens after the answer
     prompts, left_out = encode_prompts(suite.prompts, tokenizer, model.config, room)
+    if folder is not None:
+        make_folder(folder)
     results = _measured(model, tokenizer, prompts, settings, left_out)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         results.save(folder)
     return results
 

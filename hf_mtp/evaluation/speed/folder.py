@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..run import refuse_other_run
+from ..run import make_folder, refuse_other_run
 from .results import FILE, Call, Results, Settings, call_of, load_results
 
 CALLS = "calls.jsonl"
@@ -37,9 +37,7 @@ class RunFolder:
         self.seconds = 0.0
         if folder is None:
             return
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file, but results need a folder. Choose another `output`.")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if (folder / CALLS).is_file():
             self._read_turns()
         elif (folder / FILE).is_file():
