@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB, tiny_base, upgraded
+from tiny_models import VOCAB, decoding_plainly, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from tiny_training import taught
 
@@ -137,6 +137,21 @@ def test_batches_count_a_pass_once_for_each_row_and_prompt_lookup_is_left_out(mo
     assert plain.forward_passes == NEW_TOKENS and plain.row_passes == 2 * NEW_TOKENS
     assert call.forward_passes <= call.row_passes <= 2 * call.forward_passes
     assert found.domains["all"]["quadratic, k=3"].identical == 4
+
+
+def test_a_model_that_decodes_plainly_has_one_token_per_pass_by_auto():
+    found = run(decoding_plainly(), strategies=["auto", "linear"])
+    assert [*found.domains["all"]] == ["plain", "auto, k=3", "linear, k=3"] and "prompt lookup" in found.left_out
+    auto = found.domains["all"]["auto, k=3"]
+    assert auto.tokens_per_pass == 1 and auto.identical == 4 and auto.acceptance_per_position == []
+
+
+def test_counts_of_an_earlier_call_are_not_those_of_plain_decoding(model):
+    prompt = tiny_tokenizer()(words(9))["input_ids"]
+    assert decode_rows(model, [prompt], NEW_TOKENS, mtp=True).is_mtp
+    with model.disable_adapter(), pytest.warns(UserWarning, match="plain decoding"):
+        decoded = decode_rows(model, [prompt], NEW_TOKENS, mtp=True)
+    assert not decoded.is_mtp and decoded.steps == [1] * NEW_TOKENS and decoded.drafted_per_position == []
 
 
 # ---------------------------------------------------------------- answers that end

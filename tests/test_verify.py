@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny_base, upgraded
+from tiny_models import decoding_plainly, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 
 from hf_mtp.decoding import verification
@@ -80,6 +80,15 @@ def test_a_way_that_the_model_refuses_is_named():
 def test_nothing_that_was_compared_is_not_equal():
     with pytest.raises(ValueError, match="Nothing could be compared: .*quadratic decoding of Bloom.* not be exact"):
         run(upgraded("bloom", 3), sampling=False, strategies=["quadratic"])
+
+
+def test_what_decodes_plainly_is_not_compared():
+    model = decoding_plainly()
+    report = run(model, strategies=["auto", "linear"])
+    refused = {(one.way, one.refused is not None, one.answers) for one in report.comparisons}
+    assert refused == {("auto, k=3", True, 0), ("linear, k=3", False, 3)} and report.is_equal
+    with pytest.raises(ValueError, match="Nothing could be compared.* decodes plainly here"):
+        run(model, strategies=["auto"])
 
 
 def test_an_answer_that_ends_early_differs_where_it_ends():
