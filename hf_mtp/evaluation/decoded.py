@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.config import GatedLoraConfig
 from ..base.inspection import decoder_of, input_device
-from ..base.padding import left_padded
+from ..base.padding import end_tokens, left_padded, up_to_end
 
 
 @dataclass
@@ -148,20 +148,3 @@ def _padding_token(model: PreTrainedModel | PeftModel) -> int:
     """The padding token of the generation config, else the smallest end token."""
     pad = model.generation_config.pad_token_id
     return min(end_tokens(model), default=0) if pad is None else pad
-
-
-def end_tokens(model: PreTrainedModel | PeftModel) -> set[int]:
-    """The token ids that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def up_to_end(ids: list[int], ends: set[int]) -> list[int]:
-    """Token ids up to the first end token, that included. What follows in a batch is padding.
-
-    Args:
-        ids (`list[int]`): New tokens of a row.
-        ends (`set[int]`): Token ids that end an answer.
-    """
-    place = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: place + 1]

@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...base.inspection import evaluation_mode
+from ...base.padding import end_tokens
 from ...objective.simulation import SimulatedDecoding
-from ..decoded import DecodedRows, checked_config, decode_rows, end_tokens
+from ..decoded import DecodedRows, checked_config, decode_rows
 from ..measures import ALL, first_difference, repeated_share
 from ..methods import PLAIN, PROMPT_LOOKUP, STRATEGIES, DecodingMethod, methods_of
 from ..run import describe_run
@@ -172,7 +173,7 @@ def _turn(
     return [_call(method.name, batch, decoded[method.name], decoded[PLAIN], ends) for method in methods]
 
 
-def _call(method: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: DecodedRows, ends: set[int]) -> Call:
+def _call(method: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: DecodedRows, ends: list[int]) -> Call:
     answers = []
     for prompt, ids, expected in zip(batch, decoded.rows, plain.rows, strict=True):
         difference = first_difference(ids, expected)
