@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from ..base.inspection import input_device
+from ..base.inspection import base_name, input_device
 from ..base.machine import describe_machine
 from .suites.suite import Suite
 
@@ -20,7 +20,7 @@ def describe_run(model: PeftModel, suite: Suite) -> dict[str, str | dict]:
     """
     config = model.base_model.active_mtp_config
     return {
-        "model": _name_of(model),
+        "model": base_name(model.get_base_model()),
         "adapter": {"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
         "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
         "device": str(input_device(model).type),
@@ -62,10 +62,3 @@ def refuse_other_run(folder: Path, mine, found) -> None:
             f"The folder {folder} contains the results of a different run: {listed}. Choose another output folder, "
             "or delete this one."
         )
-
-
-def _name_of(model: PeftModel) -> str:
-    """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory."""
-    base = model.get_base_model()
-    name = base.name_or_path or type(base).__name__
-    return Path(name).resolve().name if Path(name).is_dir() else name

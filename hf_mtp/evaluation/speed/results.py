@@ -7,7 +7,7 @@ The fields of these classes are the schema. docs/evaluation.md describes them; a
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..documents import fields_of, load_document, write_document
+from ..documents import from_fields, load_document, write_document
 from ..measures import ALL, acceptance_per_position, quartiles, tokens_per_pass
 from ..methods import PLAIN
 
@@ -185,12 +185,12 @@ def load_results(path: Path) -> Results:
 
 def _results_of(content: dict) -> Results:
     domains = {
-        domain: {way: fields_of(Summary, row) for way, row in ways.items()}
+        domain: {way: from_fields(Summary, row) for way, row in ways.items()}
         for domain, ways in content["domains"].items()
     }
     calls = [call_of(row) for row in content["calls"]]
-    settings = fields_of(Settings, content["settings"])
-    return fields_of(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
+    settings = from_fields(Settings, content["settings"])
+    return from_fields(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
 
 
 def call_of(content: dict) -> Call:
@@ -199,7 +199,7 @@ def call_of(content: dict) -> Call:
     Args:
         content (`dict`): The JSON.
     """
-    return fields_of(Call, {**content, "answers": [fields_of(Answer, row) for row in content["answers"]]})
+    return from_fields(Call, {**content, "answers": [from_fields(Answer, row) for row in content["answers"]]})
 
 
 def summarize_calls(calls: list[Call]) -> dict[str, dict[str, Summary]]:
