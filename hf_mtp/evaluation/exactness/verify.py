@@ -37,14 +37,14 @@ class Comparison:
     """One decoding method, compared with plain decoding.
 
     Args:
-        way (`str`): Name of the method.
+        method (`str`): Its name.
         mode (`str`): `"greedy"` or `"sampling"`.
         answers (`int`): Number of answers.
         divergences (`list[Divergence]`): The first difference of each answer that differs.
         refused (`str`, *optional*): Why the model does not support this method. It then has no answers.
     """
 
-    way: str
+    method: str
     mode: str
     answers: int
     divergences: list[Divergence] = field(default_factory=list)
@@ -134,7 +134,7 @@ def verify(
     with evaluation_mode(model):
         for mode in (GREEDY, SAMPLING) if sampling else (GREEDY,):
             comparisons += _compare_all(model, methods, batches, mode, max_new_tokens)
-        refused = {comparison.way for comparison in comparisons if comparison.refused}
+        refused = {comparison.method for comparison in comparisons if comparison.refused}
         allowed = [method for method in methods if method.name not in refused]
         if not allowed:
             raise ValueError(

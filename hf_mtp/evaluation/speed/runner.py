@@ -69,7 +69,7 @@ def evaluate(
     methods = methods_of(strategies, k, config.k)
     settings = Settings(
         **describe_run(model, suite),
-        ways=[{"name": method.name, "strategy": method.strategy, "k": method.k} for method in methods],
+        methods=[{"name": method.name, "strategy": method.strategy, "k": method.k} for method in methods],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
@@ -128,7 +128,7 @@ def _simulated(model: PeftModel, prompts: list[EncodedPrompt], results: Results)
     ids = {prompt.name: prompt.ids for prompt in prompts}
     texts: dict[str, list[tuple[list[int], list[int]]]] = {}
     for call in results.calls:
-        if call.way == PLAIN:
+        if call.method == PLAIN:
             texts.setdefault(call.domain, []).extend((ids[answer.prompt], answer.ids) for answer in call.answers)
     simulated = {domain: simulated_decoding(model, pairs) for domain, pairs in texts.items()}
     if len(simulated) > 1:
@@ -190,7 +190,7 @@ def _call(method: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: 
         )
     return Call(
         domain=batch[0].domain,
-        way=method,
+        method=method,
         seconds=round(decoded.seconds, 6),
         forward_passes=decoded.forward_passes,
         row_passes=decoded.row_passes,
