@@ -135,7 +135,7 @@ def temperatures() -> str:
     report = load("temperatures")
     rows = []
     for domain, ways in report["domains"].items():
-        for strategy in ("quadratic", "auto"):
+        for strategy in dict.fromkeys(name.rpartition(", ")[0] for name in ways):
             greedy = ways[f"{strategy}, greedy"]["tokens_per_pass"]
             found = [ways[f"{strategy}, T = {t}"]["tokens_per_pass"] for t in (0.7, 1.0)]
             cells = (f"{tokens:.2f} ({tokens / greedy:.2f})" for tokens in found)

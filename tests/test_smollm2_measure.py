@@ -103,8 +103,18 @@ def test_batches_hold_different_prompts_and_end_separately(run, monkeypatch):
 def test_sampling_is_compared_with_greedy_decoding(run):
     report = run("temperatures", "--small")
     for ways in report["domains"].values():
-        assert len(ways) == 6 and all(row["tokens_per_pass"] >= 1 and "identical" not in row for row in ways.values())
+        assert len(ways) == 9 and all(row["tokens_per_pass"] >= 1 and "identical" not in row for row in ways.values())
     assert report["ways"]["auto, T = 0.7"]["temperature"] == 0.7 and report["ways"]["auto, T = 0.7"]["do_sample"]
+
+
+def test_assumed_costs_are_never_measured(adapter):
+    ways = script("ways")
+    model = ways.Models(str(BASE), adapter, "float32").free_columns
+    inputs = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    model.generate(**inputs, mtp=True, do_sample=False, max_new_tokens=12)
+    (key,) = model.base_model.schedules._known
+    schedule = model.base_model.schedules.borrow(key, make=None)
+    assert schedule.costs == ways.NEARLY_FREE and schedule.mask_acceptance.counts.offered[0] > 2
 
 
 def test_what_was_measured_is_not_measured_again(run, data, monkeypatch):

@@ -27,6 +27,7 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
+from ways import NEARLY_FREE
 
 from hf_mtp.base.machine import describe_machine
 from hf_mtp.cache.rollback import RollbackCache
@@ -47,7 +48,6 @@ WAYS = {
     "both": {"siblings": 0},
     "both, siblings": {},
 }
-FREE = PassCosts([(1, 1.0), (81, 1.25)], [(2, 1.05), (81, 1.3)])
 HERE = Path(__file__).parent
 OTHERS = 3  # recorded candidates of each mask, besides the first
 ROUNDS = 5  # measurements of the costs
@@ -74,7 +74,11 @@ def main() -> None:
     model = PeftModel.from_pretrained(base, args.adapter).eval()
     measured = median_costs(model, encoded("What is 2 + 3?", tokenizer))
     plain = measured.plain
-    costs = {"measured": measured, "masks as regular tokens": PassCosts(plain, plain[1:]), "columns nearly free": FREE}
+    costs = {
+        "measured": measured,
+        "masks as regular tokens": PassCosts(plain, plain[1:]),
+        "columns nearly free": NEARLY_FREE,
+    }
     report = {
         "machine": describe_machine(),
         "dtype": str(base.dtype).removeprefix("torch."),

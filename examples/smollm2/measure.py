@@ -37,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 BATCHES = (4, 8)
 K = (1, 2, 4, 8)
 DOMAINS = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
+FREE = "auto, columns nearly free"
 SMALL = {"prompts": 1, "new_tokens": 12, "rare": 1}
 
 
@@ -88,10 +89,13 @@ def strategies_by_k(args: argparse.Namespace) -> dict[str, Way]:
 
 
 def temperatures(args: argparse.Namespace) -> dict[str, Way]:
-    """Greedily and by sampling."""
-    strategies = ("quadratic", "auto")
-    greedy = {f"{strategy}, greedy": mtp(strategy) for strategy in strategies}
-    return greedy | {f"{s}, T = {t}": sampled(s, t) for s in strategies for t in (0.7, 1.0)}
+    """Greedily and by sampling, also as if columns were nearly free."""
+    models = {"quadratic": ("quadratic", "adapter"), "auto": ("auto", "adapter"), FREE: ("auto", "free_columns")}
+    return {
+        f"{name}, {how}": mtp(strategy, model=model) if t is None else sampled(strategy, t, model)
+        for name, (strategy, model) in models.items()
+        for how, t in (("greedy", None), ("T = 0.7", 0.7), ("T = 1.0", 1.0))
+    }
 
 
 def held_out(args: argparse.Namespace) -> dict[str, list[list[str]]]:

@@ -3,6 +3,7 @@
 Knows models and arguments of `generate`. Knows nothing of prompts, files or tables.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.base.padding import up_to_end
+from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule
+from hf_mtp.decoding.schedule.costs import PassCosts
+from hf_mtp.decoding.schedule.store import ScheduleStore
 from hf_mtp.evaluation.compare import same_weights
 from hf_mtp.evaluation.decoded import timed_generate
 
 # 10 million parameters; the smallest SmolLM2 is the base itself.
 SMALL_DRAFT = Path(__file__).resolve().parents[1] / "quickstart" / "base"
+# What passes cost where a pass over 81 columns takes little longer than one over a single column, as on a GPU.
+NEARLY_FREE = PassCosts([(1, 1.0), (81, 1.25)], [(2, 1.05), (81, 1.3)])
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Way:
     """One way to decode.
 
     Args:
-        model (`str`): `"base"`, `"adapter"` or `"untrained"`: which of [`Models`] decodes.
+        model (`str`): `"base"`, `"adapter"`, `"free_columns"` or `"untrained"`: which of [`Models`] decodes.
         options (`dict`): Arguments of `generate`.
         assistant_tokens (`int`, *optional*): Drafts per pass of assisted generation.
         has_small_draft (`bool`): Whether the small model of the quickstart drafts.
@@ -51,9 +57,9 @@ def mtp(strategy: str = "auto", k: int | None = None, model: str = "adapter", is
     return Way(model, options, is_rare=is_rare)
 
 
-def sampled(strategy: str, temperature: float) -> Way:
+def sampled(strategy: str, temperature: float, model: str = "adapter") -> Way:
     """A way that samples from the whole vocabulary."""
-    return mtp(strategy, do_sample=True, temperature=temperature, top_k=0)
+    return mtp(strategy, model=model, do_sample=True, temperature=temperature, top_k=0)
 
 
 PLAIN = Way()
@@ -78,6 +84,23 @@ PEERS = {
 }
 
 
+class FixedCosts(ScheduleStore):
+    """Adaptive schedules that do not measure what passes cost.
+
+    Args:
+        costs ([`PassCosts`]): What they assume.
+    """
+
+    def __init__(self, costs: PassCosts):
+        super().__init__()
+        self.assumed = costs
+
+    def borrow(self, key: Hashable, make: Callable[[], AdaptiveSchedule]) -> AdaptiveSchedule:
+        schedule = super().borrow(key, make)
+        schedule.costs = self.assumed
+        return schedule
+
+
 class Models:
     """The base, and what decodes with its weights.
 
@@ -91,7 +114,15 @@ class Models:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
         self.base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
+        self.adapter_folder = adapter
         self.adapter = PeftModel.from_pretrained(same_weights(self.base), adapter).eval()
+
+    @cached_property
+    def free_columns(self) -> PeftModel:
+        """The base with the adapter. `auto` chooses columns as if they were nearly free."""
+        model = PeftModel.from_pretrained(same_weights(self.base), self.adapter_folder).eval()
+        model.base_model.schedules = FixedCosts(NEARLY_FREE)
+        return model
 
     @cached_property
     def untrained(self) -> PeftModel:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
@@ -142,10 +143,10 @@ class GenerationMixin:
             )
         return mtp_strategy, mode
 
-    @property
+    @cached_property
     def schedules(self) -> ScheduleStore:
         """The adaptive schedules of earlier calls."""
-        return self.__dict__.setdefault("_schedules", ScheduleStore())
+        return ScheduleStore()
 
     def draft(
         self,
