@@ -68,16 +68,16 @@ def serve(
     limits = Limits(max_body_bytes, max_prompt_tokens or 2**20, max_new_tokens)
     settings = ServerSettings(
         adapter,
-        host=host,
-        port=port,
-        api_key=os.environ.get(KEY),
-        strategy=strategy,
-        max_rows=max_batch,
-        limits=limits,
-        dtype=dtype,
-        device=device,
-        shutdown_seconds=shutdown_seconds,
-        log_level=log_level,
+        host,
+        port,
+        os.environ.get(KEY),
+        strategy,
+        max_batch,
+        limits,
+        dtype,
+        device,
+        shutdown_seconds,
+        log_level,
     )
     if log_level == "warning":
         from transformers.utils import logging

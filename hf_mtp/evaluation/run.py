@@ -20,7 +20,7 @@ def describe_run(model: PeftModel, suite: Suite) -> dict[str, str | dict]:
     """
     config = model.base_model.active_mtp_config
     return {
-        "model": base_name(model.get_base_model()),
+        "model": _name_of(model),
         "adapter": {"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
         "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
         "device": str(input_device(model).type),
@@ -62,3 +62,8 @@ def refuse_other_run(folder: Path, mine, found) -> None:
             f"The folder {folder} contains the results of a different run: {listed}. Choose another output folder, "
             "or delete this one."
         )
+
+
+def _name_of(model: PeftModel) -> str:
+    """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory."""
+    return base_name(model.get_base_model())
