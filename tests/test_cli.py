@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import hf_mtp
 from hf_mtp.cli.main import app
-from hf_mtp.cli.session import PiecePrinter, Session
+from hf_mtp.cli.session import Session
 from hf_mtp.pretrained import load_model, load_tokenizer
 
 # What pip writes into bin/ for an entry point, and what was imported on the way.
@@ -303,25 +303,6 @@ def test_generate_prints_the_text_of_plain_decoding(adapter, session_of, tmp_pat
     assert run("generate", *options, input=SPOKEN).stdout == text + "\n"
     report = json.loads(run("generate", *options, "--json", "--plain", SPOKEN).stdout)
     assert (report["text"], report["tokens"], report["forward_passes"]) == (text, 12, 12)
-
-
-@pytest.mark.parametrize(
-    "passes, pieces",
-    [
-        ([[6], [7, 8], [9]], ["w6", " w7 w8", " w9"]),
-        ([[6, 7, 8]], ["w6 w7", " w8"]),  # `mtp=True` decodes some models plainly, and tells of no pass
-    ],
-)
-def test_text_is_printed_as_it_comes(passes, pieces):
-    shown = []
-    printer = PiecePrinter(tiny_tokenizer(), shown.append, in_passes=True)
-    printer.put(torch.tensor([[10, 11]]))  # the prompt
-    for tokens in passes:
-        for token in tokens:
-            printer.put(torch.tensor([token]))
-        if len(passes) > 1:
-            printer.end_pass()
-    assert shown == pieces
 
 
 def test_generate_samples_by_seed(adapter):
