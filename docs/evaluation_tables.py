@@ -17,7 +17,7 @@ def verification() -> str:
             ties = sum(divergence["tie"] for divergence in one["divergences"])
             gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
             equal = f"{one['answers'] - len(units)} of {one['answers']}"
-            rows.append([report["dtype"], one["mode"], one["way"], equal, gaps])
+            rows.append([report["dtype"], one["mode"], one["method"], equal, gaps])
     tests = " and ".join(f"p = {report['p_value']:.2f} in {report['dtype']}" for report in reports)
     head = ["dtype", "decoding", "method", "equal answers", "differences"]
     note = f"Up to {reports[0]['max_new_tokens']} tokens; two-sample test: {tests}; {machine(reports[0])}."

@@ -4,9 +4,9 @@
     python docs/make_tables.py            # writes them
     python docs/make_tables.py --check    # exits with 1 if a table is out of date
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function of this file, or of
-another *_tables.py, that makes it. A number of a sentence stands between
-`<!-- value: PATH as FORM -->` and `<!-- end -->`. PATH and FORM are arguments of `value` in tables.py.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is the function that makes it, in one of the
+modules *_tables.py. A number of a sentence stands between `<!-- value: PATH as FORM -->` and `<!-- end -->`. PATH and
+FORM are arguments of `value` in tables.py.
 """
 
 import re
@@ -15,345 +15,36 @@ from pathlib import Path
 
 import evaluation_tables
 import peer_tables
+import reference_tables
 import scenario_tables
 import serving_tables
 import smollm2_tables
+import support_tables
+import training_tables
 import vllm_tables
-from tables import load, machine, table, value
+from tables import value
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (.+?) as (.+?) -->)[^<]*(<!-- end -->)")
-SUPPORT_CHECKS = ("quadratic", "linear", "batch", "static cache", "eager attention")
-PAPER = {
-    "weights": "weights",
-    "keys_and_values": "keys and values",
-    "copies": "copies for one chunk of masks",
-    "states": "states of one chunk of masks",
-    "logits": "logits of 1,024 rows",
-    "adapter": "adapter, gradients, AdamW",
-}
-NAMES = {"maths": "maths (GSM8K)", "chat": "chat", "python": "Python"}
-
-
-def greedy() -> str:
-    """Both strategies, all domains."""
-    report = load("reference")
-    rows = [
-        [
-            NAMES[domain],
-            strategy,
-            f"{row['tokens_per_step']:.2f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['identical']}/{row['prompts']}",
-            f"{row['repeated_4grams']:.2f}",
-        ]
-        for domain, result in report["domains"].items()
-        for strategy, row in result.items()
-        if strategy in ("quadratic", "linear")
-    ]
-    head = ["domain", "strategy", "tokens per step", "wall-clock against plain", "identical", "repeated 4-grams"]
-    return table(head, rows) + f"\n{machine(report)}.\n"
-
-
-def simulated() -> str:
-    """Held-out text, the base's argmax as the truth."""
-    report = load("reference")
-    rows = []
-    for domain, result in report["domains"].items():
-        values = result["simulated"]
-        accuracy = " ".join(f"{values[f'accuracy_{step}']:.2f}" for step in range(1, 9))
-        rows.append([NAMES[domain], f"{values['tokens_per_block']:.2f}", accuracy])
-    return table(["domain", "tokens per block", "accuracy of masks 1 to 8"], rows)
-
-
-def training() -> str:
-    """How the reference adapter was trained."""
-    run = load("reference")["training"]
-    settings = ", ".join(f"`{name}={value}`" for name, value in run["settings"].items())
-    rows = [
-        ["time", f"{run['seconds'] / 60:.1f} minutes on {run['threads']} threads"],
-        ["steps", f"{run['steps']:,}"],
-        ["masks trained on", f"{run['masks_trained']:,}, {run['masks_trained'] / run['seconds']:,.0f} per second"],
-        [
-            "trainable parameters",
-            f"{run['trainable_parameters']:,} (k={run['adapter']['k']}, r={run['adapter'].get('r', 128)})",
-        ],
-        ["settings", settings],
-    ]
-    return table(["", ""], rows)
-
-
-def decoding() -> str:
-    """Speed of every exact way to decode, compared with plain decoding."""
-    report = load("decoding")
-    rows = []
-    for domain, result in report["domains"].items():
-        chance = f"T = {result['temperature']}" if result["do_sample"] else "greedy"
-        rows += decoding_rows(f"{NAMES[domain]}, {chance}", result["ways"], report)
-    rows += decoding_rows("maths, T = 1", report["temperature 1"], report)
-    rows += decoding_rows("maths, untrained adapter", report["untrained"], report)
-    for size, ways in report["batches"].items():
-        rows += decoding_rows(f"maths, batch of {size}", ways, report)
-    head = ["text", "method", "speed", "tokens per pass", "identical to plain"]
-    return table(head, rows) + f"\n{machine(report)}. k={report['arguments']['k']}, r={report['arguments']['r']}.\n"
-
-
-def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[str]]:
-    """A row for each way except plain decoding, whose speed is 1."""
-    sampled = title.count("T =")
-    return [
-        [
-            title,
-            name,
-            f"{row['speedup']:.2f}x",
-            f"{row['tokens_per_pass']:.2f}",
-            "sampled" if sampled else ("all" if row["identical"] == ways["plain"]["identical"] else "NOT ALL"),
-        ]
-        for name, row in ways.items()
-        if name != "plain"
-    ]
-
-
-def sampling() -> str:
-    """Rejection sampling against noise that drafting and verification share."""
-    report = load("sampling")
-    found = {(row["temperature"], row["mask"], row["way"]): row["rate"] for row in report["rates"]}
-    ways = list(dict.fromkeys(row["way"] for row in report["rates"]))
-    places = sorted({(temperature, mask) for temperature, mask, _ in found})
-    head = ["", *(f"T = {temperature}, mask {mask}" for temperature, mask in places)]
-    rows = [[way, *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
-    note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
-    return table(head, rows) + note
-
-
-def rounding() -> str:
-    """What makes passes over several columns round differently."""
-    report = load("rounding")
-    rows = [
-        [variant, *(f"{count} of {report['columns']}" for count in counts.values())]
-        for variant, counts in report["equal"].items()
-    ]
-    masks = [f"{masks} masks" if masks != "0" else "no masks" for masks in next(iter(report["equal"].values()))]
-    orders = ", ".join(f"{row['all_up_to']} ({row['outputs']} × {row['inputs']})" for row in report["products"])
-    note = f"Products keep the order of a single row up to so many rows, by outputs × inputs: {orders}"
-    return table(["pass", *masks], rows) + f"\n{note}. {machine(report)}; {report['dtype']}.\n"
-
-
-def passes() -> str:
-    """What a pass with masks costs, milliseconds."""
-    report = load("pass")
-    kinds = ("bare base", "with masks", "drafting", "without LoRA")
-    rows = [
-        [str(row["columns"]), *(f"{row[kind]:.1f}" for kind in kinds), f"{_whole(row) / row['bare base']:.2f}x"]
-        for row in report["rows"]
-    ]
-    head = ["columns", *kinds, "with masks and drafting, over the bare base"]
-    return table(head, rows) + f"\n{machine(report)}; {report['dtype'].removeprefix('torch.')}.\n"
-
-
-def _whole(row: dict) -> float:
-    return row["with masks"] + row["drafting"]
-
-
-def revisions() -> str:
-    """Decoding by this version against the one before, paired."""
-    report = load("revisions")
-    rows = [
-        [
-            way,
-            f"{row['seconds_before']:.2f} s",
-            f"{row['seconds_now']:.2f} s",
-            f"{row['faster']:.2f}x",
-            f"{row['lowest']:.2f} to {row['highest']:.2f}",
-            f"{row['identical']}/{row['prompts']}",
-        ]
-        for way, row in report["ways"].items()
-    ]
-    head = ["method", "before", "now", "before / now", "range", "same text"]
-    return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
-
-
-def ablation() -> str:
-    """The gain and the cost of each single change."""
-    report = load("ablation")
-    rows = [
-        [
-            f"{run['group']}: {run['name']}" if run["group"] != run["name"] else f"**{run['name']}**",
-            *(f"{run['tokens_per_step'][domain]:.2f}" for domain in NAMES),
-            f"{run['cpu_seconds']:.0f}",
-            f"{run['masks_trained'] / 1000:.0f}k",
-            f"{run['trainable_parameters'] / 1e6:.2f}M",
-            f"{run['training_memory_mib']}",
-        ]
-        for run in report["runs"]
-    ]
-    head = ["run", *NAMES.values(), "CPU seconds", "masks", "parameters", "memory, MiB"]
-    return table(head, rows) + f"\n{report['steps']} steps each. {machine(report)}.\n"
-
-
-def gate() -> str:
-    """The base's own loss before and after training, with and without the gate."""
-    rows = [
-        [run["name"], *(f"{run['base_loss_before'][d]:.4f} → {run['base_loss_after'][d]:.4f}" for d in NAMES)]
-        for run in load("ablation")["runs"]
-        if run["group"] == "gate"
-    ]
-    return table(["nats per token of the base, before → after", *NAMES.values()], rows)
-
-
-def recipes() -> str:
-    """The settings before and after the ablation, trained side by side."""
-    reports = {name: load(f"recipe_{name}") for name in ("before", "now")}
-    rows = []
-    for name, report in reports.items():
-        results = [report["domains"][domain]["simulated"] for domain in NAMES]
-        training = report["training"]
-        rows.append(
-            [
-                name,
-                *(f"{result['tokens_per_step']:.2f}" for result in results),
-                *(f"{result['tokens_per_block']:.2f}" for result in results),
-                f"{training['steps']:,}",
-                f"{training['masks_trained'] / 1e6:.2f}M",
-            ]
-        )
-    before, now = ([float(cell) for cell in row[1:7]] for row in rows)
-    rows.append(["gain", *(f"{100 * (b / a - 1):+.0f} %" for a, b in zip(before, now, strict=True)), "", ""])
-    head = ["settings", *NAMES.values(), *(f"{name}, per block" for name in NAMES.values()), "steps", "masks"]
-    return table(head, rows) + f"\n{machine(reports['now'])}.\n"
-
-
-def foreseen() -> str:
-    """Tokens per step that an evaluation predicts for the base's own answers, and those of decoding them."""
-    report = load("recipe_now")
-    rows = []
-    for domain, name in NAMES.items():
-        row = report["domains"][domain]["quadratic"]
-        told, took = row["foreseen_tokens_per_step"], row["tokens_per_step"]
-        rows.append(
-            [
-                name,
-                f"{told:.3f}",
-                f"{took:.3f}",
-                f"{100 * (told / took - 1):+.1f} %",
-                f"{row['identical']}/{row['prompts']}",
-            ]
-        )
-    return table(["domain", "evaluation", "decoding", "difference", "identical"], rows) + f"\n{machine(report)}.\n"
-
-
-def training_cost() -> str:
-    """Time and memory, compared with TRL's SFTTrainer and a plain LoRA."""
-    report = load("training")
-    rows = [
-        [
-            row["way"],
-            f"{row['positions_per_step']:,.0f}",
-            f"{row['seconds_per_step']:.2f} s",
-            f"{1000 * row['seconds_per_1000_positions']:.0f} ms",
-            f"{row['memory_mib']:,} MiB",
-        ]
-        for row in report["ways"]
-    ]
-    head = ["method", "trained positions per step", "a step", "1,000 positions", "peak memory"]
-    return table(head, rows) + f"\n{machine(report)}.\n"
-
-
-def training_memory() -> str:
-    """Peak memory by length and by number of blocks."""
-    rows = [
-        [
-            f"{row['tokens']:,}",
-            f"{row['blocks']:,}",
-            "in chunks" if row["in_parts"] else "at once",
-            f"{row['memory_mib']:,} MiB",
-        ]
-        for row in load("training")["memory"]
-    ]
-    return table(["tokens", "blocks of 8 masks", "backward", "peak memory"], rows)
-
-
-def on_paper() -> str:
-    """Computed memory of a long context, by item."""
-    rows = [
-        [
-            f"{row['base']}{' in 4 bits' if row['bits'] == 4 else ''}, {row['attention']}",
-            *(f"{row[name] / 2**30:.1f}" for name in PAPER),
-            f"**{sum(row[name] for name in PAPER) / 2**30:.1f}**",
-        ]
-        for row in load("training")["on_paper"]
-    ]
-    return table(["base", *PAPER.values(), "total, GiB"], rows)
-
-
-def adapter_sizes() -> str:
-    """Sizes of adapters of rank 16, in percent of their bases."""
-    rows = [
-        [
-            row["base"],
-            f"{row['adapter_parameters'] / 1e6:.0f}M",
-            *(f"{100 * size * row['adapter_parameters'] / row['base_bytes']:.1f} %" for size in (2, 4)),
-        ]
-        for row in load("training")["adapters"]
-    ]
-    return table(["base, in bfloat16", "parameters at r = 16", "file in bfloat16", "file in float32"], rows)
-
-
-def support_counts() -> str:
-    """How many model types decode in which way."""
-    report = load("support")
-    types = [row for row in report["rows"] if not row["variant"]]
-    counts = [
-        ("`auto` is quadratic", sum(row["strategy"] == "quadratic" for row in types)),
-        ("`auto` is linear", sum(row["strategy"] == "linear" for row in types)),
-        (
-            "`auto` is plain, `linear` recomputes the whole sequence",
-            sum(row["mode"] == "recomputed chain" for row in types),
-        ),
-        ("plain only", sum(row["mode"] == "none" for row in types)),
-        ("not supported", sum(row["strategy"] is None for row in types)),
-        ("all", len(types)),
-        ("output differs from plain decoding anywhere", sum(not row["is_exact"] for row in report["rows"])),
-    ]
-    about = f"\n{machine(report)}. The sweep took {report['seconds']:.0f} seconds.\n"
-    return table(["", "model types"], [[name, f"{count}"] for name, count in counts]) + about
-
-
-def support() -> str:
-    """The model types that can be upgraded."""
-    rows = []
-    for row in load("support")["rows"]:
-        if row["strategy"] is not None:
-            cells = (_support_cell(row["checks"][check]) for check in SUPPORT_CHECKS)
-            rows.append([_support_name(row), row["strategy"], row["mode"], *cells])
-    return table(["model type", "`auto`", "mode", *SUPPORT_CHECKS], rows)
-
-
-def refused() -> str:
-    """The model types that cannot be upgraded, and why."""
-    rows = [
-        [_support_name(row), row["reason"].replace("|", "\\|")]
-        for row in load("support")["rows"]
-        if row["strategy"] is None
-    ]
-    return table(["model type", "why"], rows)
-
-
-def _support_name(row: dict) -> str:
-    return f"`{row['model_type']}`" + (f" ({row['variant']})" if row["variant"] else "")
-
-
-def _support_cell(result: str) -> str:
-    return "exact" if result == "exact" else "–" if result.startswith("refused") else result
+MODULES = (
+    reference_tables,
+    training_tables,
+    support_tables,
+    smollm2_tables,
+    evaluation_tables,
+    peer_tables,
+    scenario_tables,
+    serving_tables,
+    vllm_tables,
+)
 
 
 def fill(name: str) -> str:
     """The table called `name`, or a note if its results are missing."""
     try:
-        modules = (smollm2_tables, evaluation_tables, peer_tables, scenario_tables, serving_tables, vllm_tables)
-        return ({key: made for module in modules for key, made in vars(module).items()} | globals())[name]()
+        return {key: made for module in MODULES for key, made in vars(module).items()}[name]()
     except FileNotFoundError:
         return "Not measured yet.\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VOCAB, tiny_base, upgraded
+from tiny_models import VOCAB, decoding_plainly, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from tiny_training import taught
 
@@ -22,7 +22,7 @@ from hf_mtp.evaluation.suites.suite import suite_of_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_TOKENS = 12
-WAYS = ["plain", "prompt lookup", "auto, k=3", "quadratic, k=1", "quadratic, k=3", "linear, k=3"]
+METHODS = ["plain", "prompt lookup", "auto, k=3", "quadratic, k=1", "quadratic, k=3", "linear, k=3"]
 
 
 def suite(rows: int = 4):
@@ -47,20 +47,20 @@ def results(model):
     return run(model)
 
 
-def test_every_prompt_is_decoded_in_every_way(results):
-    assert [way["name"] for way in results.settings.ways] == WAYS and results.complete
-    assert set(results.domains) == {"a", "b", "all"} and set(results.warm_up) == set(WAYS)
-    assert [(call.way, call.answers[0].prompt) for call in results.calls[:7]] == [
-        *((way, "1") for way in WAYS),
+def test_every_prompt_is_decoded_with_every_method(results):
+    assert [method["name"] for method in results.settings.methods] == METHODS and results.complete
+    assert set(results.domains) == {"a", "b", "all"} and set(results.warm_up) == set(METHODS)
+    assert [(call.method, call.answers[0].prompt) for call in results.calls[:7]] == [
+        *((method, "1") for method in METHODS),
         ("plain", "2"),
     ]
-    assert len(results.calls) == 4 * len(WAYS)
+    assert len(results.calls) == 4 * len(METHODS)
 
 
 def test_plain_decoding_has_one_token_per_pass_and_all_texts_are_its_own(results):
-    for ways in results.domains.values():
-        assert ways["plain"].tokens_per_pass == ways["plain"].speedup == ways["plain"].speedup_in_total == 1.0
-        assert all(row.identical == row.prompts for row in ways.values())
+    for methods in results.domains.values():
+        assert methods["plain"].tokens_per_pass == methods["plain"].speedup == methods["plain"].speedup_in_total == 1.0
+        assert all(row.identical == row.prompts for row in methods.values())
     assert results.domains["all"]["plain"].prompts == 4
     assert results.domains["all"]["plain"].tokens == 4 * NEW_TOKENS
 
@@ -69,7 +69,7 @@ def test_the_counts_are_those_of_generate(model, results):
     prompt = tiny_tokenizer()(words(9))["input_ids"]
     options = {"mtp": True, "mtp_strategy": "quadratic", "mtp_k": 3}
     decoded = decode_rows(model, [prompt], NEW_TOKENS, **options)
-    call = next(call for call in results.calls if call.way == "quadratic, k=3")
+    call = next(call for call in results.calls if call.method == "quadratic, k=3")
     counts = model.mtp_statistics
     assert call.forward_passes == call.row_passes == counts.forward_passes == decoded.forward_passes
     assert call.drafted_per_position == counts.drafted_per_position and sum(call.drafted_per_position) > 0
@@ -79,7 +79,7 @@ def test_the_counts_are_those_of_generate(model, results):
 def test_summaries_are_what_the_metrics_say(results):
     from hf_mtp.evaluation.metrics import load_metric
 
-    calls = [call for call in results.calls if call.way == "quadratic, k=3"]
+    calls = [call for call in results.calls if call.method == "quadratic, k=3"]
     row = results.domains["all"]["quadratic, k=3"]
     found = load_metric("tokens_per_pass").compute(
         tokens=[call.answers[0].tokens for call in calls], passes=[call.row_passes for call in calls]
@@ -94,7 +94,7 @@ def test_summaries_are_what_the_metrics_say(results):
 def test_what_training_says_of_the_same_answers_is_what_decoding_takes(model, results, monkeypatch):
     monkeypatch.setattr(masks, "SHORTLIST", VOCAB)  # else decoding looks for drafts among the likeliest tokens only
     found = run(taught(upgraded("llama", 3), NEW_TOKENS), strategies=["quadratic"], k=[3])
-    decoded = {domain: ways["quadratic, k=3"].tokens_per_pass for domain, ways in found.domains.items()}
+    decoded = {domain: methods["quadratic, k=3"].tokens_per_pass for domain, methods in found.domains.items()}
     assert found.simulated == decoded and max(decoded.values()) > 1
     assert results.simulated.keys() == results.domains.keys()
     assert run(model, suite(1), strategies=["linear"]).simulated == {}
@@ -102,16 +102,16 @@ def test_what_training_says_of_the_same_answers_is_what_decoding_takes(model, re
 
 
 def test_speeds_are_paired_and_their_spread_is_shown():
-    def call(way: str, seconds: float) -> Call:
-        return Call("a", way, seconds, 4, 4, [], [], [Answer("1", 3, 4, False, None, 0.0, None)])
+    def call(method: str, seconds: float) -> Call:
+        return Call("a", method, seconds, 4, 4, [], [], [Answer("1", 3, 4, False, None, 0.0, None)])
 
     seconds = {"plain": [1.0, 2.0, 30.0], "quadratic, k=3": [0.5, 1.0, 20.0]}  # the machine slept in the third turn
-    row = summarize_calls([call(way, one) for way in seconds for one in seconds[way]])["a"]["quadratic, k=3"]
+    row = summarize_calls([call(method, one) for method in seconds for one in seconds[method]])["a"]["quadratic, k=3"]
     assert (row.speedup_low, row.speedup, row.speedup_high) == (1.75, 2.0, 2.0)
     assert row.speedup_in_total == pytest.approx(33 / 21.5)
 
 
-def test_ways_take_turns_in_coming_first(model, monkeypatch):
+def test_methods_take_turns_in_coming_first(model, monkeypatch):
     order = []
 
     def recorded(*args, **options):
@@ -125,7 +125,12 @@ def test_ways_take_turns_in_coming_first(model, monkeypatch):
 
 def test_k_and_strategies_are_chosen(model):
     found = run(model, suite(1), strategies=["linear", "auto"], k=[2, 1])
-    assert [way["name"] for way in found.settings.ways[2:]] == ["linear, k=1", "linear, k=2", "auto, k=1", "auto, k=2"]
+    assert [method["name"] for method in found.settings.methods[2:]] == [
+        "linear, k=1",
+        "linear, k=2",
+        "auto, k=1",
+        "auto, k=2",
+    ]
     assert set(found.domains) == {"a"}
 
 
@@ -137,6 +142,21 @@ def test_batches_count_a_pass_once_for_each_row_and_prompt_lookup_is_left_out(mo
     assert plain.forward_passes == NEW_TOKENS and plain.row_passes == 2 * NEW_TOKENS
     assert call.forward_passes <= call.row_passes <= 2 * call.forward_passes
     assert found.domains["all"]["quadratic, k=3"].identical == 4
+
+
+def test_a_model_that_decodes_plainly_has_one_token_per_pass_by_auto():
+    found = run(decoding_plainly(), strategies=["auto", "linear"])
+    assert [*found.domains["all"]] == ["plain", "auto, k=3", "linear, k=3"] and "prompt lookup" in found.left_out
+    auto = found.domains["all"]["auto, k=3"]
+    assert auto.tokens_per_pass == 1 and auto.identical == 4 and auto.acceptance_per_position == []
+
+
+def test_counts_of_an_earlier_call_are_not_those_of_plain_decoding(model):
+    prompt = tiny_tokenizer()(words(9))["input_ids"]
+    assert decode_rows(model, [prompt], NEW_TOKENS, mtp=True).is_mtp
+    with model.disable_adapter(), pytest.warns(UserWarning, match="plain decoding"):
+        decoded = decode_rows(model, [prompt], NEW_TOKENS, mtp=True)
+    assert not decoded.is_mtp and decoded.steps == [1] * NEW_TOKENS and decoded.drafted_per_position == []
 
 
 # ---------------------------------------------------------------- answers that end
@@ -182,7 +202,7 @@ def interrupted(model, output, monkeypatch, after: int) -> Results:
     def stop(*args, **options):
         nonlocal calls
         calls += 1
-        if calls > after + len(WAYS):
+        if calls > after + len(METHODS):
             raise KeyboardInterrupt
         return decode_rows(*args, **options)
 
@@ -202,18 +222,18 @@ def prompts_decoded(model, output, monkeypatch) -> tuple[Results, int]:
 
     with monkeypatch.context() as patch:
         patch.setattr(runner_module, "decode_rows", count)
-        return run(model, output=output), calls - len(WAYS)
+        return run(model, output=output), calls - len(METHODS)
 
 
 def test_an_interrupted_run_keeps_what_is_done_and_resumes(model, results, tmp_path, monkeypatch):
-    partial = interrupted(model, tmp_path, monkeypatch, after=2 * len(WAYS) + 3)
+    partial = interrupted(model, tmp_path, monkeypatch, after=2 * len(METHODS) + 3)
     assert not partial.complete and load_results(tmp_path) == partial
-    assert len(partial.calls) == 2 * len(WAYS)
+    assert len(partial.calls) == 2 * len(METHODS)
     write_report(partial, tmp_path)
     assert "**Partial:**" in (tmp_path / "table.md").read_text()
     whole, decoded = prompts_decoded(model, tmp_path, monkeypatch)
-    assert whole.complete and decoded == 2 * len(WAYS) and load_results(tmp_path) == whole
-    assert whole.calls[: 2 * len(WAYS)] == partial.calls
+    assert whole.complete and decoded == 2 * len(METHODS) and load_results(tmp_path) == whole
+    assert whole.calls[: 2 * len(METHODS)] == partial.calls
     assert [call.answers for call in whole.calls] == [call.answers for call in results.calls]
     assert not (tmp_path / "calls.jsonl").exists() and whole.seconds > partial.seconds
 
@@ -227,12 +247,12 @@ def test_an_interrupt_before_the_first_prompt_is_over(model, tmp_path, monkeypat
 
 
 def test_a_killed_run_resumes_from_its_last_whole_line(model, tmp_path, monkeypatch):
-    interrupted(model, tmp_path, monkeypatch, after=2 * len(WAYS))
+    interrupted(model, tmp_path, monkeypatch, after=2 * len(METHODS))
     lines = (tmp_path / "calls.jsonl").read_text()
     (tmp_path / "calls.jsonl").write_text(lines[:-40])
     (tmp_path / "results.json").unlink()
     whole, decoded = prompts_decoded(model, tmp_path, monkeypatch)
-    assert whole.complete and decoded == 3 * len(WAYS)
+    assert whole.complete and decoded == 3 * len(METHODS)
 
 
 def test_a_finished_run_is_read_and_not_repeated(model, tmp_path, monkeypatch):
@@ -246,7 +266,7 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_is(state, model, tm
     if state == "finished":
         run(model, output=tmp_path)
     else:
-        interrupted(model, tmp_path, monkeypatch, after=len(WAYS))
+        interrupted(model, tmp_path, monkeypatch, after=len(METHODS))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="a different run: max_new_tokens was 12, but is now 13. Choose another"):
         run(model, output=tmp_path, max_new_tokens=13)
@@ -310,7 +330,7 @@ def test_the_schema_is_checked(results, tmp_path):
     for change, message in (
         ({"schema": "hf_mtp.evaluation/0"}, "has the schema 'hf_mtp.evaluation/0'"),
         ({"complete": None}, "does not follow the schema.*Results has other fields: complete"),
-        ({"calls": [{"way": "plain"}]}, "does not follow the schema"),
+        ({"calls": [{"method": "plain"}]}, "does not follow the schema"),
         ({"more": 1}, "other fields: more"),
     ):
         changed = {name: value for name, value in {**content, **change}.items() if value is not None}
@@ -335,7 +355,7 @@ def test_the_report_has_the_papers_table_the_curves_and_how_it_was_measured(resu
     assert all(path.stat().st_size > 1000 for path in files)
     table = (tmp_path / "table.md").read_text()
     row = results.domains["a"]
-    assert f"| a | {' | '.join(f'{row[way].tokens_per_pass:.2f}' for way in WAYS[1:])} |" in table
+    assert f"| a | {' | '.join(f'{row[method].tokens_per_pass:.2f}' for method in METHODS[1:])} |" in table
     for part in ("bonus token", "k=3, r=4", "float32", "batch 1", "threads", results.settings.adapter["fingerprint"]):
         assert part in table
     assert "4 of 4 prompts" in table and "Left out" not in table

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria
 
-from hf_mtp.decoding.processors import Order, end_tokens, most_new_tokens, order_of, processors_of_row
+from hf_mtp.decoding.processors import Order, end_tokens_of, most_new_tokens, order_of, processors_of_row
 
 STRATEGIES = ("quadratic", "linear", "auto")
 SMALL, END = 8, 6  # a model of so few ids that drafts are often right, and an id that ends rows at different places
@@ -253,8 +253,8 @@ def test_limits_and_end_tokens():
     criteria = StoppingCriteriaList([MaxLengthCriteria(30), EosTokenCriteria([3, 4]), MaxLengthCriteria(12)])
     assert most_new_tokens(criteria, prompt=9) == 3
     assert most_new_tokens(criteria, prompt=12) == 1
-    assert end_tokens(criteria) == {3, 4}
-    assert end_tokens(StoppingCriteriaList([MaxLengthCriteria(3)])) == set()
+    assert end_tokens_of(criteria) == {3, 4}
+    assert end_tokens_of(StoppingCriteriaList([MaxLengthCriteria(3)])) == set()
 
 
 def test_processors_of_a_row():

@@ -26,6 +26,7 @@ from hf_mtp.cli.app import app as command
 from hf_mtp.decoding.batch import Batch
 from hf_mtp.serving import manager
 from hf_mtp.serving.limits import Limits
+from hf_mtp.serving.serial import SerialRequest
 from hf_mtp.serving.server import Server, ServerSettings
 from hf_mtp.serving.text import StopStrings, TextStream
 
@@ -498,9 +499,10 @@ def test_bad_requests_say_what_is_wrong(client, server, adapter, kind):
     assert counts(server)["hf_mtp_running_requests"] == 0
 
 
-def test_unknown_fields_are_refused(client, adapter):
-    with pytest.raises(openai.UnprocessableEntityError, match="wishes"):
-        complete(client, adapter, "x", extra_body={"wishes": 3})
+@pytest.mark.parametrize("name", ["wishes", "number"])  # the latter is set by the server itself, for choices
+def test_unknown_fields_are_refused(name, client, adapter):
+    with pytest.raises(openai.UnprocessableEntityError, match=name):
+        complete(client, adapter, "x", extra_body={name: 3})
 
 
 def test_bodies_that_are_no_requests(server):
@@ -634,6 +636,39 @@ def test_a_model_that_allows_no_batch_is_served_one_after_the_other(tmp_path):
             sampled[0].message.content.rstrip("�")
         )
         _stops_at_a_string_and_for_a_client_that_leaves(client, server, adapter)
+        _counts_what_happened(client, server, adapter)
+
+
+def _counts_what_happened(client, server, adapter) -> None:
+    before = counts(server)
+    complete(client, adapter, "hello")
+    after = {name: value - before[name] for name, value in counts(server).items()}
+    expected(server, as_prompt("hello"), mtp=True)
+    alone = server.model.mtp_statistics
+    assert after["hf_mtp_generated_tokens_total"] == alone.tokens == NEW_TOKENS
+    assert after["hf_mtp_row_passes_total"] == alone.row_steps
+    assert after["hf_mtp_forward_passes_total"] == alone.forward_passes
+    assert (after["hf_mtp_drafts_total"], after["hf_mtp_accepted_drafts_total"]) == (alone.drafted, alone.accepted)
+    assert after["hf_mtp_first_token_seconds_count"] == after["hf_mtp_queue_seconds_count"] == 1
+    assert after["hf_mtp_tokens_per_pass_sum"] == pytest.approx(NEW_TOKENS / alone.row_steps)
+
+
+def test_a_request_that_decodes_plainly_or_is_cut_off_knows_its_passes():
+    def request() -> SerialRequest:
+        tokenizer = byte_tokenizer().backend_tokenizer
+        made = SerialRequest({}, GenerationConfig(), None, 0, TextStream(tokenizer, []), None, lambda error: None)
+        made.put(torch.tensor([[1, 2]]))  # the prompt
+        return made
+
+    plain, cut_off = request(), request()
+    for token in (70, 71, 72):
+        plain.put(torch.tensor([token]))
+    for tokens in ((70,), (71, 72), (73,)):
+        for token in tokens:
+            cut_off.put(torch.tensor([token]))
+        if tokens != (73,):
+            cut_off.end_pass()
+    assert plain.passes == cut_off.passes == 3
 
 
 def _stops_at_a_string_and_for_a_client_that_leaves(client, server, adapter) -> None:

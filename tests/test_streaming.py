@@ -3,12 +3,15 @@
 from threading import Thread
 
 import pytest
+import torch
 from oracle import RIGHT, Oracle
 from test_batch import SMALL, padded
 from tiny_models import generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
+
+from hf_mtp.cli.session import PiecePrinter
 
 STRATEGIES = ("quadratic", "linear", "auto")
 
@@ -89,3 +92,22 @@ def test_a_text_streamer_refuses_a_batch_as_in_plain_decoding():
     for mtp in (False, True):
         with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
             generate(model, prompt(rows=2), mtp=mtp, streamer=TextStreamer(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "passes, pieces",
+    [
+        ([[6], [7, 8], [9]], ["w6", " w7 w8", " w9"]),
+        ([[6, 7, 8]], ["w6 w7", " w8"]),  # `mtp=True` decodes some models plainly, and tells of no pass
+    ],
+)
+def test_text_is_printed_as_it_comes(passes, pieces):
+    shown = []
+    printer = PiecePrinter(tiny_tokenizer(), shown.append, in_passes=True)
+    printer.put(torch.tensor([[10, 11]]))  # the prompt
+    for tokens in passes:
+        for token in tokens:
+            printer.put(torch.tensor([token]))
+        if len(passes) > 1:
+            printer.end_pass()
+    assert shown == pieces

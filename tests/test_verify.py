@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import tiny_base, upgraded
+from tiny_models import decoding_plainly, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 
 from hf_mtp.decoding import verification
@@ -30,8 +30,8 @@ def run(model, **options):
 def test_exact_decoding_is_equal(batch_size, model):
     report = run(model, batch_size=batch_size)
     assert report.is_equal and report.to_dict()["equal"] and report.p_value > 0.001
-    assert [(one.mode, one.way, one.answers) for one in report.comparisons] == [
-        (mode, f"{way}, k=3", 3) for mode in ("greedy", "sampling") for way in ("auto", "quadratic", "linear")
+    assert [(one.mode, one.method, one.answers) for one in report.comparisons] == [
+        (mode, f"{method}, k=3", 3) for mode in ("greedy", "sampling") for method in ("auto", "quadratic", "linear")
     ]
     json.dumps(report.to_dict())
 
@@ -72,7 +72,7 @@ def test_noise_of_another_temperature_is_found_by_the_two_sample_test(model, mon
 
 def test_a_way_that_the_model_refuses_is_named():
     report = run(upgraded("bloom", 3), sampling=False)
-    refused = {one.way: one.refused for one in report.comparisons if one.refused}
+    refused = {one.method: one.refused for one in report.comparisons if one.refused}
     assert list(refused) == ["quadratic, k=3"] and "would not be exact" in refused["quadratic, k=3"]
     assert report.is_equal
 
@@ -80,6 +80,15 @@ def test_a_way_that_the_model_refuses_is_named():
 def test_nothing_that_was_compared_is_not_equal():
     with pytest.raises(ValueError, match="Nothing could be compared: .*quadratic decoding of Bloom.* not be exact"):
         run(upgraded("bloom", 3), sampling=False, strategies=["quadratic"])
+
+
+def test_what_decodes_plainly_is_not_compared():
+    model = decoding_plainly()
+    report = run(model, strategies=["auto", "linear"])
+    refused = {(one.method, one.refused is not None, one.answers) for one in report.comparisons}
+    assert refused == {("auto, k=3", True, 0), ("linear, k=3", False, 3)} and report.is_equal
+    with pytest.raises(ValueError, match="Nothing could be compared.* decodes plainly here"):
+        run(model, strategies=["auto"])
 
 
 def test_an_answer_that_ends_early_differs_where_it_ends():

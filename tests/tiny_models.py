@@ -103,6 +103,13 @@ def upgraded(
     return randomised(model, seed).eval()
 
 
+def decoding_plainly() -> PeftModel:
+    """An upgraded model of a type without a cache, for which `mtp_strategy="auto"` is plain decoding."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("openai-gpt", vocab_size=VOCAB, **_GPT_LIKE)
+    return upgraded(AutoModelForCausalLM.from_config(config))
+
+
 @torch.no_grad()
 def randomised(model: PeftModel, seed: int = 1) -> PeftModel:
     """Draws all adapter weights anew, LoRA's B and the sampler's gains included, which start at zero."""

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Pre
 from transformers.utils import logging
 
 import hf_mtp  # noqa: F401  (registers the adapter type)
-from hf_mtp.evaluation.decoded import counted_forward_passes, end_tokens, up_to_end
+from hf_mtp.base.padding import end_tokens, up_to_end
+from hf_mtp.evaluation.decoded import counted_forward_passes
 
 ADAPTER = Path(__file__).resolve().parents[1] / "smollm2" / "adapter"
 WAYS = {"plain": {}, "mtp": {"mtp": True}, "bit for bit": {"mtp": True, "mtp_bitwise": True}}

@@ -13,11 +13,12 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.base.padding import up_to_end
 from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule
 from hf_mtp.decoding.schedule.costs import PassCosts
 from hf_mtp.decoding.schedule.store import ScheduleStore
 from hf_mtp.evaluation.compare import same_weights
-from hf_mtp.evaluation.decoded import timed_generate, up_to_end
+from hf_mtp.evaluation.decoded import timed_generate
 
 # 10 million parameters; the smallest SmolLM2 is the base itself.
 SMALL_DRAFT = Path(__file__).resolve().parents[1] / "quickstart" / "base"

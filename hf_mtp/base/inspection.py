@@ -6,6 +6,7 @@ Knows the interfaces of transformers, and nothing of adapters or of single archi
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -182,6 +183,14 @@ def _switched_off(model: torch.nn.Module, attribute: str) -> Iterator[None]:
 def is_checkpointing(model: torch.nn.Module) -> bool:
     """Whether gradient checkpointing runs layers again in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """The Hub id of a model, or the name of its folder without the path to it; the class of one made in memory."""
+    name = model.name_or_path
+    if not name:
+        return type(model).__name__
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def accepted_inputs(inputs: dict, names: Container[str]) -> dict:

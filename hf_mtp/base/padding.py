@@ -1,8 +1,10 @@
-"""Makes one batch of prompts of different lengths."""
+"""Padding: before the shorter prompts of a batch, and behind the answers that end first."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -16,3 +18,24 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.LongT
     ids = torch.tensor([[pad] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
+
+
+def end_tokens(model: PreTrainedModel | PeftModel) -> list[int]:
+    """The token ids that end an answer by the model's generation config; an empty list if it names none.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+    """
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
+
+
+def up_to_end(ids: list[int], ends: Container[int]) -> list[int]:
+    """Token ids up to the first end token, that included. What follows in a batch is padding.
+
+    Args:
+        ids (`list[int]`): New tokens of a row.
+        ends (`Container[int]`): Token ids that end an answer.
+    """
+    place = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: place + 1]

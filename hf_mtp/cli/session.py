@@ -62,12 +62,14 @@ class PiecePrinter(PassStreamer):
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes.
         show (`Callable[[str], None]`): Takes the pieces.
-        in_passes (`bool`): Whether the decode loop tells where passes end; if not, each token is a pass.
+        in_passes (`bool`): Whether passes may have several tokens. A decode loop that tells where they end does so
+            after the first token; if none does, each token is a pass.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None], in_passes: bool):
         self.tokenizer, self.show, self.in_passes = tokenizer.backend_tokenizer, show, in_passes
         self._decoder, self._piece, self._is_prompt = DecodeStream([], skip_special_tokens=True), "", True
+        self._tokens, self._has_passes = 0, False
 
     def put(self, value: torch.Tensor) -> None:
         """Takes new tokens of one row. The first call has the prompt."""
@@ -76,18 +78,23 @@ class PiecePrinter(PassStreamer):
             return
         for token in value.flatten().tolist():
             self._piece += self._decoder.step(self.tokenizer, token) or ""
-        if not self.in_passes:
-            self.end_pass()
+        self._tokens += 1
+        if not self.in_passes or (self._tokens > 1 and not self._has_passes):  # plain decoding, also by `mtp=True`
+            self._show()
 
     def end_pass(self) -> None:
         """Passes on what the pass gave."""
+        self._has_passes = True
+        self._show()
+
+    def _show(self) -> None:
         if self._piece:
             self.show(self._piece)
             self._piece = ""
 
     def end(self) -> None:
         """Passes on the rest."""
-        self.end_pass()
+        self._show()
 
 
 class Session:

@@ -96,7 +96,7 @@ def _as_text(report: "VerifyReport", tokenizer) -> str:
 
 
 def _lines(comparison: "Comparison", tokenizer) -> list[str]:
-    name = f"  {comparison.mode}, {comparison.way}"
+    name = f"  {comparison.mode}, {comparison.method}"
     if comparison.refused:
         return [f"{name}: refused. {comparison.refused}"]
     equal = comparison.answers - len(comparison.divergences)

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.inspection import input_device
-from ..base.padding import left_padded
+from ..base.padding import end_tokens, left_padded
 from .prompts import decode_response, encode_prompt, question_of
 
 STOP, LENGTH = "stop", "length"  # finish_reason, in the words of serving engines
@@ -75,12 +75,18 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def end_tokens(
+def chosen_end_tokens(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, asked_for: int | list[int] | None
 ) -> list[int] | None:
-    """The end-of-sequence tokens: those requested, else those of the model's generation config, else the tokenizer's
-    own."""
-    for ends in (asked_for, model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        if ends is not None:
-            return [ends] if isinstance(ends, int) else [*ends]
-    return None
+    """The `eos_token_id` to generate with: what was asked for, else the model's own, else the tokenizer's.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model that answers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        asked_for (`int` or `list[int]`, *optional*): As in `generate`.
+    """
+    if asked_for is not None:
+        return [asked_for] if isinstance(asked_for, int) else [*asked_for]
+    if tokenizer.eos_token_id is None:
+        return end_tokens(model) or None
+    return end_tokens(model) or [tokenizer.eos_token_id]

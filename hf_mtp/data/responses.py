@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..adapter.base_identity import tokenizer_fingerprint
 from ..adapter.tuner import GatedLoraTuner
 from ..base.inspection import evaluation_mode
-from .answers import answer_batch, end_tokens, pad_token
+from .answers import answer_batch, chosen_end_tokens, pad_token
 from .prompts import form_of
 from .randomness import fork_rng
 from .shard import Shard
@@ -112,7 +112,7 @@ def regenerate_responses(
     rows = dataset.shard(processes.num_processes, processes.process_index, contiguous=True)
     asked = survey(rows, tokenizer, prompt_tokens, context_length(model) - max_new_tokens, processes)
     options = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, **generate_kwargs}
-    options["eos_token_id"] = end_tokens(model, tokenizer, generate_kwargs.get("eos_token_id"))
+    options["eos_token_id"] = chosen_end_tokens(model, tokenizer, generate_kwargs.get("eos_token_id"))
     options.setdefault("pad_token_id", pad_token(tokenizer))
 
     shard = Shard(Path(output), processes.process_index, processes.num_processes)

@@ -82,7 +82,7 @@ def has_end_token(criteria: StoppingCriteriaList) -> bool:
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
-def end_tokens(criteria: StoppingCriteriaList) -> set[int]:
+def end_tokens_of(criteria: StoppingCriteriaList) -> set[int]:
     """Tokens that end a row."""
     return {token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.flatten().tolist()}
 

@@ -10,7 +10,7 @@ from transformers.generation import MaxTimeCriteria
 from ..passes.decoding_pass import PassOutput
 from .batch import Batch
 from .outcome import Verified
-from .processors import Order, end_tokens, has_end_token, order_of
+from .processors import Order, end_tokens_of, has_end_token, order_of
 from .sequence import Sequence
 from .verification import noise_of, verify_in_order, verify_together
 
@@ -36,7 +36,7 @@ class Verifier:
     ):
         self.processors, self.criteria = processors, criteria
         self.order = Order.IN_STEP if in_step else order_of(processors, criteria, rows)
-        self.ends = end_tokens(criteria)
+        self.ends = end_tokens_of(criteria)
         self.pad_token = pad_token if has_end_token(criteria) else None
         self.clocks = [criterion for criterion in criteria if type(criterion) is MaxTimeCriteria]
 

@@ -1,12 +1,12 @@
 """Loads an adapter and shows its races on a local page."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from ..base.inspection import base_name
 from ..base.machine import describe_machine
 from ..pretrained import load_upgraded
 from ..serving.port import listen, url_of
@@ -58,7 +58,7 @@ class Demo:
         except BaseException:
             self.socket.close()
             raise
-        self.name = _name(model.get_base_model().name_or_path)
+        self.name = base_name(model.get_base_model())
         # Not `launch`: it gives up if the page does not come within three seconds, as on a busy machine.
         app = gr.mount_gradio_app(
             FastAPI(),
@@ -86,10 +86,6 @@ class Demo:
     def stop(self) -> None:
         """Asks the server to stop. Any thread may call it."""
         self._uvicorn.should_exit = True
-
-
-def _name(name: str) -> str:
-    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _machine() -> str:

@@ -44,7 +44,6 @@ def make_page(track: RaceTrack, name: str, machine: str) -> gr.Blocks:
         name (`str`): What the model is called.
         machine (`str`): Where it runs.
     """
-
     with gr.Blocks(title="hf_mtp: a race", analytics_enabled=False) as page, gr.Column(elem_id="race-page"):
         gr.Markdown(TITLE.format(name=name), elem_id="race-title")
         with gr.Row(elem_id="race-layout"):

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ..decoding.drafters.acceptance import count_matching
 from ..decoding.statistics import MTPGenerateOutput
 from ..evaluation.compare import same_weights
 from ..passes.decoding_pass import DecodingPass
@@ -50,9 +51,7 @@ class Frame:
     @property
     def same_tokens(self) -> int:
         """How many tokens both texts have in common from their start."""
-        pairs = zip(self.plain.ids, self.mtp.ids, strict=False)
-        shorter = min(len(self.plain.ids), len(self.mtp.ids))
-        return next((place for place, (one, two) in enumerate(pairs) if one != two), shorter)
+        return count_matching(self.plain.ids, self.mtp.ids)
 
     @property
     def is_same_text(self) -> bool:

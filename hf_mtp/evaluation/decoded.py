@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.config import GatedLoraConfig
 from ..base.inspection import decoder_of, input_device
-from ..base.padding import left_padded
+from ..base.padding import end_tokens, left_padded, up_to_end
 
 
 @dataclass
@@ -29,7 +29,8 @@ class DecodedRows:
         seconds (`float`): Wall-clock time.
         steps (`list[int]`): New tokens of each forward pass, in order; all 1 in plain decoding.
         drafted_per_position, accepted_per_position (`list[int]`): Counts of drafts, as in [`MTPStatistics`]. Empty
-            without `mtp=True`.
+            without the decode loop of hf_mtp.
+        is_mtp (`bool`): Whether that loop decoded. For some models, `mtp=True` decodes plainly.
     """
 
     rows: list[list[int]]
@@ -39,6 +40,7 @@ class DecodedRows:
     steps: list[int] = field(default_factory=list)
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
+    is_mtp: bool = False
 
     @property
     def tokens(self) -> int:
@@ -120,15 +122,16 @@ def decode_rows(
     pad = _padding_token(model)
     ids_BT, mask_BT = (tensor.to(input_device(model)) for tensor in left_padded(prompts, pad))
     options = {"attention_mask": mask_BT, "max_new_tokens": max_new_tokens, "pad_token_id": pad, **options}
+    earlier = getattr(model, "mtp_statistics", None)
     new_BN, passes, seconds = timed_generate(model, ids_BT, **options)
     rows = new_BN.tolist()
     if len(rows) > 1:
         rows = [up_to_end(row, end_tokens(model)) for row in rows]
-    if not options.get("mtp"):
+    counts = getattr(model, "mtp_statistics", None)
+    if counts is earlier:  # the decode loop did not run
         tokens = sum(map(len, rows))
         row_passes = passes if len(rows) == 1 else tokens
         return DecodedRows(rows, passes, row_passes, seconds, steps=[1] * tokens)
-    counts = model.mtp_statistics
     return DecodedRows(
         rows,
         passes,
@@ -137,6 +140,7 @@ def decode_rows(
         counts.steps,
         counts.drafted_per_position,
         counts.accepted_per_position,
+        is_mtp=True,
     )
 
 
@@ -144,20 +148,3 @@ def _padding_token(model: PreTrainedModel | PeftModel) -> int:
     """The padding token of the generation config, else the smallest end token."""
     pad = model.generation_config.pad_token_id
     return min(end_tokens(model), default=0) if pad is None else pad
-
-
-def end_tokens(model: PreTrainedModel | PeftModel) -> set[int]:
-    """The token ids that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def up_to_end(ids: list[int], ends: set[int]) -> list[int]:
-    """Token ids up to the first end token, that included. What follows in a batch is padding.
-
-    Args:
-        ids (`list[int]`): New tokens of a row.
-        ends (`set[int]`): Token ids that end an answer.
-    """
-    place = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: place + 1]

@@ -69,8 +69,8 @@ def load_document(path: Path, name: str, schema: str, make: Callable[[dict], T])
         raise ValueError(f"{path} does not follow the schema {schema!r}: {error}.") from error
 
 
-def fields_of(kind: type, content: dict):
-    """An object of a dataclass from all its fields, and no others.
+def from_fields(kind: type[T], content: dict) -> T:
+    """An object of a dataclass, made from all of its fields and no others.
 
     Args:
         kind (`type`): The dataclass.

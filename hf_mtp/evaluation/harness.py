@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 
+from ..base.padding import end_tokens, up_to_end
 from ..pretrained import is_adapter
-from .decoded import checked_config, counted_forward_passes, end_tokens, up_to_end
+from .decoded import checked_config, counted_forward_passes
 
 try:
     from lm_eval.__main__ import cli_evaluate

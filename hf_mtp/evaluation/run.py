@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from ..base.inspection import input_device
+from ..base.inspection import base_name, input_device
 from ..base.machine import describe_machine
 from .suites.suite import Suite
 
@@ -80,6 +80,4 @@ def make_folder(folder: Path) -> None:
 
 def _name_of(model: PeftModel) -> str:
     """The Hub id of the base, or the name of its folder without the path to it; the class of one made in memory."""
-    base = model.get_base_model()
-    name = base.name_or_path or type(base).__name__
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return base_name(model.get_base_model())

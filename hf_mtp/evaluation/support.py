@@ -82,7 +82,7 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
     try:
         base = tiny_model(config)
         prompts = [_prompt(length, seed) for seed, length in enumerate(PROMPTS)]
-        truths = [_plain(base, prompt) for prompt in prompts]
+        truths = [_generate(base, prompt) for prompt in prompts]
     except Exception as error:  # a config may lead to any error of its model's code
         report.reason = _first_line(error)
         return report
@@ -152,7 +152,7 @@ def _prompt(length: int, seed: int) -> torch.LongTensor:
     return torch.randint(5, 35, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _plain(model: PreTrainedModel | PeftModel, input_ids: torch.LongTensor, **arguments) -> torch.LongTensor:
+def _generate(model: PreTrainedModel | PeftModel, input_ids: torch.LongTensor, **arguments) -> torch.LongTensor:
     return model.generate(
         input_ids=input_ids,
         **{"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **arguments},
@@ -171,19 +171,19 @@ def _randomised(model: PeftModel) -> PeftModel:
 def _result(
     model: PeftModel, prompts: list[torch.LongTensor], truths: list[torch.LongTensor] | None, **arguments
 ) -> str:
-    """Compares a way to decode with each row's true output, or, if `None`, with plain decoding in the same way."""
+    """Compares decoding with each row's true output or, if `None`, with plain decoding with the same arguments."""
     longest = max(prompt.shape[1] for prompt in prompts)
     pad = torch.nn.functional.pad
     ids_BT = torch.cat([pad(prompt, (longest - prompt.shape[1], 0)) for prompt in prompts])
     mask_BT = torch.cat([pad(torch.ones_like(prompt), (longest - prompt.shape[1], 0)) for prompt in prompts])
     if truths is None:
         try:
-            output = _plain(model, ids_BT, attention_mask=mask_BT, **{**arguments, "mtp": False})
+            output = _generate(model, ids_BT, attention_mask=mask_BT, **{**arguments, "mtp": False})
         except Exception as error:  # whatever the model's code raises
             return f"refused by the base: {_first_line(error)}"
         truths = [output[row : row + 1, longest - prompt.shape[1] :] for row, prompt in enumerate(prompts)]
     try:
-        output = _plain(model, ids_BT, attention_mask=mask_BT, mtp=True, **arguments)
+        output = _generate(model, ids_BT, attention_mask=mask_BT, mtp=True, **arguments)
     except (NotImplementedError, ValueError) as error:
         return f"refused: {_first_line(error)}"
     except Exception as error:  # whatever the model's code raises

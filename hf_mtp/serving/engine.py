@@ -172,7 +172,7 @@ class Engine:
             except Exception:  # nobody listens any more
                 request.is_cancelled = True
             if is_first:
-                self.metrics.count_first_token(request.arrived, request.started)
+                self.metrics.count_first_token(request.arrived, request.started, time.perf_counter())
 
     def _fail(self, error: Exception) -> None:
         """Ends all requests of the batch with an error."""

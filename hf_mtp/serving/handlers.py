@@ -21,6 +21,7 @@ from .messages import check_messages, load_images
 logger = logging.get_logger(__name__)
 
 HOTTEST = 2  # as OpenAI's
+NUMBER = "number"  # which of the choices for one prompt a request asks for; not a field that clients can send
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -52,10 +53,11 @@ class CheckedHandler:
             whole_number(body, name, 1, self.limits.new_tokens)
         refuse_no_text(body, "stop")
         check_messages(body, self.model_manager.takes_images)
+        super()._validate_request(body)  # before there is a field of our own in it
         await load_images(body)
         if choices == 1:
             return await self._answer(body, request_id)
-        numbered = [{**body, "number": number} for number in range(choices)]
+        numbered = [{**body, NUMBER: index} for index in range(choices)]
         responses = await asyncio.gather(*(self._answer(each, request_id) for each in numbered))
         return merged(responses) if body["stream"] else joined(responses)
 
@@ -73,7 +75,7 @@ class CheckedHandler:
         return response
 
     def _validate_request(self, body: dict) -> None:
-        super()._validate_request({name: value for name, value in body.items() if name != "number"})
+        super()._validate_request({name: value for name, value in body.items() if name != NUMBER})
 
     def _build_generation_config(self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False):
         # The host would seed torch's global generator.
@@ -88,7 +90,7 @@ class CheckedHandler:
             _sample_if_asked(config, body)
         asked = next((body[name] for name in LENGTHS if body.get(name) is not None), config.max_new_tokens)
         config.max_new_tokens = min(asked or self.limits.new_tokens, self.limits.new_tokens)
-        config.mtp_seed, config.mtp_number = body.get("seed"), body.get("number", 0)
+        config.mtp_seed, config.mtp_number = body.get("seed"), body.get(NUMBER, 0)
         return config
 
 

@@ -56,14 +56,15 @@ class Metrics:
         self.drafts.inc(statistics.drafted)
         self.accepted.inc(statistics.accepted)
 
-    def count_first_token(self, arrived: float, started: float) -> None:
-        """Counts a request whose prompt was read.
+    def count_first_token(self, arrived: float, started: float, answered: float) -> None:
+        """Counts a request that has its first token.
 
         Args:
-            arrived, started (`float`): When it came, and when its prompt began to be read, by `time.perf_counter`.
+            arrived, started, answered (`float`): When it came, when its prompt began to be read, and when its first
+                token came, by `time.perf_counter`.
         """
         self.queue_time.observe(started - arrived)
-        self.first_token.observe(time.perf_counter() - arrived)
+        self.first_token.observe(answered - arrived)
 
     def count_request(self, outcome: str, arrived: float, prompt_tokens: int, tokens: int, passes: int) -> None:
         """Counts a request that ended.

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import InferenceThread
-from transformers.generation.streamers import BaseStreamer
 
 from ..decoding.noise import draw_seed
+from ..decoding.statistics import MTPStatistics
+from ..decoding.streaming import PassStreamer
 from .metrics import Metrics
 from .text import TextStream
 
@@ -22,7 +23,7 @@ class Ended(Exception):
 
 
 @dataclass(eq=False)
-class SerialRequest(BaseStreamer):
+class SerialRequest(PassStreamer):
     """A request, which takes its own tokens as the streamer of `generate`.
 
     Args:
@@ -33,7 +34,8 @@ class SerialRequest(BaseStreamer):
         text ([`TextStream`]): Its text so far.
         on_text (`Callable[[str], None]` or `None`): Takes the new text of each pass, if it is streamed.
         on_end (`Callable[[Exception | None], None]`): Called once, with the error if there was one.
-        arrived (`float`): When it came, by `time.perf_counter`.
+        arrived, started, answered (`float`): When it came, when its prompt began to be read, and when its first token
+            came, by `time.perf_counter`.
         is_cancelled (`bool`): Set by any thread; no more tokens are decoded then.
     """
 
@@ -45,10 +47,23 @@ class SerialRequest(BaseStreamer):
     on_text: Callable[[str], None] | None
     on_end: Callable[[Exception | None], None]
     arrived: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    answered: float | None = None
     is_cancelled: bool = False
 
     def __post_init__(self):
         self._ids, self._is_prompt = [], True
+        self._ended_passes, self._is_within_pass = 0, False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return self.inputs["input_ids"].shape[-1]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes so far. Plain decoding does not tell where they end, and has one for each token."""
+        return self._ended_passes + self._is_within_pass if self._ended_passes else len(self._ids)
 
     @property
     def new_ids(self) -> list[int]:
@@ -73,10 +88,17 @@ class SerialRequest(BaseStreamer):
             self._is_prompt = False
             return
         tokens = value.flatten().tolist()
+        self.answered = self.answered or time.perf_counter()
         self._ids += tokens
+        self._is_within_pass = True
         self._pass_on(self.text.feed(tokens))
         if self.text.is_stopped:
             raise Ended
+
+    def end_pass(self) -> None:
+        """Counts a pass."""
+        self._ended_passes += 1
+        self._is_within_pass = False
 
     def end(self) -> None:
         """Passes on text that might have been the start of a stop string."""
@@ -113,7 +135,8 @@ class SerialDecoder:
     def _decode(self, request: SerialRequest) -> None:
         self.metrics.waiting.dec()
         self.metrics.running.set(1)
-        error = None
+        request.started = time.perf_counter()
+        earlier, error = self.model.mtp_statistics, None
         try:
             self.model.generate(
                 **request.inputs,
@@ -128,7 +151,20 @@ class SerialDecoder:
         except Exception as failure:  # of this request alone
             error = failure
         self.metrics.running.set(0)
-        outcome = "failed" if error else "cancelled" if request.is_cancelled else "finished"
-        self.metrics.count_request(outcome, request.arrived, request.inputs["input_ids"].shape[-1], 0, 0)
-        self.metrics.tokens.inc(len(request.new_ids))
+        counts = self.model.mtp_statistics
+        self._count(request, error, None if counts is earlier else counts)
         request.on_end(error)
+
+    def _count(self, request: SerialRequest, error: Exception | None, counts: MTPStatistics | None) -> None:
+        """Counts a request that ended. Of one that was cut off, or decoded plainly, no drafts are known."""
+        metrics, tokens = self.metrics, len(request.new_ids)
+        outcome = "failed" if error else "cancelled" if request.is_cancelled else "finished"
+        metrics.count_request(outcome, request.arrived, request.prompt_tokens, tokens, request.passes)
+        if request.answered is not None:
+            metrics.count_first_token(request.arrived, request.started, request.answered)
+        metrics.tokens.inc(tokens)
+        metrics.row_passes.inc(request.passes)
+        metrics.passes.inc(request.passes if counts is None else counts.forward_passes)
+        if counts is not None:
+            metrics.drafts.inc(counts.drafted)
+            metrics.accepted.inc(counts.accepted)

@@ -56,7 +56,7 @@ def divergence_at(
         base ([`~transformers.PreTrainedModel`]): The base, with a switched-off or gated adapter.
         prompt (`str`): Name of the prompt.
         prompt_ids (`list[int]`): Its tokens.
-        plain, other (`list[int]`): New tokens of plain decoding and of the other way.
+        plain, other (`list[int]`): New tokens of plain decoding and of the other method.
         position (`int`): The first at which they differ.
         noise_V (`torch.Tensor` of shape `(V,)`, *optional*): Noise of sampling at this position, on any device.
     """

@@ -27,6 +27,7 @@ SIGNIFICANT = 0.001  # how often a true equality may be taken for a difference
 SAMPLED_TEXTS, SAMPLED_TOKENS = 64, 6  # of the two-sample test, for each sampling method
 SEED = 17
 GREEDY, SAMPLING = "greedy", "sampling"
+DECODES_PLAINLY = "This model decodes plainly here, one token per pass, so there is nothing to compare."
 # The base's own distribution, whatever its generation config says.
 AT_TEMPERATURE_1 = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -36,14 +37,14 @@ class Comparison:
     """One decoding method, compared with plain decoding.
 
     Args:
-        way (`str`): Name of the method.
+        method (`str`): Its name.
         mode (`str`): `"greedy"` or `"sampling"`.
         answers (`int`): Number of answers.
         divergences (`list[Divergence]`): The first difference of each answer that differs.
         refused (`str`, *optional*): Why the model does not support this method. It then has no answers.
     """
 
-    way: str
+    method: str
     mode: str
     answers: int
     divergences: list[Divergence] = field(default_factory=list)
@@ -133,13 +134,13 @@ def verify(
     with evaluation_mode(model):
         for mode in (GREEDY, SAMPLING) if sampling else (GREEDY,):
             comparisons += _compare_all(model, methods, batches, mode, max_new_tokens)
-        refused = {comparison.way for comparison in comparisons if comparison.refused}
+        refused = {comparison.method for comparison in comparisons if comparison.refused}
         allowed = [method for method in methods if method.name not in refused]
         if not allowed:
             raise ValueError(
-                f"Nothing could be compared: the model allows none of these ways. {comparisons[0].refused}"
+                f"Nothing could be compared: the model supports none of these methods. {comparisons[0].refused}"
             )
-        if sampling and allowed:
+        if sampling:
             sampled = _two_sample(model, allowed[0], encoded[0])
     dtype = str(model.get_base_model().dtype).removeprefix("torch.")
     return VerifyReport(dtype, batch_size, max_new_tokens, comparisons, sampled, left_out, describe_machine())
@@ -158,12 +159,15 @@ def _compare_all(
             if comparison.refused:
                 continue
             try:
-                rows = decode_rows(model, ids, max_new_tokens, **_options(method, mode)).rows
+                decoded = decode_rows(model, ids, max_new_tokens, **_options(method, mode))
             except NotImplementedError as error:
                 comparison.refused = " ".join(str(error).split())
                 continue
-            comparison.answers += len(rows)
-            comparison.divergences += _divergences(model, batch, plain, rows, noises)
+            if not decoded.is_mtp:
+                comparison.refused = DECODES_PLAINLY
+                continue
+            comparison.answers += len(decoded.rows)
+            comparison.divergences += _divergences(model, batch, plain, decoded.rows, noises)
     return list(found.values())
 
 

@@ -25,7 +25,6 @@ def draw_ranks(results: ProbeResults, folder: Path) -> list[Path]:
     Returns:
         `list[Path]`: The files.
     """
-
     return [
         *save_figure(heatmap(results), folder, HEATMAP),
         *save_figure(histogram(results), folder, HISTOGRAM),

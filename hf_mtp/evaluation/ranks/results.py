@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..documents import fields_of, load_document, write_document
+from ..documents import from_fields, load_document, write_document
 from ..measures import ALL
 
 SCHEMA = "hf_mtp.probe/1"
@@ -176,12 +176,12 @@ def load_probe(path: Path) -> ProbeResults:
 
 def _results_of(content: dict) -> ProbeResults:
     summaries = {
-        source: {position: fields_of(RankSummary, row) for position, row in rows.items()}
+        source: {position: from_fields(RankSummary, row) for position, row in rows.items()}
         for source, rows in content["summaries"].items()
     }
-    texts = [fields_of(ProbedText, row) for row in content["texts"]]
-    settings = fields_of(ProbeSettings, content["settings"])
-    return fields_of(ProbeResults, {**content, "settings": settings, "summaries": summaries, "texts": texts})
+    texts = [from_fields(ProbedText, row) for row in content["texts"]]
+    settings = from_fields(ProbeSettings, content["settings"])
+    return from_fields(ProbeResults, {**content, "settings": settings, "summaries": summaries, "texts": texts})
 
 
 def summaries_of(texts: Sequence[ProbedText]) -> dict[str, dict[str, RankSummary]]:

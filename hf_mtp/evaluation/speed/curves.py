@@ -27,10 +27,14 @@ def draw_curves(results: Results, folder: Path) -> list[Path]:
         `list[Path]`: The files; none if nothing was measured.
     """
     strategies = {
-        strategy: {way["k"]: way["name"] for way in results.settings.ways if way["strategy"] == strategy}
-        for strategy in dict.fromkeys(way["strategy"] for way in results.settings.ways if way["k"] is not None)
+        strategy: {
+            method["k"]: method["name"] for method in results.settings.methods if method["strategy"] == strategy
+        }
+        for strategy in dict.fromkeys(
+            method["strategy"] for method in results.settings.methods if method["k"] is not None
+        )
     }
-    measured = {way for ways in results.domains.values() for way in ways}
+    measured = {method for methods in results.domains.values() for method in methods}
     strategies = {name: by_k for name, by_k in strategies.items() if measured.issuperset(by_k.values())}
     if not strategies:
         return []
@@ -55,8 +59,8 @@ def _draw_panel(axes: "Axes", results: Results, measure: str, by_k: dict[int, st
     axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     colours = [colormaps["tab10"](index % 10) for index in range(len(results.domains))]
     ends = {}
-    for (domain, ways), colour in zip(results.domains.items(), colours, strict=True):
-        values = {k: getattr(ways[name], measure) for k, name in sorted(by_k.items())}
+    for (domain, methods), colour in zip(results.domains.items(), colours, strict=True):
+        values = {k: getattr(methods[name], measure) for k, name in sorted(by_k.items())}
         axes.plot(values.keys(), values.values(), "o-", color=colour, markersize=4, linewidth=1.8)
         ends[domain] = [*values.items()][-1]
     axes.xaxis.set_major_locator(FixedLocator(sorted(by_k)))

@@ -14,7 +14,7 @@ CALLS = "calls.jsonl"
 
 
 class RunFolder:
-    """Finished turns of one run. A turn is some prompts, decoded in every way.
+    """Finished turns of one run. A turn is some prompts, decoded with every method.
 
     Args:
         folder (`Path`, *optional*): Where to keep them; in memory only if `None`.
@@ -51,7 +51,7 @@ class RunFolder:
         """Keeps a finished turn.
 
         Args:
-            calls (`list[Call]`): Its calls, one for each way.
+            calls (`list[Call]`): Its calls, one for each method.
             seconds (`float`): Wall-clock time of the turn.
         """
         self.turns.append(calls)

@@ -71,7 +71,7 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
 
 def _tokens_per_step(results: Results) -> dict[str, float]:
     """Tokens per pass of each domain, by the multi-token method with the most over all domains."""
-    ours = {way["name"] for way in results.settings.ways if way["k"] is not None}
+    ours = {method["name"] for method in results.settings.methods if method["k"] is not None}
     overall = results.overall
     best = max((name for name in overall if name in ours), key=lambda name: overall[name].tokens_per_pass)
     return {f"{domain} ({best})": round(row[best].tokens_per_pass, 2) for domain, row in results.domains.items()}

@@ -7,7 +7,7 @@ The fields of these classes are the schema. docs/evaluation.md describes them; a
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..documents import fields_of, load_document, write_document
+from ..documents import from_fields, load_document, write_document
 from ..measures import ALL, acceptance_per_position, quartiles, tokens_per_pass
 from ..methods import PLAIN
 
@@ -44,7 +44,7 @@ class Call:
 
     Args:
         domain (`str`): Domain of its prompts.
-        way (`str`): Name of the decoding method.
+        method (`str`): Name of the decoding method.
         seconds (`float`): Wall-clock time.
         forward_passes (`int`): Forward passes of the base, those over the prompts included.
         row_passes (`int`): The same, counted once for each row that had not ended.
@@ -54,7 +54,7 @@ class Call:
     """
 
     domain: str
-    way: str
+    method: str
     seconds: float
     forward_passes: int
     row_passes: int
@@ -109,7 +109,7 @@ class Settings:
         dtype (`str`): Dtype of the base's weights.
         device (`str`): Device of the base's embeddings.
         suite (`dict`): `name`, `fingerprint` and number of `prompts`.
-        ways (`list[dict]`): `name`, `strategy` and `k` of each decoding method.
+        methods (`list[dict]`): `name`, `strategy` and `k` of each decoding method.
         batch_size (`int`): Most prompts of a call.
         max_new_tokens (`int`): Most new tokens of an answer.
         machine (`dict`): Processor, threads, accelerator, Python and versions of libraries.
@@ -120,7 +120,7 @@ class Settings:
     dtype: str
     device: str
     suite: dict
-    ways: list[dict]
+    methods: list[dict]
     batch_size: int
     max_new_tokens: int
     machine: dict
@@ -140,7 +140,7 @@ class Results:
             system's one-minute average.
         domains (`dict[str, dict[str, Summary]]`): Summaries by domain and method. The domain `"all"` has all of them.
         simulated (`dict[str, float]`): By domain, the tokens per pass that an evaluation in training computes from the
-            same answers, for quadratic decoding with the adapter's k. Empty if that way was not measured.
+            same answers, for quadratic decoding with the adapter's k. Empty if that method was not measured.
         calls (`list[Call]`): Every call of `generate`.
         schema (`str`): Name and version of this schema.
     """
@@ -185,12 +185,12 @@ def load_results(path: Path) -> Results:
 
 def _results_of(content: dict) -> Results:
     domains = {
-        domain: {way: fields_of(Summary, row) for way, row in ways.items()}
-        for domain, ways in content["domains"].items()
+        domain: {method: from_fields(Summary, row) for method, row in rows.items()}
+        for domain, rows in content["domains"].items()
     }
     calls = [call_of(row) for row in content["calls"]]
-    settings = fields_of(Settings, content["settings"])
-    return fields_of(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
+    settings = from_fields(Settings, content["settings"])
+    return from_fields(Results, {**content, "settings": settings, "domains": domains, "calls": calls})
 
 
 def call_of(content: dict) -> Call:
@@ -199,7 +199,7 @@ def call_of(content: dict) -> Call:
     Args:
         content (`dict`): The JSON.
     """
-    return fields_of(Call, {**content, "answers": [fields_of(Answer, row) for row in content["answers"]]})
+    return from_fields(Call, {**content, "answers": [from_fields(Answer, row) for row in content["answers"]]})
 
 
 def summarize_calls(calls: list[Call]) -> dict[str, dict[str, Summary]]:
@@ -209,14 +209,16 @@ def summarize_calls(calls: list[Call]) -> dict[str, dict[str, Summary]]:
         calls (`list[Call]`): For the same prompts with every method; those of each method in the same order.
     """
     domains = list(dict.fromkeys(call.domain for call in calls))
-    ways = list(dict.fromkeys(call.way for call in calls))
+    methods = list(dict.fromkeys(call.method for call in calls))
     groups = {domain: [call for call in calls if call.domain == domain] for domain in domains}
     if len(groups) > 1:
         groups[ALL] = calls
     return {
         domain: {
-            way: _summary([call for call in group if call.way == way], [call for call in group if call.way == PLAIN])
-            for way in ways
+            method: _summary(
+                [call for call in group if call.method == method], [call for call in group if call.method == PLAIN]
+            )
+            for method in methods
         }
         for domain, group in groups.items()
     }

@@ -10,10 +10,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...base.inspection import evaluation_mode
+from ...base.padding import end_tokens
 from ...objective.simulation import SimulatedDecoding
-from ..decoded import DecodedRows, checked_config, decode_rows, end_tokens
+from ..decoded import DecodedRows, checked_config, decode_rows
 from ..measures import ALL, first_difference, repeated_share
-from ..methods import PLAIN, STRATEGIES, DecodingMethod, methods_of
+from ..methods import PLAIN, PROMPT_LOOKUP, STRATEGIES, DecodingMethod, methods_of
 from ..run import describe_run
 from ..suites.prompts import EncodedPrompt, encode_prompts
 from ..suites.suite import Suite, load_suite
@@ -68,7 +69,7 @@ def evaluate(
     methods = methods_of(strategies, k, config.k)
     settings = Settings(
         **describe_run(model, suite),
-        ways=[{"name": method.name, "strategy": method.strategy, "k": method.k} for method in methods],
+        methods=[{"name": method.name, "strategy": method.strategy, "k": method.k} for method in methods],
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
@@ -127,7 +128,7 @@ def _simulated(model: PeftModel, prompts: list[EncodedPrompt], results: Results)
     ids = {prompt.name: prompt.ids for prompt in prompts}
     texts: dict[str, list[tuple[list[int], list[int]]]] = {}
     for call in results.calls:
-        if call.way == PLAIN:
+        if call.method == PLAIN:
             texts.setdefault(call.domain, []).extend((ids[answer.prompt], answer.ids) for answer in call.answers)
     simulated = {domain: simulated_decoding(model, pairs) for domain, pairs in texts.items()}
     if len(simulated) > 1:
@@ -147,7 +148,10 @@ def _warmed_up(
     for method in methods:
         try:
             decoded = decode_rows(model, [prompt.ids for prompt in batch], WARM_UP_TOKENS, **method.options)
-        except (ValueError, NotImplementedError) as error:
+        except Exception as error:
+            # Our own strategies say what they do not support; transformers' prompt lookup raises anything.
+            if method.strategy != PROMPT_LOOKUP and not isinstance(error, ValueError | NotImplementedError):
+                raise
             if method.strategy == PLAIN:
                 raise
             left_out[method.name] = " ".join(str(error).split())
@@ -169,7 +173,7 @@ def _turn(
     return [_call(method.name, batch, decoded[method.name], decoded[PLAIN], ends) for method in methods]
 
 
-def _call(method: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: DecodedRows, ends: set[int]) -> Call:
+def _call(method: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: DecodedRows, ends: list[int]) -> Call:
     answers = []
     for prompt, ids, expected in zip(batch, decoded.rows, plain.rows, strict=True):
         difference = first_difference(ids, expected)
@@ -186,7 +190,7 @@ def _call(method: str, batch: list[EncodedPrompt], decoded: DecodedRows, plain: 
         )
     return Call(
         domain=batch[0].domain,
-        way=method,
+        method=method,
         seconds=round(decoded.seconds, 6),
         forward_passes=decoded.forward_passes,
         row_passes=decoded.row_passes,
