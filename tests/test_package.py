@@ -32,7 +32,7 @@ objective: losses recipe request simulation chunked_backward compute
 decoding: noise noise_processor sequence states outcome
 decoding.drafters: base acceptance ngrams masks
 decoding.schedule: base costs candidates columns fixed adaptive store
-decoding: statistics processors batch verification verifier loop prefill prompt checks streaming call generate
+decoding: statistics processors batch verification verifier loop prefill prompt checks devices streaming call generate
 : model registration pretrained attached
 export: files fit plain_lora vllm uno
 serving: text rules request metrics serial engine limits messages choices manager handlers middleware port server

@@ -185,6 +185,37 @@ def test_low_temperature_is_greedy(model):
     assert sample(model, ids(), temperature=1e-4) == greedy
 
 
+class Spoiled(LogitsProcessor):
+    """Spoils the scores of one row from its third new token on."""
+
+    def __init__(self, value: float, whole: bool):
+        self.value, self.whole = value, whole
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= ids().shape[1] + 2:
+            scores[-1:, : None if self.whole else 1] = self.value
+        return scores
+
+
+@pytest.mark.parametrize(
+    "value, whole", [(-torch.inf, True), (torch.nan, False), (torch.inf, False)], ids=["all -inf", "nan", "inf"]
+)
+@pytest.mark.parametrize("mtp", [True, False])
+def test_scores_from_which_nothing_can_be_drawn(model, mtp, value, whole):
+    with pytest.raises(RuntimeError, match="No token can be sampled" if mtp else "probability tensor contains"):
+        sample(model, ids(), mtp=mtp, logits_processor=LogitsProcessorList([Spoiled(value, whole)]))
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_a_base_whose_logits_are_nan_is_not_sampled(mtp):
+    model = upgraded(tiny_base("llama"))
+    sample(model, ids())  # the trial of the model's speculation mode compares finite logits
+    head = model.get_base_model().lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach().clone().index_fill_(0, torch.tensor([3]), torch.nan))
+    with pytest.raises(RuntimeError, match="No token can be sampled" if mtp else "probability tensor contains"):
+        sample(model, ids(), mtp=mtp)
+
+
 def test_noise_of_decided_positions_is_not_kept(model, monkeypatch):
     held, at = [], PositionNoise.at
 

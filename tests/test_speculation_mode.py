@@ -250,6 +250,16 @@ def test_an_error_of_the_moment_is_not_kept(times, error, caplog, monkeypatch):
     assert model.base_model.mtp_statistics.drafted
 
 
+def test_logits_that_are_nan_are_named_and_not_blamed_on_the_cache(caplog, monkeypatch):
+    monkeypatch.setattr(host_logging.get_logger("hf_mtp"), "propagate", True)
+    model = upgraded("llama", k=3)
+    hook = first_layer(model).register_forward_hook(lambda module, args, states: states * torch.nan)
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.NONE
+    assert "its logits are NaN in torch.float32" in caplog.text
+    hook.remove()
+    assert speculation_mode(model.get_base_model()) is SpeculationMode.TREE
+
+
 def test_a_call_with_an_error_of_the_moment_is_exact():
     model = upgraded("llama", k=3)
     plain = generate(model, ids())

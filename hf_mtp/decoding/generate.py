@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
-from ..base.inspection import refuse_attention_without_masks, refuse_without_weights
+from ..base.inspection import input_device, refuse_attention_without_masks, refuse_without_weights
 from ..base.randomness import own_randomness
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .call import GenerateCall
 from .checks import refuse_arguments
+from .devices import to_device
 from .drafters.base import Drafts
 from .drafters.masks import draft
 from .noise import draw_seed
@@ -109,7 +110,8 @@ class GenerationMixin:
         bitwise = bool(asked["mtp_bitwise"])
         call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus, bitwise)
         set_use_cache(kwargs)
-        return self.model.generate(custom_generate=call, **kwargs)
+        kwargs, returned = to_device(kwargs, input_device(self.model))
+        return returned(self.model.generate(custom_generate=call, **kwargs))
 
     def _generate_plainly(self, generator: torch.Generator | None, kwargs: dict):
         """Plain decoding. transformers' own `generate` takes no generator, and would draw from torch's global one."""
@@ -142,8 +144,8 @@ class GenerationMixin:
                 logger.info("mtp_strategy='auto' is 'linear': %s allows the mode %r", name, mode.value)
                 return "linear", mode
             logger.warning_once(
-                f"generate(mtp=True) uses plain decoding, which is faster here: {name} cannot process several tokens "
-                "with its cache exactly."
+                f"generate(mtp=True) uses plain decoding, which is faster here: in a trial, {name} did not process "
+                "several tokens with its cache exactly."
             )
             return None, mode
         if mode is SpeculationMode.NONE or mtp_strategy == "quadratic":

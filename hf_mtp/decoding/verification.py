@@ -16,16 +16,35 @@ from ..layout.tree import accepted_path, ancestors, depths
 from .drafters.base import Drafts
 from .sequence import Sequence, padded_ids, stacked_records
 
+NONE_TO_DRAW = -2  # in place of a token; -1 is a draft that is not there
+
 
 def chosen_tokens(score_xV: torch.Tensor, noise_xV: torch.Tensor | None) -> torch.LongTensor:
-    """`(...)`: the tokens that the base chooses.
+    """`(...)`: the tokens that the base chooses; [`NONE_TO_DRAW`] where no token can be sampled.
 
     Args:
         score_xV (`torch.Tensor` of shape `(..., V)`): The base's scores, after the processors.
         noise_xV (`torch.Tensor` of the same shape, *optional*): Noise for sampling; greedy decoding if `None`.
     """
     # Of equal scores the first, as `argmax` has it, which takes several times as long on a CPU.
-    return (score_xV if noise_xV is None else score_xV + noise_xV).max(dim=-1).indices
+    if noise_xV is None:
+        return score_xV.max(dim=-1).indices
+    best = (score_xV + noise_xV).max(dim=-1)
+    return best.indices.where(best.values.isfinite(), NONE_TO_DRAW)
+
+
+def refuse_undrawn(tokens: list[int]) -> None:
+    """Refuses tokens of which one could not be drawn. Plain decoding has the same error from torch.
+
+    Raises:
+        RuntimeError: The scores of a position are all minus infinity, or one of them is infinite or NaN.
+    """
+    if NONE_TO_DRAW in tokens:
+        raise RuntimeError(
+            "No token can be sampled: all scores of a position are -inf, or one of them is inf or NaN. Check the "
+            "logits processors of the call, and load the model in a dtype that its weights fit into (bfloat16 or "
+            "float32 instead of float16)."
+        )
 
 
 def noise_of(sequences: list[Sequence], positions: int) -> torch.Tensor | None:
@@ -94,6 +113,9 @@ def verify_in_order(
 
     Returns:
         For each row, the columns of the pending token and of the drafts that equal its new tokens.
+
+    Raises:
+        RuntimeError: See [`refuse_undrawn`].
     """
     rows_G, columns = torch.arange(len(group), device=logits_GRV.device), [[0] for _ in group]
     column_G = torch.zeros_like(rows_G)
@@ -107,6 +129,8 @@ def verify_in_order(
         token_G = chosen_tokens(score_GV, None if noise_G1V is None else noise_G1V[:, 0])
         if pad_token is not None:
             token_G = token_G.masked_fill(stopped_G, pad_token)
+        if noise_G1V is not None:
+            refuse_undrawn(token_G.tolist())
         for index, row in enumerate(group):
             here = slice(index, index + 1)
             row.append(token_G[here], logits_GV[here], score_GV[here])

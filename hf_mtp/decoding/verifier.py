@@ -12,7 +12,7 @@ from .batch import Batch
 from .outcome import Verified
 from .processors import Order, end_tokens_of, has_end_token, order_of
 from .sequence import Sequence
-from .verification import noise_of, verify_in_order, verify_together
+from .verification import noise_of, refuse_undrawn, verify_in_order, verify_together
 
 
 class Verifier:
@@ -54,6 +54,7 @@ class Verifier:
 
         Raises:
             FloatingPointError: The hidden states of masks are not finite.
+            RuntimeError: No token can be sampled.
         """
         before = [row.new_tokens for row in batch.sequences]
         verified = (self._together if self.order is Order.TOGETHER else self._in_order)(batch, output)
@@ -81,6 +82,7 @@ class Verifier:
             right, _, is_finite = values[width : width + 3]
             _refuse_nonfinite(is_finite)
             row_tokens = self._cut(row, values[: right + 1])
+            refuse_undrawn(row_tokens)
             path = values[width + 3 :]
             here = index, path[: len(row_tokens)] if paths else slice(len(row_tokens))
             row.append(token_BR[index, : len(row_tokens)], logits_BRV[here], score_BRV[here])

@@ -118,7 +118,7 @@ def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
     if implementation in known:
         return known[implementation]
     of_kind = _modes_of_kind(model, implementation)
-    errors: list[SpeculationMode] = []
+    errors: list[Exception] = []
     best = next(
         mode
         for mode in SpeculationMode
@@ -129,7 +129,7 @@ def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
     else:
         logger.warning(
             f"{type(model).__name__} failed in a trial with several tokens per pass, but a tiny model of the same "
-            f"type did not. This call uses mode {best.value!r}, and the next call tries again."
+            f"type did not ({errors[0]}). This call uses mode {best.value!r}, and the next call tries again."
         )
     return best
 
@@ -150,8 +150,8 @@ def _modes_of_kind(model: PreTrainedModel, implementation: str) -> list[Speculat
     return _of_kinds[key]
 
 
-def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[SpeculationMode]) -> bool:
-    """Whether a model allows a mode. If its code raises, the mode is added to `errors`."""
+def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[Exception]) -> bool:
+    """Whether a model allows a mode. What its code raises is added to `errors`."""
     device_type = input_device(model).type
     try:
         with torch.no_grad(), torch.autocast(device_type, enabled=False), evaluation_mode(model):
@@ -167,7 +167,7 @@ def _holds(model: PreTrainedModel, mode: SpeculationMode, errors: list[Speculati
             )
     except Exception as error:
         logger.debug("%s does not allow the mode %r: %s", type(model).__name__, mode.value, error)
-        errors.append(mode)
+        errors.append(error)
         return False
 
 
@@ -217,6 +217,8 @@ def _plain_logits(model: PreTrainedModel, text_1T: torch.LongTensor, last: int =
         if cache_name(outputs) in outputs:
             past, start = {cache_name(known): outputs[cache_name(outputs)]}, end
         logits.append(outputs.logits[0, -1:])
+    if torch.cat(logits).isnan().any():  # nothing equals NaN, so the trial would blame the model's cache
+        raise FloatingPointError(f"its logits are NaN in {model.dtype}; float16 may be too narrow for it")
     return torch.cat(logits)
 
 
