@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # if OpenMP used more, a forked process would wait for them for ever
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 import pytest
