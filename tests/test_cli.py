@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, XLNetConfig
 from typer.testing import CliRunner
 
 import hf_mtp
+from hf_mtp import pretrained
 from hf_mtp.cli.app import app
 from hf_mtp.cli.session import Session
 from hf_mtp.pretrained import load_model, load_tokenizer
@@ -174,6 +175,21 @@ def test_errors_of_verify_end_with_two(arguments, message, saved, tmp_path):
     folders = {"base": saved[0], "adapter": saved[1], "other": str(tmp_path / "other"), "folder": str(tmp_path)}
     error = run("verify", *(argument.format(**folders) for argument in arguments), code=2).stderr
     assert re.search(message, " ".join(error.split()))
+
+
+def test_verify_keeps_the_report_of_each_dtype(saved, prompts, tmp_path, monkeypatch):
+    load = pretrained.load_upgraded
+
+    def out_of_memory_in_the_second(model, adapter, dtype):
+        if dtype == "float32":
+            raise torch.OutOfMemoryError("simulated")
+        return load(model, adapter, dtype)
+
+    monkeypatch.setattr(pretrained, "load_upgraded", out_of_memory_in_the_second)
+    file = tmp_path / "verify.json"
+    options = ("--dtype", "float64,float32", "--prompts", prompts, "--json", str(file), *SHORT)
+    assert "simulated" in run("verify", saved[1], "--greedy-only", *options, code=2).stderr
+    assert [report["dtype"] for report in json.loads(file.read_text())["reports"]] == ["float64"]
 
 
 def test_verify_makes_the_folder_of_its_report(saved, prompts, tmp_path):

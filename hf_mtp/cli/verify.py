@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from .documents import check_path, say, write_json
+from .documents import STDOUT, check_path, say, write_json
 from .lists import words
 from .verb import verb
 
@@ -73,12 +73,18 @@ def verify(
                 sampling=not greedy_only,
             )
         )
+        if as_json != STDOUT:  # at once, so that an error in the next dtype loses nothing
+            write_json(_as_json(reports), as_json)
         say(_as_text(reports[-1], tokenizer), as_json)
-    is_equal = all(report.is_equal for report in reports)
-    content = {"equal": is_equal, "reports": [report.to_dict() for report in reports]}
-    write_json(json.dumps(content, indent=1), as_json)
-    if not is_equal:
+    if as_json == STDOUT:
+        write_json(_as_json(reports), as_json)
+    if not all(report.is_equal for report in reports):
         raise typer.Exit(DIFFERENT)
+
+
+def _as_json(reports: list["VerifyReport"]) -> str:
+    is_equal = all(report.is_equal for report in reports)
+    return json.dumps({"equal": is_equal, "reports": [report.to_dict() for report in reports]}, indent=1)
 
 
 def _as_text(report: "VerifyReport", tokenizer) -> str:
