@@ -12,7 +12,7 @@ instructions a prompt of 128 new tokens takes 3 to 6 seconds per way, and one of
   by_k          the paper's table: k = 1, 2, 4, 8 on five kinds of text, linear, quadratic and `auto`
   batches       batches of 4 and 8 rows, plain and `auto`
   tokens        tokens per pass of quadratic decoding; needs no quiet machine
-  temperatures  tokens per pass at T = 0.7 and 1.0, and greedily; needs no quiet machine
+  temperatures  tokens per pass at T = 0.7 and 1.0, and greedily; those of `auto` depend on the costs of passes
   float32       whether the texts are those of plain decoding in float32; needs no quiet machine
 """
 
