@@ -15,6 +15,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from hf_mtp.base.caches import copied
 from hf_mtp.decoding import loop
 from hf_mtp.decoding.schedule.costs import PassCosts
 from hf_mtp.evaluation.support import Rehearsal
@@ -146,6 +147,58 @@ def test_a_static_cache_does_not_cross_a_change_of_embeddings(rope):
     with pytest.raises(NotImplementedError, match="change at 20 tokens, and the sequence may reach 34"):
         generate(model, input_ids=text(), mtp=True, cache_implementation="static")
     assert_exact(model, "quadratic", input_ids=text(), max_new_tokens=8, cache_implementation="static")
+
+
+def phi(**options):
+    """Plain decoding with Phi-3 reads the whole text again where its rotary embeddings change."""
+    long = {"rope_parameters": ROPES["longrope"], "original_max_position_embeddings": 20}
+    return small("phi3", max_position_embeddings=64, **long, **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("length", [11, 19, 20, 21])
+def test_a_model_that_reads_its_text_again_where_its_embeddings_change(length, strategy):
+    assert_exact(phi(), strategy, input_ids=text(length))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_batch_that_is_read_again(ends, strategy, monkeypatch):
+    # A tree that is wider than deep, next to the padding of the row that ended.
+    costs = PassCosts([(1, 1.0), (8, 1.074)], [(3, 1.4525), (8, 1.7388)], [(1, 8)])
+    monkeypatch.setattr(loop, "measure_costs", lambda *args, **options: costs)
+    model, ids = phi(), text(rows=3)
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options["attention_mask"][1, :5] = 0
+    if ends:  # one row, before the text is read again
+        options["eos_token_id"] = int(generate(model, **options)[2, PROMPT + 3])
+    assert_exact(model, strategy, **options)
+
+
+def test_a_text_that_is_read_again_returns_its_states_and_cache():
+    options = {"input_ids": text(), "return_dict_in_generate": True, "output_hidden_states": True}
+    model = phi()
+    plain = generate(model, **options)
+    model.base_model.draft = Rehearsal([plain.sequences])
+    output = generate(model, **options, mtp=True, mtp_strategy="quadratic")
+    assert torch.equal(output.sequences, plain.sequences)
+    for found, expected in zip(output.hidden_states, plain.hidden_states, strict=True):
+        for pair in zip(found, expected, strict=True):
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5)
+    for one, other in zip(getattr(output, CACHE).layers, getattr(plain, CACHE).layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, rtol=1e-3, atol=1e-5)
+
+
+def test_the_decode_loop_cannot_read_again_what_it_has_not_read_itself():
+    model = phi()
+    first = generate(model, input_ids=text(), max_new_tokens=4, return_dict_in_generate=True)
+    filled, later = getattr(first, CACHE), {"position_ids": torch.arange(PROMPT)[None] + 2}
+    for options in ({"input_ids": first.sequences, CACHE: copied(filled)}, {"input_ids": text(), **later}):
+        with pytest.raises(NotImplementedError, match="change at 20 tokens, where it reads the whole text again"):
+            generate(model, **options, mtp=True)
+    short = {"input_ids": first.sequences, "max_new_tokens": 5}  # and the last of 20 tokens is never read
+    expected = generate(model, **short, **{CACHE: copied(filled)})
+    assert torch.equal(generate(model, **short, **{CACHE: copied(filled)}, mtp=True), expected)
 
 
 # ---------------------------------------------------------------- images

@@ -20,6 +20,7 @@ from .batch import Batch
 from .checks import (
     refuse_bitwise,
     refuse_cache,
+    refuse_dropped_cache,
     refuse_for_sequences,
     refuse_generation_mode,
     refuse_ids,
@@ -93,6 +94,7 @@ class GenerateCall:
         pad_token = 0 if pad_token is None else int(pad_token)
         in_step = len(input_ids) > 1 and self._changes_rope(columns)
         verifier = Verifier(logits_processor, stopping_criteria, len(input_ids), pad_token, in_step)
+        refuse_dropped_cache(self.tuner.model, prompt, input_ids.shape[1] + new_tokens - 1, columns)
         self._refuse(prompt, columns, generation_config, verifier)
         sequences = self._sequences(input_ids, prompt, new_tokens, generation_config, logits_processor)
         stream, statistics = RowStream(self.streamer, sequences, pad_token), MTPStatistics()

@@ -39,7 +39,8 @@ class PassOutput:
         calls (`int`): Number of calls of the model.
         mask_logits_BMV (`torch.Tensor` of shape `(B, M, V)`, *optional*): The base's logits of the masks, if these are
             few: computing them later would read the unembedding's weights a second time.
-        hidden_states (`tuple` of `(B, N, D)`), attentions (`tuple` of `(B, H, N, S)`): Per layer, if requested.
+        hidden_states (`tuple` of `(B, N, D)`, or `(A, B, N, D)` for models of A states per token), attentions
+            (`tuple` of `(B, H, N, S)`): Per layer, if requested.
     """
 
     logits_BRV: torch.Tensor
@@ -82,7 +83,7 @@ class PassOutput:
             read = slice(0 if position == 0 else end - 1, end)  # the first token is chosen from the whole prompt
             entry = {}
             if self.hidden_states is not None:
-                entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
+                entry["hidden_states"] = tuple(states[..., row, read, :] for states in self.hidden_states)
             if self.attentions is not None:
                 keys = [*range(before), *(before + seen for seen in path[: position + 1])]
                 entry["attentions"] = tuple(
