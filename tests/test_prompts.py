@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny_models import CACHE, tiny_base, upgraded
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
     LlavaConfig,
@@ -199,6 +201,41 @@ def test_the_decode_loop_cannot_read_again_what_it_has_not_read_itself():
     short = {"input_ids": first.sequences, "max_new_tokens": 5}  # and the last of 20 tokens is never read
     expected = generate(model, **short, **{CACHE: copied(filled)})
     assert torch.equal(generate(model, **short, **{CACHE: copied(filled)}, mtp=True), expected)
+
+
+# ---------------------------------------------------------------- attention that is scaled by the column
+
+
+def llama4():
+    config = AutoConfig.for_model(
+        "llama4_text",
+        **{**TEXT, "num_local_experts": 2, "moe_layers": [], "intermediate_size_mlp": 48},
+        no_rope_layers=[1, 0],
+        layer_types=["chunked_attention", "full_attention"],
+        attention_chunk_size=64,
+        floor_scale=20,
+        attn_scale=4.0,
+    )
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    return upgraded(base, k=3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("length", [10, 16])
+def test_no_draft_of_a_tree_is_scaled_like_a_later_token(length, monkeypatch):
+    # Columns so cheap that trees are wider than deep.
+    costs = PassCosts([(1, 1.0), (17, 1.01)], [(3, 1.0025), (41, 1.01)])
+    monkeypatch.setattr(loop, "measure_costs", lambda *args, **options: costs)
+    assert_exact(llama4(), "auto", input_ids=text(length))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_no_row_is_scaled_like_a_longer_one(padding, strategy):
+    ids = text(13, rows=3)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    assert_exact(llama4(), strategy, input_ids=ids, attention_mask=mask)
 
 
 # ---------------------------------------------------------------- images

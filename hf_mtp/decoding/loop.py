@@ -125,6 +125,7 @@ class DecodingLoop:
             drafts, origins = self.schedule.choose(expected, proposals, pending_B.device)
             if self.fixed_shape:
                 drafts = drafts.padded(self.schedule.fixed_drafts(self.k))
+        drafts = self._scaled_alike(batch, drafts)
         if self.verifier.keeps_rows_in_step and self.verifier.pad_token is not None:
             drafts = self._with_padding(batch, drafts)
         batch.set_drafts(pending_B, drafts, origins)
@@ -139,6 +140,14 @@ class DecodingLoop:
             ]
             for drafter in self.drafters
         ]
+
+    def _scaled_alike(self, batch: Batch, drafts: Drafts) -> Drafts:
+        """Drops drafts of a tree in columns where the model scales attention in another way than before them."""
+        step = self.forward.scaled_columns
+        if step is None or drafts.parent_BK is None:
+            return drafts
+        alike = step - 1 - (batch.cache.rows.longest + 1) % step  # columns after that of the pending token
+        return drafts.where(torch.arange(drafts.count, device=drafts.token_BK.device) < alike)
 
     def _with_padding(self, batch: Batch, drafts: Drafts) -> Drafts:
         """Drafts padding for rows that ended, which continue with it."""

@@ -16,7 +16,7 @@ from ..adapter.prepared import PreparedLora
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
 from ..base.inspection import accepted_inputs, mask_form
-from ..base.rope import rope_switches
+from ..base.rope import rope_switches, scaled_columns
 from ..cache.rollback import RollbackCache
 from ..layout.attention import attention_kinds, attention_masks, padded_right
 from ..layout.blocks import NO_DOCUMENT, BlockLayout, decoding_layout
@@ -131,6 +131,7 @@ class DecodingPass:
         self.shares_heads = compiled is None and self.model.config._attn_implementation == "sdpa"
         self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
         self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
+        self.scaled_columns = scaled_columns(config)
 
     def __call__(
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int
