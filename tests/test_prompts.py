@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import CACHE, tiny_base, upgraded
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from hf_mtp.base.caches import copied
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.decoding import loop
 from hf_mtp.decoding.schedule.costs import PassCosts
 from hf_mtp.evaluation.support import Rehearsal
@@ -387,6 +389,34 @@ def test_prompts_with_an_image(name, strategy):
     assert_exact(model, strategy, **inputs)
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     assert not torch.equal(generate(model, **other), generate(model, **inputs)), "the image is not looked at"
+
+
+def test_a_batch_of_text_for_a_model_of_images_whose_rows_are_decoded_alone():
+    config = CONFIG_MAPPING["qwen3_5"]()
+    base = tiny_model(config, model_class=AutoModelForImageTextToText._model_mapping[type(config)])
+    ids = text(rows=3) % 30 + 1
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(ids)}
+    model = upgraded(base, k=3, dtype=torch.float64).double()
+    for options in (inputs, {name: inputs[name] for name in ("input_ids", "attention_mask")}):
+        assert_exact(model, "auto", **options)
+
+
+def test_a_model_that_counts_positions_by_itself():
+    base, inputs = image_model("llava")
+
+    class Columns(type(base)):  # as EXAONE 4.5 does
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+
+    base.__class__ = Columns
+    model = upgraded(base, k=3, dtype=torch.float64)
+    assert_exact(model, "quadratic", **inputs)
+    padded = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
+    padded["attention_mask"][0, :2] = 0
+    with pytest.raises(NotImplementedError, match="Columns counts positions by the columns of its cache"):
+        generate(model, **padded, mtp=True)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

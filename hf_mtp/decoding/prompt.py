@@ -138,10 +138,14 @@ def _unread(
 
 
 def _is_more_than_text(model_kwargs: dict) -> bool:
-    """Whether the model gets data besides the tokens. Settings do not count."""
+    """Whether the model gets data besides the tokens. Settings, and what says that there is no image, do not count."""
+    others = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
+    kinds = others.pop("mm_token_type_ids", None)  # 0 for text
+    if kinds is not None and kinds.any():
+        return True
     return any(
-        name not in OWN_ARGUMENTS and isinstance(value, torch.Tensor | dict | list | tuple)
-        for name, value in model_kwargs.items()
+        isinstance(value, torch.Tensor) or (isinstance(value, dict | list | tuple) and len(value) > 0)
+        for value in others.values()
     )
 
 
