@@ -412,11 +412,57 @@ def test_a_model_that_counts_positions_by_itself():
 
     base.__class__ = Columns
     model = upgraded(base, k=3, dtype=torch.float64)
-    assert_exact(model, "quadratic", **inputs)
-    padded = {**inputs, "attention_mask": inputs["attention_mask"].clone()}
-    padded["attention_mask"][0, :2] = 0
-    with pytest.raises(NotImplementedError, match="Columns counts positions by the columns of its cache"):
-        generate(model, **padded, mtp=True)
+    mask = inputs["attention_mask"]
+    for hidden in ([], [0, 1], [2]):
+        assert_exact(
+            model,
+            "quadratic",
+            **{**inputs, "attention_mask": mask.index_fill(1, torch.tensor(hidden, dtype=torch.long), 0)},
+        )
+
+
+def test_a_model_that_counts_positions_in_a_way_of_its_own():
+    base = tiny_base("llama", torch.float64, vocab_size=SMALL)
+    llama = type(base)
+
+    class Relative(llama):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+
+        @functools.wraps(llama.forward)
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+            if position_ids is None and attention_mask is not None:
+                position_ids = (attention_mask.cumsum(dim=1) - 1)[:, -input_ids.shape[1] :]
+            return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    base.__class__ = Relative
+    model, mask = upgraded(base, k=3, dtype=torch.float64), torch.ones(1, PROMPT, dtype=torch.long)
+    assert_exact(model, "quadratic", input_ids=text(), attention_mask=mask)
+    mask[0, :5] = 0
+    with pytest.raises(NotImplementedError, match="Relative drops `position_ids` and counts positions by itself"):
+        generate(model, input_ids=text(), attention_mask=mask, mtp=True)
+
+
+@pytest.mark.parametrize("first_by", [False, True])
+@pytest.mark.parametrize("second_by", [False, True])
+def test_two_turns_with_a_model_that_counts_positions_by_itself(first_by, second_by):
+    class Columns(type(tiny_base("llama"))):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+
+    base = tiny_base("llama", torch.float64, vocab_size=SMALL)
+    base.__class__ = Columns
+    model, ids, mask = upgraded(base, k=3, dtype=torch.float64), text(rows=2), torch.ones(2, PROMPT, dtype=torch.long)
+    mask[1, :5] = 0
+
+    def second_turn(first_by, second_by):
+        options = {"return_dict_in_generate": True, "max_new_tokens": 6, "mtp": first_by}
+        first = generate(model, input_ids=ids, attention_mask=mask, **options)
+        longer = torch.cat([first.sequences, ids[:, :3]], dim=1)
+        seen = torch.cat([mask, torch.ones_like(longer[:, PROMPT:])], dim=1)
+        return generate(model, input_ids=longer, attention_mask=seen, **{CACHE: first[CACHE]}, mtp=second_by)
+
+    assert torch.equal(second_turn(first_by, second_by), second_turn(False, False))
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -33,4 +33,4 @@ def scaled_columns(config: PreTrainedConfig) -> int | None:
         config ([`~transformers.PreTrainedConfig`]): The model's config, or its text model's.
     """
     config = config.get_text_config(decoder=True)
-    return config.floor_scale if getattr(config, "attn_temperature_tuning", False) else None
+    return getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None

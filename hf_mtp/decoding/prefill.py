@@ -136,15 +136,15 @@ def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, m
 def _refuse_other_positions(
     model: PreTrainedModel, model_kwargs: dict, inputs: dict, logits_B1V: torch.Tensor, read: Callable
 ) -> None:
-    """Refuses models that drop `position_ids` and count columns instead, unless both are the same to them."""
+    """Refuses models that drop `position_ids` and count neither as `generate` does nor by columns."""
     given = model_kwargs.get("position_ids")
     if given is None or "position_ids" not in inputs or inputs["position_ids"] is not None:
         return
     explicit = read(**{**inputs, "position_ids": given[..., -1:]})
     if not are_close(explicit.logits[:, -1], logits_B1V[:, -1], model.dtype):
         raise NotImplementedError(
-            f"{type(model).__name__} counts positions by the columns of its cache, padding included, which `mtp=True` "
-            "does not support here. Pass one prompt at a time, without padding, or decode with mtp=False."
+            f"{type(model).__name__} drops `position_ids` and counts positions by itself, in a way that `mtp=True` "
+            "does not support for this prompt. Pass one prompt at a time, without padding, or decode with mtp=False."
         )
 
 
