@@ -83,7 +83,7 @@ def turns(model, cache: Cache, rows: int = 1, **options):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gemma3n_text"])
 def test_two_turns_on_ones_own_cache(architecture, kind, rows):
     model = model_of(architecture)
     plain, own = cache_of(kind, model, rows), cache_of(kind, model, rows)

@@ -8,6 +8,7 @@ import torch
 from tiny_models import CACHE, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import (
+    CONFIG_MAPPING,
     DynamicCache,
     StaticCache,
     StoppingCriteria,
@@ -16,6 +17,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.cache.rollback import RollbackCache
 
 STRATEGIES = ("quadratic", "linear", "auto")
@@ -145,6 +147,17 @@ def test_prompt_embeddings(strategy):
     output = model.generate(inputs_embeds=embeds, max_new_tokens=20, do_sample=False, mtp=True, mtp_strategy=strategy)
     assert torch.equal(output, expected)
     assert output.shape == (1, 20)
+
+
+def test_embeddings_whose_ids_the_model_looks_up():
+    base = tiny_model(CONFIG_MAPPING["gemma4_text"]())
+    assert base.config.hidden_size_per_layer_input
+    model = upgraded(base, dtype=torch.float64).double()
+    embeds = model.get_input_embeddings()(small_prompt() % 30 + 1).detach()
+    options = {"inputs_embeds": embeds, "max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    output = model.generate(**options, mtp=True, mtp_strategy="quadratic")
+    assert torch.equal(output, model.generate(**options))
+    assert model.base_model.mtp_statistics.drafted
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])

@@ -7,6 +7,9 @@ import pytest
 import torch
 from tiny_models import CACHE, tiny_base, upgraded
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
     LlavaConfig,
@@ -15,6 +18,8 @@ from transformers import (
     SmolVLMConfig,
 )
 
+from hf_mtp.base.caches import copied
+from hf_mtp.base.tiny import tiny_model
 from hf_mtp.decoding import loop
 from hf_mtp.decoding.schedule.costs import PassCosts
 from hf_mtp.evaluation.support import Rehearsal
@@ -146,6 +151,93 @@ def test_a_static_cache_does_not_cross_a_change_of_embeddings(rope):
     with pytest.raises(NotImplementedError, match="change at 20 tokens, and the sequence may reach 34"):
         generate(model, input_ids=text(), mtp=True, cache_implementation="static")
     assert_exact(model, "quadratic", input_ids=text(), max_new_tokens=8, cache_implementation="static")
+
+
+def phi(**options):
+    """Plain decoding with Phi-3 reads the whole text again where its rotary embeddings change."""
+    long = {"rope_parameters": ROPES["longrope"], "original_max_position_embeddings": 20}
+    return small("phi3", max_position_embeddings=64, **long, **options)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("length", [11, 19, 20, 21])
+def test_a_model_that_reads_its_text_again_where_its_embeddings_change(length, strategy):
+    assert_exact(phi(), strategy, input_ids=text(length))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_batch_that_is_read_again(ends, strategy, monkeypatch):
+    # A tree that is wider than deep, next to the padding of the row that ended.
+    costs = PassCosts([(1, 1.0), (8, 1.074)], [(3, 1.4525), (8, 1.7388)], [(1, 8)])
+    monkeypatch.setattr(loop, "measure_costs", lambda *args, **options: costs)
+    model, ids = phi(), text(rows=3)
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options["attention_mask"][1, :5] = 0
+    if ends:  # one row, before the text is read again
+        options["eos_token_id"] = int(generate(model, **options)[2, PROMPT + 3])
+    assert_exact(model, strategy, **options)
+
+
+def test_a_text_that_is_read_again_returns_its_states_and_cache():
+    options = {"input_ids": text(), "return_dict_in_generate": True, "output_hidden_states": True}
+    model = phi()
+    plain = generate(model, **options)
+    model.base_model.draft = Rehearsal([plain.sequences])
+    output = generate(model, **options, mtp=True, mtp_strategy="quadratic")
+    assert torch.equal(output.sequences, plain.sequences)
+    for found, expected in zip(output.hidden_states, plain.hidden_states, strict=True):
+        for pair in zip(found, expected, strict=True):
+            torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-5)
+    for one, other in zip(getattr(output, CACHE).layers, getattr(plain, CACHE).layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, rtol=1e-3, atol=1e-5)
+
+
+def test_the_decode_loop_cannot_read_again_what_it_has_not_read_itself():
+    model = phi()
+    first = generate(model, input_ids=text(), max_new_tokens=4, return_dict_in_generate=True)
+    filled, later = getattr(first, CACHE), {"position_ids": torch.arange(PROMPT)[None] + 2}
+    for options in ({"input_ids": first.sequences, CACHE: copied(filled)}, {"input_ids": text(), **later}):
+        with pytest.raises(NotImplementedError, match="change at 20 tokens, where it reads the whole text again"):
+            generate(model, **options, mtp=True)
+    short = {"input_ids": first.sequences, "max_new_tokens": 5}  # and the last of 20 tokens is never read
+    expected = generate(model, **short, **{CACHE: copied(filled)})
+    assert torch.equal(generate(model, **short, **{CACHE: copied(filled)}, mtp=True), expected)
+
+
+# ---------------------------------------------------------------- attention that is scaled by the column
+
+
+def llama4():
+    config = AutoConfig.for_model(
+        "llama4_text",
+        **{**TEXT, "num_local_experts": 2, "moe_layers": [], "intermediate_size_mlp": 48},
+        no_rope_layers=[1, 0],
+        layer_types=["chunked_attention", "full_attention"],
+        attention_chunk_size=64,
+        floor_scale=20,
+        attn_scale=4.0,
+    )
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    return upgraded(base, k=3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("length", [10, 16])
+def test_no_draft_of_a_tree_is_scaled_like_a_later_token(length, monkeypatch):
+    # Columns so cheap that trees are wider than deep.
+    costs = PassCosts([(1, 1.0), (17, 1.01)], [(3, 1.0025), (41, 1.01)])
+    monkeypatch.setattr(loop, "measure_costs", lambda *args, **options: costs)
+    assert_exact(llama4(), "auto", input_ids=text(length))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_no_row_is_scaled_like_a_longer_one(padding, strategy):
+    ids = text(13, rows=3)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    assert_exact(llama4(), strategy, input_ids=ids, attention_mask=mask)
 
 
 # ---------------------------------------------------------------- images
@@ -297,6 +389,80 @@ def test_prompts_with_an_image(name, strategy):
     assert_exact(model, strategy, **inputs)
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     assert not torch.equal(generate(model, **other), generate(model, **inputs)), "the image is not looked at"
+
+
+def test_a_batch_of_text_for_a_model_of_images_whose_rows_are_decoded_alone():
+    config = CONFIG_MAPPING["qwen3_5"]()
+    base = tiny_model(config, model_class=AutoModelForImageTextToText._model_mapping[type(config)])
+    ids = text(rows=3) % 30 + 1
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(ids)}
+    model = upgraded(base, k=3, dtype=torch.float64).double()
+    for options in (inputs, {name: inputs[name] for name in ("input_ids", "attention_mask")}):
+        assert_exact(model, "auto", **options)
+
+
+def test_a_model_that_counts_positions_by_itself():
+    base, inputs = image_model("llava")
+
+    class Columns(type(base)):  # as EXAONE 4.5 does
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+
+    base.__class__ = Columns
+    model = upgraded(base, k=3, dtype=torch.float64)
+    mask = inputs["attention_mask"]
+    for hidden in ([], [0, 1], [2]):
+        assert_exact(
+            model,
+            "quadratic",
+            **{**inputs, "attention_mask": mask.index_fill(1, torch.tensor(hidden, dtype=torch.long), 0)},
+        )
+
+
+def test_a_model_that_counts_positions_in_a_way_of_its_own():
+    base = tiny_base("llama", torch.float64, vocab_size=SMALL)
+    llama = type(base)
+
+    class Relative(llama):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+
+        @functools.wraps(llama.forward)
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+            if position_ids is None and attention_mask is not None:
+                position_ids = (attention_mask.cumsum(dim=1) - 1)[:, -input_ids.shape[1] :]
+            return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    base.__class__ = Relative
+    model, mask = upgraded(base, k=3, dtype=torch.float64), torch.ones(1, PROMPT, dtype=torch.long)
+    assert_exact(model, "quadratic", input_ids=text(), attention_mask=mask)
+    mask[0, :5] = 0
+    with pytest.raises(NotImplementedError, match="Relative drops `position_ids` and counts positions by itself"):
+        generate(model, input_ids=text(), attention_mask=mask, mtp=True)
+
+
+@pytest.mark.parametrize("first_by", [False, True])
+@pytest.mark.parametrize("second_by", [False, True])
+def test_two_turns_with_a_model_that_counts_positions_by_itself(first_by, second_by):
+    class Columns(type(tiny_base("llama"))):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return {**super().prepare_inputs_for_generation(*args, **kwargs), "position_ids": None}
+
+    base = tiny_base("llama", torch.float64, vocab_size=SMALL)
+    base.__class__ = Columns
+    model, ids, mask = upgraded(base, k=3, dtype=torch.float64), text(rows=2), torch.ones(2, PROMPT, dtype=torch.long)
+    mask[1, :5] = 0
+
+    def second_turn(first_by, second_by):
+        options = {"return_dict_in_generate": True, "max_new_tokens": 6, "mtp": first_by}
+        first = generate(model, input_ids=ids, attention_mask=mask, **options)
+        longer = torch.cat([first.sequences, ids[:, :3]], dim=1)
+        seen = torch.cat([mask, torch.ones_like(longer[:, PROMPT:])], dim=1)
+        return generate(model, input_ids=longer, attention_mask=seen, **{CACHE: first[CACHE]}, mtp=second_by)
+
+    assert torch.equal(second_turn(first_by, second_by), second_turn(False, False))
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -83,6 +83,19 @@ def test_trees(architecture, how):
     assert_all_alike(model, "quadratic", own_cache, **options)
 
 
+@pytest.mark.parametrize("how", ["text", "batch", "hole"])
+def test_a_model_of_several_hidden_states_per_token(how):
+    model = upgraded(tiny_model(CONFIG_MAPPING["gemma3n_text"]()).double(), k=3)
+    options = {"input_ids": ids(3 if how == "batch" else 1)}
+    if how == "hole":
+        options["attention_mask"] = HOLE
+    plain = generate(model, **options)
+    assert plain.hidden_states[0][1].dim() == 4
+    model.base_model.draft = Rehearsal([row[None] for row in plain.sequences])
+    output = generate(model, **options, mtp=True, mtp_strategy="quadratic")
+    assert_alike((output.sequences, output.hidden_states), (plain.sequences, plain.hidden_states))
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("architecture", CHAINS)
 def test_chains(architecture, rows):

@@ -1,8 +1,11 @@
 """Helpers for transformers' caches: their argument names, their contents, and copies of them."""
 
 import copy
+import inspect
 from collections.abc import Container
 
+import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first since transformers 5.24
@@ -11,6 +14,21 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first
 def cache_name(names: Container[str]) -> str:
     """The name of the cache among these arguments or fields. It differs between releases of transformers."""
     return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+
+
+def is_dropped(cache: Cache, model: PreTrainedModel, ids_BS: torch.LongTensor) -> bool:
+    """Whether plain decoding would read a text from its start instead of continuing from its cache.
+
+    Phi-3 does so where its rotary embeddings change, because the keys in the cache have the earlier ones.
+
+    Args:
+        cache ([`~transformers.Cache`]): The cache.
+        model ([`~transformers.PreTrainedModel`]): The base.
+        ids_BS (`torch.LongTensor` of shape `(B, S)`): The whole texts, as plain decoding has them.
+    """
+    name = cache_name(inspect.signature(model.forward).parameters)
+    given = {name: cache, "use_cache": True, "next_sequence_length": 1}
+    return model.prepare_inputs_for_generation(ids_BS, **given).get(name) is None
 
 
 def copied(held: Cache) -> Cache:

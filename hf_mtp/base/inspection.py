@@ -94,6 +94,13 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
+def has_more_tables(model: PreTrainedModel) -> bool:
+    """Whether a model embeds token ids in more than one table, so that the input embeddings alone do not tell all."""
+    known = model.get_input_embeddings()
+    tables = (layer for layer in decoder_of(model).modules() if isinstance(layer, torch.nn.Embedding))
+    return any(layer is not known and len(layer.weight) == weight_shape(known)[0] for layer in tables)
+
+
 def refuse_without_weights(model: PreTrainedModel) -> None:
     """Raises if the model has no weights.
 

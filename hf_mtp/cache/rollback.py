@@ -182,7 +182,7 @@ class RollbackCache(Cache):
         length = int(given.get_seq_length())
         _wait_for_layers(given)
         for index, layer in enumerate(given.layers):
-            if not layer.is_initialized:
+            if not layer.is_initialized or layer.keys is None:  # a layer that shares another's has none
                 continue
             held = min(length, layer.keys.shape[2])
             keys, values = layer.keys.to(layer.device), layer.values.to(layer.device)  # they may be offloaded

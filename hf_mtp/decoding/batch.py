@@ -55,6 +55,13 @@ class Batch:
         self.drafts, self.origins = drafts, origins
         self.unread_BT = torch.cat([pending_B[:, None], drafts.token_BK.clamp(min=0)], dim=1)
 
+    def read_again(self) -> None:
+        """Empties the cache, so that the next pass reads the whole texts, which are equally long, and no drafts."""
+        self.cache.keep([-length for length in self.cache.rows.lengths])
+        self.unread_BT = torch.cat([sequence.ids_1S for sequence in self.sequences])
+        self.drafts = no_drafts(len(self.sequences), self.unread_BT.device)
+        self.origins = [[] for _ in self.sequences]
+
     def admit(self, other: "Batch") -> None:
         """Adds rows whose prompts have been read. Both caches must be a growing [`RollbackCache`].
 

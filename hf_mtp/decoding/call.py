@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name, copied, replace_contents
 from ..base.distributed import agreed_seconds, any_process_unfinished, is_sharded
-from ..base.rope import rope_switches
+from ..base.rope import rope_switches, scaled_columns
 from ..cache.protocol import DecodingCache
 from ..cache.rollback import RollbackCache
 from ..passes.bitwise_check import refuse_unless_bitwise
@@ -20,6 +20,7 @@ from .batch import Batch
 from .checks import (
     refuse_bitwise,
     refuse_cache,
+    refuse_dropped_cache,
     refuse_for_sequences,
     refuse_generation_mode,
     refuse_ids,
@@ -91,8 +92,10 @@ class GenerateCall:
         columns = prompt.columns + new_tokens - 1
         pad_token = getattr(generation_config, "_pad_token_tensor", None)
         pad_token = 0 if pad_token is None else int(pad_token)
-        in_step = len(input_ids) > 1 and self._changes_rope(columns)
+        is_alike = not self._changes_rope(columns) and not self._changes_scale(prompt.columns, columns)
+        in_step = len(input_ids) > 1 and not is_alike
         verifier = Verifier(logits_processor, stopping_criteria, len(input_ids), pad_token, in_step)
+        refuse_dropped_cache(self.tuner.model, prompt, input_ids.shape[1] + new_tokens - 1, columns)
         self._refuse(prompt, columns, generation_config, verifier)
         sequences = self._sequences(input_ids, prompt, new_tokens, generation_config, logits_processor)
         stream, statistics = RowStream(self.streamer, sequences, pad_token), MTPStatistics()
@@ -139,6 +142,10 @@ class GenerateCall:
 
     def _changes_rope(self, columns: int) -> bool:
         return any(columns >= length for length in rope_switches(self.tuner.model.config))
+
+    def _changes_scale(self, first: int, last: int) -> bool:
+        step = scaled_columns(self.tuner.model.config)
+        return step is not None and first // step < last // step
 
     def _sequences(
         self,

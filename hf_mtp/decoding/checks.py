@@ -4,6 +4,7 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.generation.configuration_utils import GenerationMode
 
+from ..base.caches import is_dropped
 from ..base.rope import rope_switches
 from ..layout.attention import attention_kinds
 from .prompt import Prompt
@@ -113,6 +114,23 @@ def refuse_rope_switches(config: PreTrainedConfig, columns: int) -> None:
                 "passes of a fixed shape would not be exact. Leave out `cache_implementation`, or lower "
                 "`max_new_tokens`."
             )
+
+
+def refuse_dropped_cache(model: PreTrainedModel, prompt: Prompt, ids: int, columns: int) -> None:
+    """Raises `NotImplementedError` if plain decoding would drop a cache that the decode loop cannot fill again.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+        prompt ([`Prompt`]): The prompts.
+        ids (`int`), columns (`int`): The most token ids, and the most tokens, that the text may have in the end.
+    """
+    ends = [length for length in rope_switches(model.config) if prompt.read <= length < columns]
+    if prompt.read and ends and is_dropped(prompt.cache, model, prompt.start_B.new_zeros(1, ids)):
+        raise NotImplementedError(
+            f"This model's rotary embeddings change at {ends[0]} tokens, where it reads the whole text again. The "
+            f"text may reach {columns}, and `mtp=True` cannot repeat that for a cache that was passed, or for a "
+            "prompt with images or `position_ids`. Leave these out, lower `max_new_tokens`, or decode with mtp=False."
+        )
 
 
 def refuse_for_sequences(

@@ -15,11 +15,14 @@ from functools import partial
 
 import torch
 
+from ..base.caches import is_dropped
+from ..base.inspection import has_more_tables
+from ..cache.rollback import RollbackCache
 from ..layout.blocks import BlockLayout, decoding_layout
 from ..layout.mask_plan import MaskPlan, choose_masks
 from ..passes.decoding_pass import DecodingPass
 from .batch import Batch
-from .drafters.base import Drafter, Drafts, no_drafts
+from .drafters.base import NO_TOKEN, Drafter, Drafts, no_drafts
 from .outcome import Outcome
 from .schedule.base import Schedule
 from .schedule.costs import MASKED_COLUMNS, PLAIN_COLUMNS, measure_costs
@@ -63,6 +66,8 @@ class DecodingLoop:
         Args:
             batch ([`Batch`]): Changed in place.
         """
+        if self._must_read_again(batch):
+            batch.read_again()
         plan, layout = self._plan(batch)
         output = self.forward(batch.unread_BT, layout, batch.cache, logits_rows=1 + batch.drafts.count)
         verified = self.verifier(batch, output)
@@ -77,6 +82,14 @@ class DecodingLoop:
         self._draft(batch, outcome)
         return outcome
 
+    def _must_read_again(self, batch: Batch) -> bool:
+        """Whether plain decoding would drop the cache, which happens only where rotary embeddings change."""
+        held, confirmed = batch.cache.rows.longest, batch.unread_BT.shape[1] - batch.drafts.count
+        if not any(held <= end < held + confirmed for end in self.forward.switches):
+            return False
+        ids_BS = torch.cat([sequence.ids_1S for sequence in batch.sequences])
+        return isinstance(batch.cache, RollbackCache) and is_dropped(batch.cache, self.forward.model, ids_BS)
+
     def _plan(self, batch: Batch) -> tuple[MaskPlan, BlockLayout]:
         """The mask plan of the next pass, and the layout of its columns."""
         cache, regular = batch.cache, batch.unread_BT.shape[1]
@@ -84,7 +97,10 @@ class DecodingLoop:
         # A draft has the position after its mask. A tree of drafts is at most as deep as it has columns.
         positions = self.forward.positions_left(cache.rows.positions + before + 1) - batch.drafts.count - 1
         k = max(0, min(self.k, batch.remaining_tokens - 2, positions))
-        if (before > LONG_PROMPT and any(cache.rows.starts)) or (before and self.forward.bitwise):
+        is_long = before > LONG_PROMPT and any(cache.rows.starts)
+        # Such a model finds the ids of embeddings by looking them up in its table, which has no masks.
+        is_embedded = batch.unread_BT.dim() == 3 and has_more_tables(self.forward.model)
+        if is_long or is_embedded or (before and self.forward.bitwise):
             k = 0
         plan = self.schedule.plan_masks(batch.drafts, self.k if self.fixed_shape else k)
         places_BT = cache.rows.next_places(regular)
@@ -109,6 +125,7 @@ class DecodingLoop:
             drafts, origins = self.schedule.choose(expected, proposals, pending_B.device)
             if self.fixed_shape:
                 drafts = drafts.padded(self.schedule.fixed_drafts(self.k))
+        drafts = self._scaled_alike(batch, drafts)
         if self.verifier.keeps_rows_in_step and self.verifier.pad_token is not None:
             drafts = self._with_padding(batch, drafts)
         batch.set_drafts(pending_B, drafts, origins)
@@ -124,12 +141,23 @@ class DecodingLoop:
             for drafter in self.drafters
         ]
 
+    def _scaled_alike(self, batch: Batch, drafts: Drafts) -> Drafts:
+        """Drops drafts of a tree in columns where the model scales attention in another way than before them."""
+        step = self.forward.scaled_columns
+        if step is None or drafts.parent_BK is None:
+            return drafts
+        alike = step - 1 - (batch.cache.rows.longest + 1) % step  # columns after that of the pending token
+        return drafts.where(torch.arange(drafts.count, device=drafts.token_BK.device) < alike)
+
     def _with_padding(self, batch: Batch, drafts: Drafts) -> Drafts:
         """Drafts padding for rows that ended, which continue with it."""
         ended = [index for index, row in enumerate(batch.sequences) if row.is_finished]
         token_BK, parent_BK = drafts.token_BK.clone(), drafts.parents_BK.clone()
-        token_BK[ended] = self.verifier.pad_token
-        parent_BK[ended] = torch.arange(drafts.count, device=parent_BK.device)
+        # A chain of as many drafts as a tree has columns may be deeper than there are positions left.
+        depth = min(drafts.count, self.forward.positions_left(batch.cache.rows.positions + 1))
+        token_BK[ended], parent_BK[ended] = NO_TOKEN, 0
+        token_BK[ended, :depth] = self.verifier.pad_token
+        parent_BK[ended, :depth] = torch.arange(depth, device=parent_BK.device)
         return Drafts(token_BK, drafts.confidence_BK, None if drafts.parent_BK is None else parent_BK)
 
     def measure_costs(self, batch: Batch, agreed: Callable[[float], float]) -> None:

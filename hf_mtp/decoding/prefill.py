@@ -4,6 +4,7 @@ Only the base can process images, sounds and position ids of the caller. The dec
 of text and a cache, and passes on the extra inputs that the model needs with every token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,6 +110,7 @@ def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, m
         return model(**{**inputs, name: copied(held)}, return_dict=True)
 
     outputs = read(**inputs)
+    _refuse_other_positions(model, model_kwargs, inputs, outputs.logits, read)
     after = tokens_by_layer(outputs[name])
     layers = [index for index, tokens in tokens_by_layer(held).items() if tokens == after[index]]
     more = {
@@ -129,6 +131,21 @@ def _inputs_of_next_token(model: PreTrainedModel, input_ids: torch.LongTensor, m
         f"{type(model).__name__} needs {', '.join(sorted(more.keys() - per_token.keys()))} with every token, which "
         "`mtp=True` does not support. Decode with mtp=False."
     )
+
+
+def _refuse_other_positions(
+    model: PreTrainedModel, model_kwargs: dict, inputs: dict, logits_B1V: torch.Tensor, read: Callable
+) -> None:
+    """Refuses models that drop `position_ids` and count neither as `generate` does nor by columns."""
+    given = model_kwargs.get("position_ids")
+    if given is None or "position_ids" not in inputs or inputs["position_ids"] is not None:
+        return
+    explicit = read(**{**inputs, "position_ids": given[..., -1:]})
+    if not are_close(explicit.logits[:, -1], logits_B1V[:, -1], model.dtype):
+        raise NotImplementedError(
+            f"{type(model).__name__} drops `position_ids` and counts positions by itself, in a way that `mtp=True` "
+            "does not support for this prompt. Pass one prompt at a time, without padding, or decode with mtp=False."
+        )
 
 
 def _without_the_last_token(name: str, value, columns: int):

@@ -69,8 +69,8 @@ class Prompt:
         columns, rows = read + unread.shape[1], list(range(len(input_ids)))
         _check_mask(mask_length if mask is None else mask.shape[1], columns)
         start_B, hidden_BP = _padding(mask, len(rows), columns, unread.device)
-        takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        positions, extra = model_kwargs.get("position_ids") if takes_positions else None, ExtraInputs()
+        positions, extra = _positions(model, input_ids, model_kwargs, columns), ExtraInputs()
+        model_kwargs = {**model_kwargs, "position_ids": positions}
         is_text = not _is_more_than_text(model_kwargs) and _count_up(positions, start_B, columns)
         if not is_text and columns > read + 1:
             extra = read_by_base(model, input_ids, model_kwargs, columns, read)
@@ -138,10 +138,14 @@ def _unread(
 
 
 def _is_more_than_text(model_kwargs: dict) -> bool:
-    """Whether the model gets data besides the tokens. Settings do not count."""
+    """Whether the model gets data besides the tokens. Settings, and what says that there is no image, do not count."""
+    others = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
+    kinds = others.pop("mm_token_type_ids", None)  # 0 for text
+    if kinds is not None and kinds.any():
+        return True
     return any(
-        name not in OWN_ARGUMENTS and isinstance(value, torch.Tensor | dict | list | tuple)
-        for name, value in model_kwargs.items()
+        isinstance(value, torch.Tensor) or (isinstance(value, dict | list | tuple) and len(value) > 0)
+        for value in others.values()
     )
 
 
@@ -182,6 +186,21 @@ def _padding(
     start_B = mask_BP.long().argmax(dim=1)
     hidden_BP = ~mask_BP & (torch.arange(mask_BP.shape[1], device=device) > start_B[:, None])
     return start_B, hidden_BP if hidden_BP.any() else hidden_BP[:, :0]
+
+
+def _positions(
+    model: PreTrainedModel, input_ids: torch.LongTensor, model_kwargs: dict, columns: int
+) -> torch.LongTensor | None:
+    """The position ids of the prompt. Some models drop those of `generate`, and count columns, padding included."""
+    given = model_kwargs.get("position_ids")
+    if given is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    counted = torch.arange(columns, device=given.device)[-given.shape[-1] :]
+    if bool((given == counted).all()):
+        return given
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    is_dropped = "position_ids" in inputs and inputs["position_ids"] is None
+    return counted.expand(len(input_ids), -1) if is_dropped else given
 
 
 def _position_offset(position_ids: torch.Tensor | None, start_B: torch.LongTensor, columns: int) -> torch.LongTensor:

@@ -14,8 +14,9 @@ class TokenRecord:
 
     Args:
         score, logits (`torch.Tensor` of shape `(V,)`): Scores after and logits before the logits processors.
-        hidden_states (`tuple` of `torch.Tensor` of shape `(Q, D)`), attentions (of shape `(H, Q, S)`): Per layer, for
-            the Q tokens that plain decoding reads before this one: the prompt at first, then one token at a time.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(Q, D)` or `(A, Q, D)`), attentions (of shape `(H, Q, S)`):
+            Per layer, for the Q tokens that plain decoding reads before this one: the prompt at first, then one token
+            at a time.
     """
 
     score: torch.Tensor | None = None
@@ -125,15 +126,17 @@ def stacked_records(sequences: list[Sequence], name: str) -> tuple | None:
     longest = max(columns, key=len)
     if not longest or longest[0] is None:
         return None
+    dim = -3 if name == "hidden_states" else 0  # some models have several states per token, before the rows
     return tuple(
-        _stack([column[token] if token < len(column) else None for column in columns]) for token in range(len(longest))
+        _stack([column[token] if token < len(column) else None for column in columns], dim)
+        for token in range(len(longest))
     )
 
 
-def _stack(rows: list):
+def _stack(rows: list, dim: int):
     """Stacks tensors, or tuples of tensors, over rows. Missing rows are zeros."""
     there = [row for row in rows if row is not None]
     if isinstance(there[0], tuple):
         layers = range(len(there[0]))
-        return tuple(_stack([None if row is None else row[layer] for row in rows]) for layer in layers)
-    return torch.stack([torch.zeros_like(there[0]) if row is None else row for row in rows])
+        return tuple(_stack([None if row is None else row[layer] for row in rows], dim) for layer in layers)
+    return torch.stack([torch.zeros_like(there[0]) if row is None else row for row in rows], dim=dim)

@@ -23,15 +23,17 @@ def prepend_states(row: Sequence, before: dict[str, tuple], index: int) -> None:
     record = row.records[0]
     for name, layers in before.items():
         last = getattr(record, name)
-        setattr(record, name, tuple(_joined(one[index], two) for one, two in zip(layers, last, strict=True)))
+        if name == "hidden_states":
+            layers = [states[..., index, :, :] for states in layers]
+        else:
+            layers = [_over_text(weights[index], two.shape[-1]) for weights, two in zip(layers, last, strict=True)]
+        setattr(record, name, tuple(torch.cat(pair, dim=-2) for pair in zip(layers, last, strict=True)))
 
 
-def _joined(before: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    if before.dim() == 3:  # attentions: replaces the columns of the cache by those of the text
-        columns = last.shape[-1]
-        before = before[..., : columns - 1]
-        before = F.pad(before, (columns - 1 - before.shape[-1], 1))
-    return torch.cat([before, last], dim=-2)
+def _over_text(weight_HQW: torch.Tensor, columns: int) -> torch.Tensor:
+    """`(H, Q, columns)`: attention weights over the text before its last token, not over the columns of a cache."""
+    weight_HQW = weight_HQW[..., : columns - 1]
+    return F.pad(weight_HQW, (columns - 1 - weight_HQW.shape[-1], 1))
 
 
 def restore_padding(row: Sequence) -> None:

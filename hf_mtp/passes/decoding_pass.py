@@ -16,7 +16,7 @@ from ..adapter.prepared import PreparedLora
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
 from ..base.inspection import accepted_inputs, mask_form
-from ..base.rope import rope_switches
+from ..base.rope import rope_switches, scaled_columns
 from ..cache.rollback import RollbackCache
 from ..layout.attention import attention_kinds, attention_masks, padded_right
 from ..layout.blocks import NO_DOCUMENT, BlockLayout, decoding_layout
@@ -39,7 +39,8 @@ class PassOutput:
         calls (`int`): Number of calls of the model.
         mask_logits_BMV (`torch.Tensor` of shape `(B, M, V)`, *optional*): The base's logits of the masks, if these are
             few: computing them later would read the unembedding's weights a second time.
-        hidden_states (`tuple` of `(B, N, D)`), attentions (`tuple` of `(B, H, N, S)`): Per layer, if requested.
+        hidden_states (`tuple` of `(B, N, D)`, or `(A, B, N, D)` for models of A states per token), attentions
+            (`tuple` of `(B, H, N, S)`): Per layer, if requested.
     """
 
     logits_BRV: torch.Tensor
@@ -82,7 +83,7 @@ class PassOutput:
             read = slice(0 if position == 0 else end - 1, end)  # the first token is chosen from the whole prompt
             entry = {}
             if self.hidden_states is not None:
-                entry["hidden_states"] = tuple(states[row, read] for states in self.hidden_states)
+                entry["hidden_states"] = tuple(states[..., row, read, :] for states in self.hidden_states)
             if self.attentions is not None:
                 keys = [*range(before), *(before + seen for seen in path[: position + 1])]
                 entry["attentions"] = tuple(
@@ -130,6 +131,7 @@ class DecodingPass:
         self.shares_heads = compiled is None and self.model.config._attn_implementation == "sdpa"
         self.maximum = getattr(config, "max_position_embeddings", None) or 2**31
         self.is_rotary, self.switches = hasattr(config, "rope_parameters"), rope_switches(config)
+        self.scaled_columns = scaled_columns(config)
 
     def __call__(
         self, regular_BT: torch.Tensor, layout: BlockLayout, cache: RollbackCache, logits_rows: int

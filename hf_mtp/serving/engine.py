@@ -51,7 +51,8 @@ class Engine:
         self.metrics = metrics or Metrics()
         self.loop = _loop(tuner, strategy)
         # Where the longest row decides which rotary embeddings all rows get, a request is exact only by itself.
-        self.max_rows = 1 if self.loop.forward.switches else max_rows
+        forward = self.loop.forward
+        self.max_rows = 1 if forward.switches or forward.scaled_columns else max_rows
         self.batch: Batch | None = None
         self.requests: dict[Sequence, Request] = {}
         self.waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
