@@ -21,7 +21,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 layout: tree mask_plan blocks attention
-base: files padding threads autocast caches inspection head rope randomness sizes tiny distributed embedding
+base: files padding threads autocast token_text caches inspection head rope randomness sizes tiny distributed embedding
 base: lora_layers machine plotting
 cache: column_attention shared_heads rows rollback sequence protocol
 adapter: access peft_type loading config base_identity custom_generate card hub

@@ -173,6 +173,15 @@ def test_streams_have_the_same_text_in_one_chunk_per_pass(client, server, adapte
     assert chunks[-1].usage.completion_tokens == NEW_TOKENS
 
 
+def test_a_stream_that_is_cut_within_a_character_has_the_text_of_generate(client, server, adapter):
+    texts = {}
+    for length in range(1, 9):
+        text = streamed(client, adapter, "xyz", max_tokens=length)
+        assert text == expected(server, as_prompt("xyz"), max_new_tokens=length)[0]
+        texts[length] = text
+    assert any(text.endswith("�") for text in texts.values())
+
+
 def test_a_seed_gives_one_text_whoever_asks(client, server, adapter):
     settings = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
     alone = expected(server, as_prompt("hello"), seed=5, temperature=0.8, top_p=0.9)[0]

@@ -4,7 +4,8 @@ Knows tokens and text. Knows nothing of models, requests or threads.
 """
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+from ..base.token_text import TokenText
 
 
 class StopStrings:
@@ -62,8 +63,8 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], skip_special_tokens: bool = True):
-        self.tokenizer, self.stop, self.tokens = tokenizer, StopStrings(stop), 0
-        self._decoder = DecodeStream([], skip_special_tokens=skip_special_tokens)
+        self.stop, self.tokens = StopStrings(stop), 0
+        self._text = TokenText(tokenizer, skip_special_tokens=skip_special_tokens)
 
     @property
     def is_stopped(self) -> bool:
@@ -77,9 +78,9 @@ class TextStream:
             if self.is_stopped:
                 break
             self.tokens += 1
-            text += self.stop.feed(self._decoder.step(self.tokenizer, token) or "")
+            text += self.stop.feed(self._text.step(token))
         return text
 
     def end(self) -> str:
         """The rest of the text, once no more tokens come."""
-        return "" if self.is_stopped else self.stop.flush()
+        return "" if self.is_stopped else self.stop.feed(self._text.end()) + self.stop.flush()
