@@ -434,6 +434,34 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapt
     assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
 
 
+# Scores that are infinite from the fifth token on, of which none can be sampled.
+INFINITE = {"do_sample": True, "eos_token_id": 5, "exponential_decay_length_penalty": [4, 1e200]}
+
+
+@pytest.mark.parametrize("strategy", ["quadratic", "linear"])
+def test_settings_that_fail_in_the_middle_end_their_own_request_only(adapter, strategy):
+    with served(adapter, strategy=strategy) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        client, engine = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0), server.state.manager._engine
+        step, texts, everybody = engine.loop.step, ("one", "two", "three"), threading.Event()
+
+        def step_once_all_came(batch):
+            wait_until(lambda: everybody.is_set() or engine.waiting.qsize() == 3)  # besides the one that is read
+            everybody.set()
+            return step(batch)
+
+        engine.loop.step = step_once_all_came
+        answers = {text: pool.submit(complete, client, adapter, text, max_tokens=48) for text in texts}
+        failing = pool.submit(
+            complete, client, adapter, "hi", temperature=None, extra_body={"generation_config": json.dumps(INFINITE)}
+        )
+        with pytest.raises(openai.InternalServerError, match="No token can be sampled"):
+            failing.result()
+        for text, answer in answers.items():
+            expect = expected(server, as_prompt(text), max_new_tokens=48)[0]
+            assert answer.result().choices[0].message.content == expect
+        assert counts(server)["hf_mtp_requests_totalfailed"] == 1 and not engine.loop.verifier.errors
+
+
 @pytest.mark.parametrize("change", ["admit", "retire"])
 def test_a_batch_that_cannot_change_ends_its_requests_and_no_others(client, server, adapter, change, monkeypatch):
     engine = server.state.manager._engine
