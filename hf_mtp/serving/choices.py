@@ -28,6 +28,20 @@ async def with_openai_errors(stream: AsyncGenerator[str, None]) -> AsyncGenerato
             yield text
 
 
+async def with_last_event(stream: AsyncGenerator[str, None], event: str) -> AsyncGenerator[str, None]:
+    """A stream that ends with an event of its own.
+
+    Args:
+        stream (`AsyncGenerator[str, None]`): Events.
+        event (`str`): The last event; nothing if empty.
+    """
+    async with aclosing(stream):
+        async for text in stream:
+            yield text
+    if event:
+        yield event
+
+
 def joined(responses: list[JSONResponse]) -> JSONResponse:
     """One response with the choices of all.
 

@@ -14,8 +14,19 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.utils import logging
 
-from .choices import joined, merged, with_openai_errors
-from .limits import Limits, bad_request, number, refuse_ignored_fields, refuse_no_text, whole_number
+from .choices import joined, merged, with_last_event, with_openai_errors
+from .limits import (
+    NEUTRAL,
+    NEUTRAL_IN_RESPONSES,
+    Limits,
+    bad_request,
+    number,
+    refuse_ignored_fields,
+    refuse_no_text,
+    refuse_template_arguments,
+    token_biases,
+    whole_number,
+)
 from .messages import check_messages, load_images
 
 logger = logging.get_logger(__name__)
@@ -33,6 +44,9 @@ class CheckedHandler:
         args, kwargs: Those of the host's handler.
     """
 
+    neutral = NEUTRAL
+    last_event = "data: [DONE]\n\n"  # of a stream; some clients take a stream without it for one that was cut off
+
     def __init__(self, *args, limits: Limits, **kwargs):
         super().__init__(*args, **kwargs)
         self.limits = limits
@@ -44,7 +58,7 @@ class CheckedHandler:
             HTTPException: 400 or 422, for a request that cannot be answered as it asks.
         """
         body = {"stream": False, **body}  # the default of OpenAI, not of every handler
-        refuse_ignored_fields(body)
+        refuse_ignored_fields(body, self.neutral)
         choices = whole_number(body, "n", 1, self.limits.choices) or 1
         whole_number(body, "seed", -(2**63), 2**64 - 1)
         number(body, "temperature", 0, HOTTEST)
@@ -52,9 +66,16 @@ class CheckedHandler:
         for name in LENGTHS:
             whole_number(body, name, 1, self.limits.new_tokens)
         refuse_no_text(body, "stop")
+        refuse_template_arguments(body)
         check_messages(body, self.model_manager.takes_images)
         super()._validate_request(body)  # before there is a field of our own in it
         await load_images(body)
+        response = await self._answer_all(body, choices, request_id)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = with_last_event(response.body_iterator, self.last_event)
+        return response
+
+    async def _answer_all(self, body: dict, choices: int, request_id: str):
         if choices == 1:
             return await self._answer(body, request_id)
         numbered = [{**body, NUMBER: index} for index in range(choices)]
@@ -70,6 +91,9 @@ class CheckedHandler:
             logger.info("A request could not be read.", exc_info=True)
             text = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
             raise bad_request(f"The request cannot be read: {text}.".replace("..", ".")) from error
+        except Exception as error:  # such as settings that need a package, which is not installed
+            logger.warning("A request could not be started.", exc_info=True)
+            raise HTTPException(status_code=500, detail=f"{type(error).__name__}: {error}") from error
         if isinstance(response, StreamingResponse):
             response.body_iterator = with_openai_errors(response.body_iterator)
         return response
@@ -78,14 +102,15 @@ class CheckedHandler:
         super()._validate_request({name: value for name, value in body.items() if name != NUMBER})
 
     def _build_generation_config(self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False):
-        # The host would seed torch's global generator.
-        own = {name: value for name, value in body.items() if name != "seed"}
+        # The host would seed torch's global generator. It takes biases in chats only, and refuses integers.
+        own = {name: value for name, value in body.items() if name not in ("seed", "logit_bias")}
         config = super()._build_generation_config(own, model_generation_config, use_cb=use_cb)
         if (config.num_return_sequences or 1) > 1:
             raise bad_request(
                 f"`num_return_sequences={config.num_return_sequences}` of `generation_config` is not supported by "
                 "this server. Send `n` instead."
             )
+        config.sequence_bias = token_biases(body, self.model_manager.vocabulary) or config.sequence_bias
         if body.get("generation_config") is None:
             _sample_if_asked(config, body)
         asked = next((body[name] for name in LENGTHS if body.get(name) is not None), config.max_new_tokens)
@@ -104,6 +129,8 @@ class CheckedCompletionHandler(CheckedHandler, CompletionHandler):
 
 class CheckedResponseHandler(CheckedHandler, ResponseHandler):
     """Answers `/v1/responses`."""
+
+    neutral, last_event = {**NEUTRAL, **NEUTRAL_IN_RESPONSES}, ""  # its streams end with an event of their own
 
 
 def _sample_if_asked(config: GenerationConfig, body: dict) -> None:

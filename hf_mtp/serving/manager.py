@@ -5,6 +5,7 @@ The handlers of transformers ask a model manager for the model, and a generation
 
 import asyncio
 import json
+from collections.abc import Container
 from pathlib import Path
 
 from fastapi import HTTPException
@@ -19,6 +20,7 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils import logging
 
+from ..base.padding import end_tokens
 from ..base.threads import in_own_thread
 from ..data.survey import context_length
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
@@ -78,6 +80,11 @@ class AdapterManager(ModelManager):
         loaded = self.load_model_and_processor(self.process_model_name(self.force_model))
         return self.get_model_modality(*loaded) is not Modality.LLM
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the base."""
+        return self.load_model_and_processor(self.process_model_name(self.force_model))[0].base_model.vocab_size
+
     def list_models(self, cache_dir: str | None = None) -> list[dict]:
         """The one model, as `/v1/models` lists it."""
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "hf_mtp"}]
@@ -92,11 +99,14 @@ class Reply:
     """Takes the text of one request in the event loop that waits for it. This is the streamer of the handlers.
 
     Args:
+        config ([`~transformers.GenerationConfig`]): The settings of the request.
+        ends (`Container[int]`): Tokens that end a text.
         parser ([`~transformers.utils.chat_parsing.ResponseParser`], *optional*): Finds tool calls and thoughts.
     """
 
-    def __init__(self, parser=None):
+    def __init__(self, config: GenerationConfig, ends: Container[int], parser=None):
         self.loop, self.queue, self.parser = asyncio.get_running_loop(), asyncio.Queue(), parser
+        self.config, self.ends = config, ends
         self.done: asyncio.Future = self.loop.create_future()
         self.request: Request | SerialRequest | None = None
         if parser is not None:
@@ -126,6 +136,8 @@ class Reply:
             self._put(self.parser.feed(text))
 
     def _on_end(self, error: Exception | None) -> None:
+        if self._ended_by_itself():
+            self.config.max_new_tokens = None  # the host asks it whether the length ended the text
         if error is not None:
             self.queue.put_nowait(_StreamError(json.dumps(str(error))[1:-1]))  # the host puts it between quotes
         elif self.parser is not None:
@@ -136,6 +148,10 @@ class Reply:
         self.queue.put_nowait(None)
         if not self.done.done():
             self.done.set_result(error)
+
+    def _ended_by_itself(self) -> bool:
+        """Whether the last token ended the text, which may also be the last one that was allowed."""
+        return self.request.text.is_stopped or any(token in self.ends for token in self.request.new_ids[-1:])
 
     def _put(self, events: list[dict]) -> None:
         for item in response_events_to_chunks(events):
@@ -177,14 +193,14 @@ class BatchedManager(BaseGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Starts a request, and returns the queue of its text and its streamer."""
         self._check(model, inputs, gen_config)
-        reply = Reply(response_parser)
+        reply = Reply(gen_config, _end_tokens(model, gen_config), response_parser)
         self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=response_parser is None)
         return reply.queue, reply
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Runs a request to its end: its text, the length of its prompt, and its new ids."""
         self._check(model, inputs, gen_config)
-        reply = Reply()
+        reply = Reply(gen_config, _end_tokens(model, gen_config))
         self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=True, is_streamed=False)
         try:
             error = await reply.done
@@ -236,6 +252,12 @@ class BatchedManager(BaseGenerateManager):
             self._engine.submit(reply.request)
         except RuntimeError as error:
             raise HTTPException(status_code=503, detail=str(error)) from error
+
+
+def _end_tokens(model, config: GenerationConfig) -> list[int]:
+    """The tokens that end a text: those of the request, else of the model."""
+    own = config.eos_token_id
+    return end_tokens(model) if own is None else [own] if isinstance(own, int) else list(own)
 
 
 class BatchedState(GenerationState):
