@@ -853,6 +853,29 @@ def test_tokens_after_a_stop_string_do_not_count():
     assert stream.is_stopped and stream.tokens == 3 + len("–".encode()) and stream.end() == ""
 
 
+def test_a_special_token_is_a_stop_string_as_in_generate():
+    tokenizer = byte_tokenizer()
+    ids = [*tokenizer("naï")["input_ids"], 0, *tokenizer("ve")["input_ids"]]
+    for stop, text in (("<eos>", "naï"), ("ïv", "na"), ("never", "naïve")):
+        stream = TextStream(tokenizer.backend_tokenizer, [stop])
+        assert stream.feed(ids) + stream.end() == text
+        assert stream.is_stopped == (stop != "never")
+    assert TextStream(tokenizer.backend_tokenizer, ["ve", "<eos>"]).feed(ids[:5]) == "naï"
+    with_special = TextStream(tokenizer.backend_tokenizer, ["<eos>"], skip_special_tokens=False)
+    assert with_special.feed(ids) == "naï" and with_special.is_stopped
+
+
+def test_a_response_ends_before_a_special_token(client, server, adapter):
+    config = GenerationConfig(max_new_tokens=8, sequence_bias={(66,): 50.0, (66, 66, 0): 99.0}, eos_token_id=5)
+    plain = expected(server, "hello", generation_config=config, stop_strings="<eos>", tokenizer=server.tokenizer)
+    extra = {
+        "generation_config": json.dumps({"sequence_bias": [[[66], 50.0], [[66, 66, 0], 99.0]], "eos_token_id": 5})
+    }
+    response = client.completions.create(model=adapter, prompt="hello", stop="<eos>", max_tokens=8, extra_body=extra)
+    assert response.choices[0].text == plain[0] == server.tokenizer.decode([66, 66])
+    assert response.usage.completion_tokens == 3 and response.choices[0].finish_reason == "stop"
+
+
 def test_the_model_is_loaded_and_tried_out_in_threads_that_end(adapter, monkeypatch):
     """OpenMP's helpers of any other thread would slow down the one that decodes."""
     threads = []

@@ -55,7 +55,7 @@ class TextStream:
 
     Args:
         tokenizer ([`~tokenizers.Tokenizer`]): Decodes; a character of several tokens comes with the last of them.
-        stop (`list[str]`): Stop strings.
+        stop (`list[str]`): Stop strings. A special token may be one, even if it has no text.
         skip_special_tokens (`bool`): Whether special tokens are no text.
 
     Attributes:
@@ -64,6 +64,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], skip_special_tokens: bool = True):
         self.stop, self.tokens = StopStrings(stop), 0
+        special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._stop_tokens = {special[string] for string in stop if string in special and skip_special_tokens}
         self._text = TokenText(tokenizer, skip_special_tokens=skip_special_tokens)
 
     @property
@@ -78,6 +80,10 @@ class TextStream:
             if self.is_stopped:
                 break
             self.tokens += 1
+            if token in self._stop_tokens:
+                text += self.end()
+                self.stop.found = True
+                break
             text += self.stop.feed(self._text.step(token))
         return text
 
