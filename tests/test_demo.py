@@ -183,6 +183,15 @@ def test_each_row_of_a_batch_has_its_own_drafts():
 # ---------------------------------------------------------------- races
 
 
+def test_a_generation_config_that_narrows_sampling_changes_neither_side(track, monkeypatch):
+    before = last(track, temperature=1.0, seed=7)
+    for name, value in {"top_k": 3, "min_p": 0.9, "top_h": 0.3, "epsilon_cutoff": 0.02, "eta_cutoff": 0.1}.items():
+        for model in (track.model, track.base):
+            monkeypatch.setattr(model.generation_config, name, value)
+    after = last(track, temperature=1.0, seed=7)
+    assert before.plain.ids == before.mtp.ids == after.plain.ids == after.mtp.ids
+
+
 @pytest.mark.parametrize("strategy", ["auto", "quadratic", "linear"])
 @pytest.mark.parametrize("temperature", [0, 1])  # as a browser sends them
 def test_both_sides_say_the_text_of_generate(track, temperature, strategy):
