@@ -144,6 +144,20 @@ def test_batches_count_a_pass_once_for_each_row_and_prompt_lookup_is_left_out(mo
     assert found.domains["all"]["quadratic, k=3"].identical == 4
 
 
+def test_prompt_lookup_is_left_out_also_if_only_later_batches_have_several_rows(model):
+    rows = [{"prompt": words(9, start), "domain": "one" if not start else "two"} for start in range(3)]
+    found = evaluate(model, tiny_tokenizer(), suite_of_rows("x", rows), batch_size=2, max_new_tokens=4)
+    assert found.complete and "prompt lookup" in found.left_out
+    assert {name: row["plain"].prompts for name, row in found.domains.items()} == {"one": 1, "two": 2, "all": 3}
+
+
+def test_a_domain_stays_in_its_cell(model, tmp_path):
+    rows = [{"prompt": words(9), "domain": "chat|code\nmore"}]
+    write_report(evaluate(model, tiny_tokenizer(), suite_of_rows("x", rows), max_new_tokens=4), tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| chat\\|code more | " in table and "chat|code" not in table
+
+
 def test_a_model_that_decodes_plainly_has_one_token_per_pass_by_auto():
     found = run(decoding_plainly(), strategies=["auto", "linear"])
     assert [*found.domains["all"]] == ["plain", "auto, k=3", "linear, k=3"] and "prompt lookup" in found.left_out
@@ -394,6 +408,16 @@ def test_a_card_written_by_hand_keeps_its_text(model, results, tmp_path):
     text = card.read_text()
     places = [text.index(part) for part in ("My words.", "## Evaluation", "## After")]
     assert all(one < other for one, other in pairwise(places)) and text.count("## Evaluation") == 1
+
+
+def test_a_card_whose_section_has_lost_its_end_loses_nothing_else(model, results, tmp_path):
+    model.save_pretrained(tmp_path)
+    card = write_card_section(results, tmp_path)
+    open_card = card.read_text().replace("<!-- end of hf_mtp evaluation -->", "") + "My words.\n"
+    card.write_text(open_card)
+    with pytest.raises(ValueError, match="but not `<!-- end of hf_mtp evaluation -->` after it"):
+        write_card_section(results, tmp_path)
+    assert card.read_text() == open_card
 
 
 def test_a_card_is_refused_for_partial_results_and_without_an_adapter(results, tmp_path):

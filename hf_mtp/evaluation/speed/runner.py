@@ -109,7 +109,8 @@ def _run(
     load, complete = _load_average(), False
     warm_up: dict[str, float] = {}
     try:
-        methods, warm_up = _warmed_up(model, methods, batches[0], left_out)
+        fullest = max(batches, key=len)  # transformers' prompt lookup, for one, refuses more than one row
+        methods, warm_up = _warmed_up(model, methods, fullest, left_out)
         for number, batch in enumerate(tqdm(batches, unit="prompts", disable=None)):
             if number >= len(folder.turns):
                 start = time.perf_counter()
