@@ -269,6 +269,26 @@ def test_a_killed_run_resumes_from_its_last_whole_line(model, tmp_path, monkeypa
     assert whole.complete and decoded == 3 * len(METHODS)
 
 
+def test_what_two_runs_wrote_into_one_folder_counts_once(model, results, tmp_path, monkeypatch):
+    interrupted(model, tmp_path, monkeypatch, after=2 * len(METHODS))
+    settings, *turns = (tmp_path / "calls.jsonl").read_text().splitlines()
+    (tmp_path / "calls.jsonl").write_text("\n".join([settings, *reversed(turns), turns[0], ""]))
+    whole, decoded = prompts_decoded(model, tmp_path, monkeypatch)
+    assert whole.complete and decoded == 2 * len(METHODS)
+    assert [call.answers for call in whole.calls] == [call.answers for call in results.calls]
+
+
+@pytest.mark.parametrize("broken", ["without settings", "not JSON", "without calls"])
+def test_broken_calls_are_named_and_left_as_they_are(broken, model, tmp_path, monkeypatch):
+    interrupted(model, tmp_path, monkeypatch, after=2 * len(METHODS))
+    settings, *turns = (tmp_path / "calls.jsonl").read_text().splitlines()
+    lines = {"without settings": turns, "not JSON": [settings, "{"], "without calls": [settings, "{}"]}[broken]
+    (tmp_path / "calls.jsonl").write_text("\n".join([*lines, ""]))
+    with pytest.raises(ValueError, match=r"calls.jsonl does not have the finished calls of a run: .*delete this file"):
+        run(model, output=tmp_path)
+    assert (tmp_path / "calls.jsonl").read_text().splitlines() == lines
+
+
 def test_a_finished_run_is_read_and_not_repeated(model, tmp_path, monkeypatch):
     whole = run(model, suite(2), output=tmp_path)
     monkeypatch.setattr(runner_module, "decode_rows", lambda *args, **options: 1 / 0)
