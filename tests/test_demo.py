@@ -242,6 +242,27 @@ def test_closing_a_race_cancels_it_and_the_next_one_runs(track):
     assert last(track).is_same_text
 
 
+def test_who_stops_a_race_does_not_wait_for_that_of_the_next_visitor(track):
+    mine, next_one = (track.run(RaceSettings(WORDS, 200, 3, slow=True), 0.001) for _ in range(2))
+    next(mine)
+    waiter = threading.Thread(target=track.wait_until_ended, args=(120,), daemon=True)
+    visitor = threading.Thread(target=next, args=(next_one,))  # waits for its turn
+    for thread in (visitor, waiter):
+        thread.start()
+        time.sleep(0.2)
+    mine.close()
+    for thread in (visitor, waiter):
+        thread.join(20)
+    try:
+        assert track.is_racing and not waiter.is_alive()
+        track.wait_until_ended(0.01)  # for the one that runs now
+        assert track.is_racing
+    finally:
+        next_one.close()
+    track.wait_until_ended()
+    assert not track.is_racing
+
+
 def test_an_interrupted_call_leaves_the_costs_that_it_measured():
     model = upgraded("llama", 3)
 
