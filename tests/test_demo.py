@@ -1,6 +1,7 @@
 """The race of the demo: fair turns, the texts of `generate`, drafts that are shown as they were decided."""
 
 import re
+import socket
 import threading
 import time
 
@@ -379,7 +380,7 @@ def test_the_page_shows_a_race_and_an_error(track):
 
 def test_demo_refuses_a_used_port_and_what_is_no_adapter(folders):
     app = pytest.importorskip("hf_mtp.demo.app", reason="needs hf_mtp[demo]", exc_type=ImportError)
-    with app.socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"Cannot listen on port {port} of 127.0.0.1: .* --port"):
             app.Demo(app.DemoSettings(folders[1], port=port))
