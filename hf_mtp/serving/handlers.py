@@ -6,7 +6,7 @@ Beyond the host's: `seed` belongs to the request and not to the process, a tempe
 import asyncio
 
 from fastapi import HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -14,7 +14,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.utils import logging
 
-from .choices import joined, merged, with_last_event, with_openai_errors
+from .choices import joined, merged, whole_chat, whole_response, with_last_event, with_openai_errors
 from .limits import (
     NEUTRAL,
     NEUTRAL_IN_RESPONSES,
@@ -32,7 +32,9 @@ from .messages import check_messages, load_images
 logger = logging.get_logger(__name__)
 
 HOTTEST = 2  # as OpenAI's
-NUMBER = "number"  # which of the choices for one prompt a request asks for; not a field that clients can send
+# Not fields that clients can send: which of the choices for one prompt a request asks for, and whether its text is
+# passed on at the end only.
+NUMBER, WHOLE = "number", "whole"
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -44,7 +46,7 @@ class CheckedHandler:
         args, kwargs: Those of the host's handler.
     """
 
-    neutral = NEUTRAL
+    neutral, whole = NEUTRAL, None
     last_event = "data: [DONE]\n\n"  # of a stream; some clients take a stream without it for one that was cut off
 
     def __init__(self, *args, limits: Limits, **kwargs):
@@ -83,6 +85,13 @@ class CheckedHandler:
         return merged(responses) if body["stream"] else joined(responses)
 
     async def _answer(self, body: dict, request_id: str):
+        if self.whole is None or body["stream"] or not self.model_manager.finds_fields:
+            return await self._answer_as_host(body, request_id)
+        # The host would look for fields in the tokens, with those of a stop string, and fail if a tool call was cut.
+        stream = await self._answer_as_host({**body, "stream": True, WHOLE: True}, request_id)
+        return JSONResponse(await self.whole(stream.body_iterator))
+
+    async def _answer_as_host(self, body: dict, request_id: str):
         try:
             response = await super().handle_request(body, request_id)
         except HTTPException:
@@ -99,7 +108,7 @@ class CheckedHandler:
         return response
 
     def _validate_request(self, body: dict) -> None:
-        super()._validate_request({name: value for name, value in body.items() if name != NUMBER})
+        super()._validate_request({name: value for name, value in body.items() if name not in (NUMBER, WHOLE)})
 
     def _build_generation_config(self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False):
         # The host would seed torch's global generator. It takes biases in chats only, and refuses integers.
@@ -116,11 +125,14 @@ class CheckedHandler:
         asked = next((body[name] for name in LENGTHS if body.get(name) is not None), config.max_new_tokens)
         config.max_new_tokens = min(asked or self.limits.new_tokens, self.limits.new_tokens)
         config.mtp_seed, config.mtp_number = body.get("seed"), body.get(NUMBER, 0)
+        config.mtp_whole = WHOLE in body
         return config
 
 
 class CheckedChatHandler(CheckedHandler, ChatCompletionHandler):
     """Answers `/v1/chat/completions`."""
+
+    whole = staticmethod(whole_chat)
 
 
 class CheckedCompletionHandler(CheckedHandler, CompletionHandler):
@@ -130,6 +142,7 @@ class CheckedCompletionHandler(CheckedHandler, CompletionHandler):
 class CheckedResponseHandler(CheckedHandler, ResponseHandler):
     """Answers `/v1/responses`."""
 
+    whole = staticmethod(whole_response)
     neutral, last_event = {**NEUTRAL, **NEUTRAL_IN_RESPONSES}, ""  # its streams end with an event of their own
 
 

@@ -5,7 +5,7 @@ The handlers of transformers ask a model manager for the model, and a generation
 
 import asyncio
 import json
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from fastapi import HTTPException
@@ -16,7 +16,7 @@ from transformers.cli.serving.utils import (
     GenerationState,
     Modality,
     _StreamError,
-    response_events_to_chunks,
+    get_response_template,
 )
 from transformers.utils import logging
 
@@ -26,6 +26,7 @@ from ..data.survey import context_length
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from ..pretrained import is_adapter, load_model, load_processor, refuse_other_adapter
 from .engine import Engine
+from .fields import FieldStream
 from .limits import Limits, bad_request
 from .metrics import Metrics
 from .request import Request, row_of
@@ -81,6 +82,12 @@ class AdapterManager(ModelManager):
         return self.get_model_modality(*loaded) is not Modality.LLM
 
     @property
+    def finds_fields(self) -> bool:
+        """Whether tool calls and thoughts are found in the text of chats."""
+        model, processor = self.load_model_and_processor(self.process_model_name(self.force_model))
+        return get_response_template(processor, model) is not None
+
+    @property
     def vocabulary(self) -> int:
         """Number of tokens of the base."""
         return self.load_model_and_processor(self.process_model_name(self.force_model))[0].base_model.vocab_size
@@ -101,16 +108,17 @@ class Reply:
     Args:
         config ([`~transformers.GenerationConfig`]): The settings of the request.
         ends (`Container[int]`): Tokens that end a text.
-        parser ([`~transformers.utils.chat_parsing.ResponseParser`], *optional*): Finds tool calls and thoughts.
+        fields ([`FieldStream`], *optional*): Finds tool calls and thoughts.
     """
 
-    def __init__(self, config: GenerationConfig, ends: Container[int], parser=None):
-        self.loop, self.queue, self.parser = asyncio.get_running_loop(), asyncio.Queue(), parser
+    def __init__(self, config: GenerationConfig, ends: Container[int], fields: FieldStream | None = None):
+        self.loop, self.queue, self.fields = asyncio.get_running_loop(), asyncio.Queue(), fields
         self.config, self.ends = config, ends
+        self.kept: list[str] = []  # text that is passed on at the end
         self.done: asyncio.Future = self.loop.create_future()
         self.request: Request | SerialRequest | None = None
-        if parser is not None:
-            self._put(parser.initial_events)
+        if fields is not None:
+            self._put(fields.start())
 
     @property
     def total_tokens(self) -> int:
@@ -130,21 +138,17 @@ class Reply:
         self.loop.call_soon_threadsafe(self._on_end, error)
 
     def _on_text(self, text: str) -> None:
-        if self.parser is None:
-            self.queue.put_nowait(text)
-        else:
-            self._put(self.parser.feed(text))
+        self._put([text] if self.fields is None else self.fields.feed(text))
 
     def _on_end(self, error: Exception | None) -> None:
         if self._ended_by_itself():
             self.config.max_new_tokens = None  # the host asks it whether the length ended the text
+        for text in self.kept:
+            self._on_text(text)
         if error is not None:
             self.queue.put_nowait(_StreamError(json.dumps(str(error))[1:-1]))  # the host puts it between quotes
-        elif self.parser is not None:
-            try:
-                self._put(self.parser.finalize()[1])
-            except (ValueError, RuntimeError) as cut:  # the text ended within a tool call
-                logger.info("The response ends within a field: %s", cut)
+        elif self.fields is not None:
+            self._put(self.fields.end())
         self.queue.put_nowait(None)
         if not self.done.done():
             self.done.set_result(error)
@@ -153,8 +157,8 @@ class Reply:
         """Whether the last token ended the text, which may also be the last one that was allowed."""
         return self.request.text.is_stopped or any(token in self.ends for token in self.request.new_ids[-1:])
 
-    def _put(self, events: list[dict]) -> None:
-        for item in response_events_to_chunks(events):
+    def _put(self, items: list) -> None:
+        for item in items:
             self.queue.put_nowait(item)
 
 
@@ -193,15 +197,19 @@ class BatchedManager(BaseGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Starts a request, and returns the queue of its text and its streamer."""
         self._check(model, inputs, gen_config)
-        reply = Reply(gen_config, _end_tokens(model, gen_config), response_parser)
-        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=response_parser is None)
+        special = getattr(processor, "tokenizer", processor).all_special_tokens
+        fields = None if response_parser is None else FieldStream(response_parser, special)
+        reply = Reply(gen_config, _end_tokens(model, gen_config), fields)
+        # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
+        on_text = reply.kept.append if getattr(gen_config, "mtp_whole", False) else reply.on_text
+        self._submit(reply, model, processor, inputs, gen_config, on_text, skip_special_tokens=fields is None)
         return reply.queue, reply
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Runs a request to its end: its text, the length of its prompt, and its new ids."""
         self._check(model, inputs, gen_config)
         reply = Reply(gen_config, _end_tokens(model, gen_config))
-        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=True, is_streamed=False)
+        self._submit(reply, model, processor, inputs, gen_config, on_text=None, skip_special_tokens=True)
         try:
             error = await reply.done
         except asyncio.CancelledError:  # the client has gone
@@ -233,16 +241,14 @@ class BatchedManager(BaseGenerateManager):
         processor,
         inputs,
         config: GenerationConfig,
+        on_text: Callable[[str], None] | None,
         skip_special_tokens: bool,
-        is_streamed: bool = True,
     ) -> None:
         """Adds a request to the batch. The engine finds stop strings in the text, so `generate` need not."""
         stop, config.stop_strings = config.stop_strings or [], None
         tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
         text = TextStream(tokenizer, [stop] if isinstance(stop, str) else stop, skip_special_tokens)
         seed, number = getattr(config, "mtp_seed", None), getattr(config, "mtp_number", 0)
-        # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
-        on_text = reply.on_text if is_streamed else None
         if isinstance(self._engine, SerialDecoder):
             reply.request = SerialRequest(inputs, config, seed, number, text, on_text, reply.on_end)
         else:
