@@ -10,13 +10,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_serving import TEMPLATE, K, as_prompt, byte_tokenizer, complete, counts, served, wait_until
+from test_serving import expected as plain_text
 from tiny_models import randomised, tiny_base
 from transformers import AutoModelForCausalLM
 from transformers.cli.serving.utils import ToolCall, get_response_template
 from transformers.utils.chat_parsing import ResponseParser
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.serving.fields import FieldStream
+from hf_mtp.serving.fields import FieldStream, fits
 
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 MOST = 14  # tokens before a forced one that it depends on
@@ -107,6 +108,28 @@ def test_the_pieces_in_which_a_text_comes_do_not_matter(server, text, calls, con
         items = [*fields.start(), *(item for piece in pieces for item in fields.feed(piece)), *fields.end()]
         assert "".join(item for item in items if isinstance(item, str)) == content
         assert [item.name for item in items if isinstance(item, ToolCall)] == ["f"] * calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_of_another_form_is_no_part_of_the_response(client, server, adapter, stream, monkeypatch):
+    monkeypatch.setattr(server.tokenizer, "chat_template", TEMPLATE)
+    plain = plain_text(server, as_prompt("x"), max_new_tokens=8)[0]
+    assert answered(client, adapter, stream, max_tokens=8) == (plain, "", [], "length")
+
+
+@pytest.mark.parametrize(
+    "template, is_fit",
+    [
+        ({}, True),
+        ({"start_anchor": "<a>"}, True),
+        ({"start_anchor": ["<b>", "<a>"]}, True),
+        ({"start_anchor": "<b>"}, False),
+        ({"start_anchor_pattern": "<[ab]>"}, True),
+        ({"start_anchor_pattern": "<[bc]>"}, False),
+    ],
+)
+def test_a_template_fits_a_prompt_that_has_its_anchor(template, is_fit):
+    assert fits(template, "user<a>") is is_fit
 
 
 def test_choices_and_usage(client, server, adapter):

@@ -3,12 +3,30 @@
 A text that ends within a tool call, or in which a call is not valid, stays text. The parser alone raises an error.
 """
 
+import re
 from collections.abc import Callable, Iterable
 
 from transformers.cli.serving.utils import response_events_to_chunks
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+
+def fits(template: dict, prompt: str) -> bool:
+    """Whether a response template is one for a prompt, by the text before the response that it names.
+
+    transformers also chooses templates by the type of a model, whose prompts may have another form: then it would take
+    the whole prompt for a part of the response.
+
+    Args:
+        template (`dict`): The response template.
+        prompt (`str`): The prompt, special tokens included.
+    """
+    anchors = template.get("start_anchor") or []
+    if isinstance(anchors, str):
+        anchors = [anchors]
+    pattern = "|".join(map(re.escape, anchors)) or template.get("start_anchor_pattern") or ""
+    return re.search(pattern, prompt) is not None
 
 
 class FieldStream:

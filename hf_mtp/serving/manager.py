@@ -26,7 +26,7 @@ from ..data.survey import context_length
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from ..pretrained import is_adapter, load_model, load_processor, refuse_other_adapter
 from .engine import Engine
-from .fields import FieldStream
+from .fields import FieldStream, fits
 from .limits import Limits, bad_request
 from .metrics import Metrics
 from .request import Request, row_of
@@ -197,8 +197,11 @@ class BatchedManager(BaseGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Starts a request, and returns the queue of its text and its streamer."""
         self._check(model, inputs, gen_config)
-        special = getattr(processor, "tokenizer", processor).all_special_tokens
-        fields = None if response_parser is None else FieldStream(response_parser, special)
+        tokenizer, fields = getattr(processor, "tokenizer", processor), None
+        if response_parser is not None and fits(
+            get_response_template(processor, model), tokenizer.decode(inputs["input_ids"][0])
+        ):
+            fields = FieldStream(response_parser, tokenizer.all_special_tokens)
         reply = Reply(gen_config, _end_tokens(model, gen_config), fields)
         # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
         on_text = reply.kept.append if getattr(gen_config, "mtp_whole", False) else reply.on_text
