@@ -534,6 +534,10 @@ BAD = {
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
+    "content that is a part": (
+        {"messages": [{"role": "user", "content": {"type": "text", "text": "x"}}]},
+        "The `content` of a message must be a string or a list of parts",
+    ),
     "content of no kind": (
         {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
         "`messages[0].content[0]` is of type None",
