@@ -1,6 +1,7 @@
 """The race of the demo: fair turns, the texts of `generate`, drafts that are shown as they were decided."""
 
 import re
+import socket
 import threading
 import time
 
@@ -183,6 +184,15 @@ def test_each_row_of_a_batch_has_its_own_drafts():
 # ---------------------------------------------------------------- races
 
 
+def test_a_generation_config_that_narrows_sampling_changes_neither_side(track, monkeypatch):
+    before = last(track, temperature=1.0, seed=7)
+    for name, value in {"top_k": 3, "min_p": 0.9, "top_h": 0.3, "epsilon_cutoff": 0.02, "eta_cutoff": 0.1}.items():
+        for model in (track.model, track.base):
+            monkeypatch.setattr(model.generation_config, name, value)
+    after = last(track, temperature=1.0, seed=7)
+    assert before.plain.ids == before.mtp.ids == after.plain.ids == after.mtp.ids
+
+
 @pytest.mark.parametrize("strategy", ["auto", "quadratic", "linear"])
 @pytest.mark.parametrize("temperature", [0, 1])  # as a browser sends them
 def test_both_sides_say_the_text_of_generate(track, temperature, strategy):
@@ -231,6 +241,27 @@ def test_closing_a_race_cancels_it_and_the_next_one_runs(track):
     race.close()
     assert not track.is_racing
     assert last(track).is_same_text
+
+
+def test_who_stops_a_race_does_not_wait_for_that_of_the_next_visitor(track):
+    mine, next_one = (track.run(RaceSettings(WORDS, 200, 3, slow=True), 0.001) for _ in range(2))
+    next(mine)
+    waiter = threading.Thread(target=track.wait_until_ended, args=(120,), daemon=True)
+    visitor = threading.Thread(target=next, args=(next_one,))  # waits for its turn
+    for thread in (visitor, waiter):
+        thread.start()
+        time.sleep(0.2)
+    mine.close()
+    for thread in (visitor, waiter):
+        thread.join(20)
+    try:
+        assert track.is_racing and not waiter.is_alive()
+        track.wait_until_ended(0.01)  # for the one that runs now
+        assert track.is_racing
+    finally:
+        next_one.close()
+    track.wait_until_ended()
+    assert not track.is_racing
 
 
 def test_an_interrupted_call_leaves_the_costs_that_it_measured():
@@ -349,7 +380,7 @@ def test_the_page_shows_a_race_and_an_error(track):
 
 def test_demo_refuses_a_used_port_and_what_is_no_adapter(folders):
     app = pytest.importorskip("hf_mtp.demo.app", reason="needs hf_mtp[demo]", exc_type=ImportError)
-    with app.socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"Cannot listen on port {port} of 127.0.0.1: .* --port"):
             app.Demo(app.DemoSettings(folders[1], port=port))

@@ -144,6 +144,20 @@ def test_batches_count_a_pass_once_for_each_row_and_prompt_lookup_is_left_out(mo
     assert found.domains["all"]["quadratic, k=3"].identical == 4
 
 
+def test_prompt_lookup_is_left_out_also_if_only_later_batches_have_several_rows(model):
+    rows = [{"prompt": words(9, start), "domain": "one" if not start else "two"} for start in range(3)]
+    found = evaluate(model, tiny_tokenizer(), suite_of_rows("x", rows), batch_size=2, max_new_tokens=4)
+    assert found.complete and "prompt lookup" in found.left_out
+    assert {name: row["plain"].prompts for name, row in found.domains.items()} == {"one": 1, "two": 2, "all": 3}
+
+
+def test_a_domain_stays_in_its_cell(model, tmp_path):
+    rows = [{"prompt": words(9), "domain": "chat|code\nmore"}]
+    write_report(evaluate(model, tiny_tokenizer(), suite_of_rows("x", rows), max_new_tokens=4), tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| chat\\|code more | " in table and "chat|code" not in table
+
+
 def test_a_model_that_decodes_plainly_has_one_token_per_pass_by_auto():
     found = run(decoding_plainly(), strategies=["auto", "linear"])
     assert [*found.domains["all"]] == ["plain", "auto, k=3", "linear, k=3"] and "prompt lookup" in found.left_out
@@ -253,6 +267,26 @@ def test_a_killed_run_resumes_from_its_last_whole_line(model, tmp_path, monkeypa
     (tmp_path / "results.json").unlink()
     whole, decoded = prompts_decoded(model, tmp_path, monkeypatch)
     assert whole.complete and decoded == 3 * len(METHODS)
+
+
+def test_what_two_runs_wrote_into_one_folder_counts_once(model, results, tmp_path, monkeypatch):
+    interrupted(model, tmp_path, monkeypatch, after=2 * len(METHODS))
+    settings, *turns = (tmp_path / "calls.jsonl").read_text().splitlines()
+    (tmp_path / "calls.jsonl").write_text("\n".join([settings, *reversed(turns), turns[0], ""]))
+    whole, decoded = prompts_decoded(model, tmp_path, monkeypatch)
+    assert whole.complete and decoded == 2 * len(METHODS)
+    assert [call.answers for call in whole.calls] == [call.answers for call in results.calls]
+
+
+@pytest.mark.parametrize("broken", ["without settings", "not JSON", "without calls"])
+def test_broken_calls_are_named_and_left_as_they_are(broken, model, tmp_path, monkeypatch):
+    interrupted(model, tmp_path, monkeypatch, after=2 * len(METHODS))
+    settings, *turns = (tmp_path / "calls.jsonl").read_text().splitlines()
+    lines = {"without settings": turns, "not JSON": [settings, "{"], "without calls": [settings, "{}"]}[broken]
+    (tmp_path / "calls.jsonl").write_text("\n".join([*lines, ""]))
+    with pytest.raises(ValueError, match=r"calls.jsonl does not have the finished calls of a run: .*delete this file"):
+        run(model, output=tmp_path)
+    assert (tmp_path / "calls.jsonl").read_text().splitlines() == lines
 
 
 def test_a_finished_run_is_read_and_not_repeated(model, tmp_path, monkeypatch):
@@ -394,6 +428,16 @@ def test_a_card_written_by_hand_keeps_its_text(model, results, tmp_path):
     text = card.read_text()
     places = [text.index(part) for part in ("My words.", "## Evaluation", "## After")]
     assert all(one < other for one, other in pairwise(places)) and text.count("## Evaluation") == 1
+
+
+def test_a_card_whose_section_has_lost_its_end_loses_nothing_else(model, results, tmp_path):
+    model.save_pretrained(tmp_path)
+    card = write_card_section(results, tmp_path)
+    open_card = card.read_text().replace("<!-- end of hf_mtp evaluation -->", "") + "My words.\n"
+    card.write_text(open_card)
+    with pytest.raises(ValueError, match="but not `<!-- end of hf_mtp evaluation -->` after it"):
+        write_card_section(results, tmp_path)
+    assert card.read_text() == open_card
 
 
 def test_a_card_is_refused_for_partial_results_and_without_an_adapter(results, tmp_path):

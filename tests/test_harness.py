@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,17 @@ def test_an_adapter_alone_brings_its_base_and_passes_and_tokens_are_counted(fold
         counts.append((info["generated_forward_passes"], info["generated_tokens"]))
     (plain_passes, plain_tokens), (passes, tokens) = counts
     assert plain_passes == plain_tokens == tokens > passes
+
+
+@pytest.mark.parametrize("named, asked, loaded", [(None, None, "main"), ("v1", None, "v1"), ("v1", "v2", "v2")])
+def test_an_adapter_alone_brings_the_revision_of_its_base(named, asked, loaded, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "revision": named}))
+    calls = []
+    monkeypatch.setattr(HFLM, "__init__", lambda self, *args, **kwargs: calls.append((args, kwargs)))
+    harness.UpgradedLM(str(tmp_path / "adapter"), **({} if asked is None else {"revision": asked}))
+    assert calls == [((str(folder / "base"),), {"revision": loaded})]
 
 
 def test_a_vocabulary_that_is_larger_than_the_tokenizer_is_left_as_it_is(folder, tmp_path):

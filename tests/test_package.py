@@ -21,7 +21,7 @@ PACKAGE = Path(hf_mtp.__file__).parent
 # Rooms and what is in them, both from the bottom up: a module imports from those before it only.
 ORDER = """
 layout: tree mask_plan blocks attention
-base: files padding threads autocast caches inspection head rope randomness sizes tiny distributed embedding
+base: files padding threads autocast token_text caches inspection head rope randomness sizes tiny distributed embedding
 base: lora_layers machine plotting
 cache: column_attention shared_heads rows rollback sequence protocol
 adapter: access peft_type loading config base_identity custom_generate card hub
@@ -35,7 +35,8 @@ decoding.schedule: base costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks devices streaming call generate
 : model registration pretrained attached
 export: files fit plain_lora vllm uno
-serving: text rules request metrics serial engine limits messages choices manager handlers middleware port server
+serving: text rules request metrics serial engine limits messages choices fields
+serving: manager handlers middleware port server
 serving.vllm: adapter arguments schedule drafter scheduler runner guard worker
 serving: vllm_server
 evaluation: measures decoded support compare markdown documents methods

@@ -173,6 +173,15 @@ def test_streams_have_the_same_text_in_one_chunk_per_pass(client, server, adapte
     assert chunks[-1].usage.completion_tokens == NEW_TOKENS
 
 
+def test_a_stream_that_is_cut_within_a_character_has_the_text_of_generate(client, server, adapter):
+    texts = {}
+    for length in range(1, 9):
+        text = streamed(client, adapter, "xyz", max_tokens=length)
+        assert text == expected(server, as_prompt("xyz"), max_new_tokens=length)[0]
+        texts[length] = text
+    assert any(text.endswith("�") for text in texts.values())
+
+
 def test_a_seed_gives_one_text_whoever_asks(client, server, adapter):
     settings = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
     alone = expected(server, as_prompt("hello"), seed=5, temperature=0.8, top_p=0.9)[0]
@@ -269,6 +278,15 @@ def test_a_pass_that_fails_ends_a_stream_with_its_error(client, server, adapter,
     assert counts(server)["hf_mtp_running_requests"] == 0
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("path, prompt", [("chat/completions", "messages"), ("completions", "prompt")])
+def test_the_last_event_of_a_stream_says_that_it_is_whole(server, path, prompt, n):
+    body = {"stream": True, "n": n, "max_tokens": 4, prompt: messages("x") if prompt == "messages" else "x"}
+    *events, last, rest = httpx.post(f"{server.url}/{path}", json=body).text.split("\n\n")
+    assert (last, rest) == ("data: [DONE]", "")
+    assert all("choices" in json.loads(event.removeprefix("data: ")) for event in events)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_a_text_and_do_not_belong_to_it(client, server, adapter, stream):
     plain = expected(server, as_prompt("hello"))[0]
@@ -293,10 +311,33 @@ def test_an_end_token_ends_a_text(server, client, adapter):
     assert response.usage.completion_tokens == ids.tolist().index(int(ids[7])) + 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ends", ["with its length", "with a token", "with a string"])
+def test_a_text_that_ends_with_its_last_token_says_why(client, server, adapter, ends, stream):
+    a, b = server.tokenizer("ab")["input_ids"]
+    config = {"sequence_bias": [[[a], 50.0], [[a, a, b], 99.0]]}  # "aab"
+    if ends == "with a token":
+        config["eos_token_id"] = [0, b]
+    stop = "b" if ends == "with a string" else None
+    extra = {"generation_config": json.dumps(config)}
+    response = complete(client, adapter, "x", max_tokens=3, stop=stop, stream=stream, extra_body=extra)
+    last = [*response][-1] if stream else response
+    assert last.usage.completion_tokens == 3
+    assert last.choices[0].finish_reason == ("length" if ends == "with its length" else "stop")
+
+
 def test_penalties_and_biases_are_those_of_plain_decoding(client, server, adapter):
-    response = complete(client, adapter, "hello", frequency_penalty=0.5, logit_bias={"66": 5.0})
-    plain = expected(server, as_prompt("hello"), repetition_penalty=1.5, sequence_bias={(66,): 5.0})
-    assert response.choices[0].message.content == plain[0]
+    response = complete(client, adapter, "hello", frequency_penalty=0.5, logit_bias={"66": 5})
+    plain = {"repetition_penalty": 1.5, "sequence_bias": {(66,): 5.0}}
+    assert response.choices[0].message.content == expected(server, as_prompt("hello"), **plain)[0]
+    settings = {"temperature": 0, "max_tokens": NEW_TOKENS, "frequency_penalty": 0.5, "logit_bias": {"66": 5}}
+    response = client.completions.create(model=adapter, prompt="hello", **settings)
+    assert response.choices[0].text == expected(server, "hello", **plain)[0]
+
+
+def test_no_biases_change_nothing(client, server, adapter):
+    response = complete(client, adapter, "hello", logit_bias={})
+    assert response.choices[0].message.content == expected(server, as_prompt("hello"))[0]
 
 
 def test_tools_pass_through_to_the_template(client, server, adapter):
@@ -425,6 +466,34 @@ def test_a_pass_that_fails_ends_its_requests_and_no_others(client, server, adapt
     assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
 
 
+# Scores that are infinite from the fifth token on, of which none can be sampled.
+INFINITE = {"do_sample": True, "eos_token_id": 5, "exponential_decay_length_penalty": [4, 1e200]}
+
+
+@pytest.mark.parametrize("strategy", ["quadratic", "linear"])
+def test_settings_that_fail_in_the_middle_end_their_own_request_only(adapter, strategy):
+    with served(adapter, strategy=strategy) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        client, engine = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0), server.state.manager._engine
+        step, texts, everybody = engine.loop.step, ("one", "two", "three"), threading.Event()
+
+        def step_once_all_came(batch):
+            wait_until(lambda: everybody.is_set() or engine.waiting.qsize() == 3)  # besides the one that is read
+            everybody.set()
+            return step(batch)
+
+        engine.loop.step = step_once_all_came
+        answers = {text: pool.submit(complete, client, adapter, text, max_tokens=48) for text in texts}
+        failing = pool.submit(
+            complete, client, adapter, "hi", temperature=None, extra_body={"generation_config": json.dumps(INFINITE)}
+        )
+        with pytest.raises(openai.InternalServerError, match="No token can be sampled"):
+            failing.result()
+        for text, answer in answers.items():
+            expect = expected(server, as_prompt(text), max_new_tokens=48)[0]
+            assert answer.result().choices[0].message.content == expect
+        assert counts(server)["hf_mtp_requests_totalfailed"] == 1 and not engine.loop.verifier.errors
+
+
 @pytest.mark.parametrize("change", ["admit", "retire"])
 def test_a_batch_that_cannot_change_ends_its_requests_and_no_others(client, server, adapter, change, monkeypatch):
     engine = server.state.manager._engine
@@ -465,6 +534,10 @@ BAD = {
     "a seed that is no number": ({"extra_body": {"seed": "x"}}, "`seed` must be an integer"),
     "no messages": ({"messages": []}, "`messages` must be a list of one or more"),
     "a message without a role": ({"messages": [{"content": "x"}]}, "Each message needs a `role`"),
+    "content that is a part": (
+        {"messages": [{"role": "user", "content": {"type": "text", "text": "x"}}]},
+        "The `content` of a message must be a string or a list of parts",
+    ),
     "content of no kind": (
         {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
         "`messages[0].content[0]` is of type None",
@@ -485,6 +558,13 @@ BAD = {
         "`stop` must be a string or a list",
     ),
     "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
+    "a bias of no token": ({"logit_bias": {"257": 1}}, "`logit_bias` takes token ids from 0 to 256, but got '257'"),
+    "a bias that is no number": ({"logit_bias": {"66": "x"}}, "`logit_bias[66]` must be a number from -100 to 100"),
+    "biases in a list": ({"extra_body": {"logit_bias": [66]}}, "`logit_bias` must be an object of token ids"),
+    "a prompt that is cut": (
+        {"extra_body": {"chat_template_kwargs": {"truncation": True, "max_length": 3}}},
+        "`chat_template_kwargs` must be variables of the chat template, such as `enable_thinking`, but got",
+    ),
     "too many choices": ({"n": 9, "stream": True}, "`n` must be an integer from 1 to 8"),
 }
 
@@ -499,6 +579,43 @@ def test_bad_requests_say_what_is_wrong(client, server, adapter, kind):
     assert counts(server)["hf_mtp_running_requests"] == 0
 
 
+@pytest.mark.parametrize("field", [{"logprobs": 0}, {"suffix": "end"}, {"echo": True}])
+def test_completions_refuse_what_they_would_ignore(client, adapter, field):
+    with pytest.raises(openai.BadRequestError, match="is not supported by this server. Leave it out"):
+        client.completions.create(model=adapter, prompt="x", max_tokens=4, extra_body=field)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"text": {"format": {"type": "json_object"}}},
+        {"previous_response_id": "resp_1"},
+        {"conversation": "conv_1"},
+        {"prompt": {"id": "pmpt_1"}},
+        {"include": ["message.output_text.logprobs"]},
+        {"background": True},
+    ],
+)
+def test_responses_refuse_what_they_would_ignore(client, adapter, field):
+    request = {"model": adapter, "input": "x", "max_output_tokens": 4}
+    with pytest.raises(openai.BadRequestError, match="is not supported by this server. Leave it out"):
+        client.responses.create(**request, extra_body=field)
+
+
+def test_fields_that_change_nothing_are_accepted(client, adapter):
+    neutral = {"text": {"format": {"type": "text"}}, "background": False, "include": [], "store": False}
+    assert client.responses.create(model=adapter, input="x", max_output_tokens=4, **neutral).status == "completed"
+    neutral = {"logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}}
+    assert complete(client, adapter, "x", **neutral).choices
+
+
+def test_settings_that_need_a_missing_package_get_an_error_that_clients_read(client, server, adapter, monkeypatch):
+    monkeypatch.setattr(manager, "row_of", lambda *_: (_ for _ in ()).throw(ImportError("quanto is missing")))
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="ImportError: quanto is missing"):
+            complete(client, adapter, "x", stream=stream)
+
+
 @pytest.mark.parametrize("name", ["wishes", "number"])  # the latter is set by the server itself, for choices
 def test_unknown_fields_are_refused(name, client, adapter):
     with pytest.raises(openai.UnprocessableEntityError, match=name):
@@ -510,6 +627,13 @@ def test_bodies_that_are_no_requests(server):
     for content in (b"", b"{", b"[1]", b"\xff\xfe", b'"text"'):
         response = httpx.post(url, content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == 400 and "JSON" in response.json()["error"]["message"]
+    half = rb'{"model": "\ud83d", "messages": [{"role": "user", "content": "x"}]}'  # of a surrogate pair
+    response = httpx.post(url, content=half, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and r"requested '\ud83d'" in response.json()["error"]["message"]
+    form = httpx.post(url, content=b"{}", headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert form.status_code == 400 and "this header is 'application/x-www-form-u" in form.json()["error"]["message"]
+    untyped = httpx.post(url, content=b"{}")
+    assert untyped.status_code == 400 and "there is no such header" in untyped.json()["error"]["message"]
     large = httpx.post(url, content=b" " * 30_000)
     assert large.status_code == 413 and "larger than 20000 bytes" in large.json()["error"]["message"]
     chunked = httpx.post(url, content=(b" " * 1000 for _ in range(30)))
@@ -632,9 +756,7 @@ def test_a_model_that_allows_no_batch_is_served_one_after_the_other(tmp_path):
         sampled = complete(client, adapter, "hello", temperature=1, seed=4, n=2).choices
         assert sampled[0].message.content == expected(server, as_prompt("hello"), seed=4, temperature=1.0)[0]
         assert sampled[0].message.content != sampled[1].message.content
-        assert streamed(client, adapter, "hello", temperature=1, seed=4).rstrip("�") == (
-            sampled[0].message.content.rstrip("�")
-        )
+        assert streamed(client, adapter, "hello", temperature=1, seed=4) == sampled[0].message.content
         _stops_at_a_string_and_for_a_client_that_leaves(client, server, adapter)
         _counts_what_happened(client, server, adapter)
 
@@ -733,6 +855,29 @@ def test_tokens_after_a_stop_string_do_not_count():
     stream = TextStream(tokenizer.backend_tokenizer, ["–"])
     assert stream.feed(tokenizer("abc–def")["input_ids"]) == "abc"
     assert stream.is_stopped and stream.tokens == 3 + len("–".encode()) and stream.end() == ""
+
+
+def test_a_special_token_is_a_stop_string_as_in_generate():
+    tokenizer = byte_tokenizer()
+    ids = [*tokenizer("naï")["input_ids"], 0, *tokenizer("ve")["input_ids"]]
+    for stop, text in (("<eos>", "naï"), ("ïv", "na"), ("never", "naïve")):
+        stream = TextStream(tokenizer.backend_tokenizer, [stop])
+        assert stream.feed(ids) + stream.end() == text
+        assert stream.is_stopped == (stop != "never")
+    assert TextStream(tokenizer.backend_tokenizer, ["ve", "<eos>"]).feed(ids[:5]) == "naï"
+    with_special = TextStream(tokenizer.backend_tokenizer, ["<eos>"], skip_special_tokens=False)
+    assert with_special.feed(ids) == "naï" and with_special.is_stopped
+
+
+def test_a_response_ends_before_a_special_token(client, server, adapter):
+    config = GenerationConfig(max_new_tokens=8, sequence_bias={(66,): 50.0, (66, 66, 0): 99.0}, eos_token_id=5)
+    plain = expected(server, "hello", generation_config=config, stop_strings="<eos>", tokenizer=server.tokenizer)
+    extra = {
+        "generation_config": json.dumps({"sequence_bias": [[[66], 50.0], [[66, 66, 0], 99.0]], "eos_token_id": 5})
+    }
+    response = client.completions.create(model=adapter, prompt="hello", stop="<eos>", max_tokens=8, extra_body=extra)
+    assert response.choices[0].text == plain[0] == server.tokenizer.decode([66, 66])
+    assert response.usage.completion_tokens == 3 and response.choices[0].finish_reason == "stop"
 
 
 def test_the_model_is_loaded_and_tried_out_in_threads_that_end(adapter, monkeypatch):

@@ -36,6 +36,23 @@ def test_exact_decoding_is_equal(batch_size, model):
     json.dumps(report.to_dict())
 
 
+SETTINGS = [
+    {"temperature": 0.3, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.3},
+    *({name: value} for name, value in (("min_p", 0.9), ("typical_p", 0.2), ("top_h", 0.3))),
+    {"epsilon_cutoff": 0.02, "eta_cutoff": 0.1},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"num_return_sequences": 2, "num_beams": 2},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_exact_decoding_is_equal_whatever_the_generation_config_says(model, settings, monkeypatch):
+    for name, value in {"do_sample": True, **settings}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    report = run(model, strategies=["linear"], limit=1)
+    assert report.is_equal and [one.answers for one in report.comparisons] == [1, 1]
+
+
 def test_a_wrong_greedy_token_is_found_where_it_is(model, monkeypatch):
     def wrong(score_xV, noise_xV):
         token_x = LEFT_ALONE(score_xV, noise_xV)

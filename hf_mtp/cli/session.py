@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from ..adapter.tuner import GatedLoraTuner
 from ..base.caches import cache_name
+from ..base.token_text import TokenText
 from ..decoding.drafters.acceptance import count_matching
 from ..decoding.streaming import PassStreamer
 
@@ -67,8 +67,8 @@ class PiecePrinter(PassStreamer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None], in_passes: bool):
-        self.tokenizer, self.show, self.in_passes = tokenizer.backend_tokenizer, show, in_passes
-        self._decoder, self._piece, self._is_prompt = DecodeStream([], skip_special_tokens=True), "", True
+        self.show, self.in_passes = show, in_passes
+        self._text, self._piece, self._is_prompt = TokenText(tokenizer.backend_tokenizer), "", True
         self._tokens, self._has_passes = 0, False
 
     def put(self, value: torch.Tensor) -> None:
@@ -77,7 +77,7 @@ class PiecePrinter(PassStreamer):
             self._is_prompt = False
             return
         for token in value.flatten().tolist():
-            self._piece += self._decoder.step(self.tokenizer, token) or ""
+            self._piece += self._text.step(token)
         self._tokens += 1
         if not self.in_passes or (self._tokens > 1 and not self._has_passes):  # plain decoding, also by `mtp=True`
             self._show()
@@ -94,6 +94,7 @@ class PiecePrinter(PassStreamer):
 
     def end(self) -> None:
         """Passes on the rest."""
+        self._piece += self._text.end()
         self._show()
 
 

@@ -11,6 +11,18 @@ from transformers import LogitsProcessor
 
 from .noise import PositionNoise
 
+# Arguments of `generate` that sample from the whole distribution. A model's own generation config may narrow it, and
+# does so for sampling only, which plain decoding with a [`NoiseProcessor`] is not.
+WHOLE_DISTRIBUTION = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": None,
+    "epsilon_cutoff": None,
+    "eta_cutoff": None,
+}
+
 
 class NoiseProcessor(LogitsProcessor):
     """Adds to each row's scores the noise of its output position. The largest sum is a draw (the Gumbel-max trick).

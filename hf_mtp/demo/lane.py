@@ -6,10 +6,10 @@ Knows tokens and text. Knows nothing of models or of how a lane is drawn.
 from dataclasses import dataclass, replace
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from ..base.token_text import TokenText
 from ..decoding.streaming import DraftStreamer, DraftToken
 from .turns import Turns
 
@@ -107,7 +107,7 @@ class Lane:
     def __init__(self, number: int, turns: Turns, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]):
         self.number, self.turns, self.state = number, turns, LaneState()
         self.texts, self.prompt_ids = DraftTexts(tokenizer), prompt_ids
-        self._stream = DecodeStream(prompt_ids[-CONTEXT:], skip_special_tokens=True)
+        self._text = self.texts.after(prompt_ids[-CONTEXT:])
 
     def end_pass(
         self, tokens: list[int], forward_passes: int, verified: list[DraftToken], offered: list[DraftToken]
@@ -125,7 +125,7 @@ class Lane:
         drafts = tuple(
             Draft(draft.text, draft.place, number in accepted) for number, draft in enumerate(state.drafts, start=1)
         )
-        texts = tuple(self.texts.step(self._stream, token) for token in tokens)
+        texts = tuple(self.texts.step(self._text, token) for token in tokens)
         ids = (*state.ids, *tokens)
         coming = self.texts.of_drafts([*self.prompt_ids, *ids][-CONTEXT:], offered)
         passes = (*state.passes, Pass(texts, drafts))
@@ -217,14 +217,22 @@ class DraftTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.special = tokenizer.backend_tokenizer, set(tokenizer.all_special_ids)
 
-    def step(self, stream: DecodeStream, token: int) -> str:
-        """The text of a stream's next token; empty if a character is not complete.
+    def after(self, before: list[int]) -> TokenText:
+        """The text of tokens that come after others.
 
         Args:
-            stream ([`~tokenizers.decoders.DecodeStream`]): The tokens before it.
+            before (`list[int]`): The tokens before them.
+        """
+        return TokenText(self.tokenizer, before)
+
+    def step(self, text: TokenText, token: int) -> str:
+        """What a text's next token adds; empty if a character is not complete.
+
+        Args:
+            text ([`TokenText`]): The text so far.
             token (`int`): The token.
         """
-        return END if token in self.special else stream.step(self.tokenizer, token) or ""
+        return END if token in self.special else text.step(token)
 
     def of_drafts(self, before: list[int], drafts: list[DraftToken]) -> tuple[Draft, ...]:
         """The texts of drafts, each after its parents.
@@ -239,7 +247,7 @@ class DraftTexts:
         return tuple(Draft(self._last(before, path), len(path)) for path in paths[1:])
 
     def _last(self, before: list[int], path: list[int]) -> str:
-        stream, text = DecodeStream(before, skip_special_tokens=True), ""
+        text, last = self.after(before), ""
         for token in path:
-            text = self.step(stream, token)
-        return text
+            last = self.step(text, token)
+        return last

@@ -79,7 +79,7 @@ def _connect(track: RaceTrack, inputs: list[gr.components.Component], outputs: l
     )
 
     def halt() -> tuple:
-        track.wait_until_free()  # Gradio would cancel a race that is started before the last one has ended, too
+        track.wait_until_ended()  # Gradio would cancel a race that is started before the last one has ended, too
         return _status(STOPPED), gr.update(interactive=True), gr.update(interactive=False)
 
     stop.click(halt, None, [status, start, stop], cancels=racing, queue=False, show_progress="hidden", **shared)

@@ -4,10 +4,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
 from ..decoding.noise import PositionNoise, draw_seed
-from ..decoding.noise_processor import NoiseProcessor
-
-# What a model's own generation config might add to sampling at a temperature.
-WHOLE_DISTRIBUTION = {"top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+from ..decoding.noise_processor import WHOLE_DISTRIBUTION, NoiseProcessor
 
 
 def plain_options(prompt_1T: torch.LongTensor, vocab_size: int, temperature: float, seed: int) -> dict:

@@ -77,7 +77,8 @@ class RaceTrack:
         self._computer = ThreadPoolExecutor(1, "hf_mtp race")
         self._known: set[tuple] = set()
         self._busy = threading.Lock()  # while a race runs
-        self._turns = Turns(0)  # of the latest race
+        self._turns, self._ended = Turns(0), threading.Event()  # of the latest race
+        self._ended.set()
         self.context: int = self.compute(lambda: DecodingPass(model.base_model).positions_left(0))
         self.can_be_bitwise: bool = self.compute(self._can_be_bitwise)
 
@@ -145,13 +146,15 @@ class RaceTrack:
         turns = Turns(2, SLOW_PAUSE if settings.slow else 0.0)
         lanes = [Lane(number, turns, self.tokenizer, prompt_1T[0].tolist()) for number in (PLAIN, MTP)]
         with self._busy:
-            self._turns = turns
+            self._turns, ended = turns, threading.Event()
+            self._ended = ended
             race = self._computer.submit(self._race, settings, turns, lanes)
             try:
                 yield from _frames(race, lanes, seconds_between)
             finally:
                 turns.cancel()
                 wait([race])
+                ended.set()
             race.result()  # raises what it raised
             yield _frame(lanes)
 
@@ -166,14 +169,13 @@ class RaceTrack:
         """Whether a race runs."""
         return self._busy.locked()
 
-    def wait_until_free(self, timeout: float = 10.0) -> None:
-        """Waits until no race runs, but not longer than a number of seconds.
+    def wait_until_ended(self, timeout: float = 10.0) -> None:
+        """Waits until the race that runs now has ended, but not longer than a number of seconds. The next one may run.
 
         Args:
             timeout (`float`, *optional*, defaults to 10): That number.
         """
-        if self._busy.acquire(timeout=timeout):
-            self._busy.release()
+        self._ended.wait(timeout)
 
     def prompt_ids(self, prompt: str) -> torch.LongTensor:
         """`(1, T)`: a conversation that begins with a prompt, or the prompt itself if the model does not chat.

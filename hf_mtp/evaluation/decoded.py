@@ -16,6 +16,9 @@ from ..adapter.config import GatedLoraConfig
 from ..base.inspection import decoder_of, input_device
 from ..base.padding import end_tokens, left_padded, up_to_end
 
+# Whatever the model's own generation config says.
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+
 
 @dataclass
 class DecodedRows:
@@ -103,7 +106,7 @@ def timed_generate(
     """
     with counted_forward_passes(model) as forward_passes:
         start = time.perf_counter()
-        output = model.generate(input_ids=input_ids, **{"do_sample": False, **options})
+        output = model.generate(input_ids=input_ids, **{**GREEDY, **options})
         new_BN = output[:, input_ids.shape[1] :].cpu()  # waits for a GPU to finish
         return new_BN, forward_passes(), time.perf_counter() - start
 

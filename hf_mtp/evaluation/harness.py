@@ -34,7 +34,8 @@ class UpgradedLM(HFLM):
     Args:
         pretrained (`str`): Hub id or folder of the base, or of the adapter if `adapter` is `None`.
         adapter (`str`, *optional*): Hub id or folder of the adapter.
-        kwargs: Arguments of the harness's `HFLM`, but `peft`.
+        kwargs: Arguments of the harness's `HFLM`, but `peft`. `revision` is that of the base; by default the one that
+            the adapter names, if `adapter` is `None`.
 
     Attributes:
         forward_passes (`int`): Forward passes of the base's decoder in all texts generated so far by this process.
@@ -56,7 +57,9 @@ class UpgradedLM(HFLM):
                     f"{pretrained} is a base model without an adapter. Pass its adapter as well: "
                     "adapter=FOLDER_OR_HUB_ID."
                 )
-            adapter, pretrained = pretrained, PeftConfig.from_pretrained(pretrained).base_model_name_or_path
+            config = PeftConfig.from_pretrained(pretrained)
+            adapter, pretrained = pretrained, config.base_model_name_or_path
+            kwargs = {"revision": config.revision or "main", **kwargs}
         self.adapter, self.forward_passes, self.new_tokens = adapter, 0, 0
         super().__init__(pretrained, **kwargs)
 

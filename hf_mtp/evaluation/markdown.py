@@ -18,4 +18,9 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
         head (`list[str]`): Names of the columns.
         rows (`list[list[str]]`): Cells.
     """
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+    return "\n".join("| " + " | ".join(map(_cell, cells)) + " |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def _cell(text: str) -> str:
+    """A text that stays within its cell, such as the name of a domain."""
+    return " ".join(text.split()).replace("|", "\\|")

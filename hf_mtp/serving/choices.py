@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from fastapi import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 
 EVENT, ERROR = "data: ", 'data: {"error": '
@@ -26,6 +27,60 @@ async def with_openai_errors(stream: AsyncGenerator[str, None]) -> AsyncGenerato
                 message = json.loads(error.strip().removesuffix("}"))
                 text = f"{before}{EVENT}{json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
             yield text
+
+
+async def with_last_event(stream: AsyncGenerator[str, None], event: str) -> AsyncGenerator[str, None]:
+    """A stream that ends with an event of its own.
+
+    Args:
+        stream (`AsyncGenerator[str, None]`): Events.
+        event (`str`): The last event; nothing if empty.
+    """
+    async with aclosing(stream):
+        async for text in stream:
+            yield text
+    if event:
+        yield event
+
+
+async def whole_chat(stream: AsyncGenerator[str, None]) -> dict:
+    """One response of the chunks of a chat.
+
+    Args:
+        stream (`AsyncGenerator[str, None]`): Events of one choice.
+
+    Raises:
+        HTTPException: 500, if the stream ends with an error.
+    """
+    message, texts = {"role": "assistant"}, {"content": "", "reasoning_content": ""}
+    async for chunk in _chunks(stream):
+        if "error" in chunk:
+            raise HTTPException(status_code=500, detail=chunk["error"]["message"])
+        choice = chunk["choices"][0]
+        for name in texts:
+            texts[name] += choice["delta"].get(name) or ""
+        calls = [{k: v for k, v in call.items() if k != "index"} for call in choice["delta"].get("tool_calls") or []]
+        if calls:
+            message.setdefault("tool_calls", []).extend(calls)
+    message |= {"content": texts["content"]} | {name: text for name, text in texts.items() if text}
+    choices = [{"finish_reason": choice["finish_reason"], "index": 0, "message": message}]
+    kept = {name: chunk[name] for name in ("id", "created", "model", "usage")}
+    return {**kept, "object": "chat.completion", "choices": choices}
+
+
+async def whole_response(stream: AsyncGenerator[str, None]) -> dict:
+    """One response of the events of `/v1/responses`. Arguments and errors are those of [`whole_chat`]."""
+    async for event in _chunks(stream):
+        if event["type"] == "error":
+            raise HTTPException(status_code=500, detail=event["message"])
+    return event["response"]
+
+
+async def _chunks(stream: AsyncGenerator[str, None]) -> AsyncGenerator[dict, None]:
+    async with aclosing(stream):
+        async for text in stream:
+            for event in text.strip().split("\n\n"):
+                yield json.loads(event.removeprefix(EVENT))
 
 
 def joined(responses: list[JSONResponse]) -> JSONResponse:
@@ -74,13 +129,10 @@ async def _merged_events(streams: list[AsyncGenerator[str, None]]) -> AsyncGener
 async def _read(stream: AsyncGenerator[str, None], index: int, queue: asyncio.Queue) -> None:
     """Passes on the chunks of one choice, under its number."""
     try:
-        async with aclosing(stream):
-            async for text in stream:
-                for event in text.strip().split("\n\n"):
-                    chunk = json.loads(event.removeprefix(EVENT))
-                    for choice in chunk.get("choices", ()):
-                        choice["index"] = index
-                    queue.put_nowait(chunk)
+        async for chunk in _chunks(stream):
+            for choice in chunk.get("choices", ()):
+                choice["index"] = index
+            queue.put_nowait(chunk)
     except Exception as error:
         queue.put_nowait(error)
 

@@ -148,7 +148,7 @@ class Engine:
             if self.requests[sequence].is_cancelled:
                 sequence.finish()
         for sequence in [sequence for sequence in self.batch.sequences if sequence.is_finished]:
-            self._end(self.requests[sequence])
+            self._end(self.requests[sequence], self.loop.verifier.errors.get(sequence))
         if self.batch.is_done:
             self.batch = None
         else:
@@ -184,6 +184,7 @@ class Engine:
     def _end(self, request: Request, error: Exception | None = None) -> None:
         self.requests.pop(request.sequence, None)
         self.loop.verifier.rules.pop(request.sequence, None)
+        self.loop.verifier.errors.pop(request.sequence, None)
         self.metrics.running.set(len(self.requests))
         outcome = "failed" if error else "cancelled" if request.is_cancelled else "finished"
         self.metrics.count_request(

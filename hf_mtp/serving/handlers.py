@@ -6,7 +6,7 @@ Beyond the host's: `seed` belongs to the request and not to the process, a tempe
 import asyncio
 
 from fastapi import HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -14,14 +14,27 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.utils import logging
 
-from .choices import joined, merged, with_openai_errors
-from .limits import Limits, bad_request, number, refuse_ignored_fields, refuse_no_text, whole_number
+from .choices import joined, merged, whole_chat, whole_response, with_last_event, with_openai_errors
+from .limits import (
+    NEUTRAL,
+    NEUTRAL_IN_RESPONSES,
+    Limits,
+    bad_request,
+    number,
+    refuse_ignored_fields,
+    refuse_no_text,
+    refuse_template_arguments,
+    token_biases,
+    whole_number,
+)
 from .messages import check_messages, load_images
 
 logger = logging.get_logger(__name__)
 
 HOTTEST = 2  # as OpenAI's
-NUMBER = "number"  # which of the choices for one prompt a request asks for; not a field that clients can send
+# Not fields that clients can send: which of the choices for one prompt a request asks for, and whether its text is
+# passed on at the end only.
+NUMBER, WHOLE = "number", "whole"
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -32,6 +45,9 @@ class CheckedHandler:
         limits ([`Limits`]): Of each request.
         args, kwargs: Those of the host's handler.
     """
+
+    neutral, whole = NEUTRAL, None
+    last_event = "data: [DONE]\n\n"  # of a stream; some clients take a stream without it for one that was cut off
 
     def __init__(self, *args, limits: Limits, **kwargs):
         super().__init__(*args, **kwargs)
@@ -44,7 +60,7 @@ class CheckedHandler:
             HTTPException: 400 or 422, for a request that cannot be answered as it asks.
         """
         body = {"stream": False, **body}  # the default of OpenAI, not of every handler
-        refuse_ignored_fields(body)
+        refuse_ignored_fields(body, self.neutral)
         choices = whole_number(body, "n", 1, self.limits.choices) or 1
         whole_number(body, "seed", -(2**63), 2**64 - 1)
         number(body, "temperature", 0, HOTTEST)
@@ -52,9 +68,16 @@ class CheckedHandler:
         for name in LENGTHS:
             whole_number(body, name, 1, self.limits.new_tokens)
         refuse_no_text(body, "stop")
+        refuse_template_arguments(body)
         check_messages(body, self.model_manager.takes_images)
         super()._validate_request(body)  # before there is a field of our own in it
         await load_images(body)
+        response = await self._answer_all(body, choices, request_id)
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = with_last_event(response.body_iterator, self.last_event)
+        return response
+
+    async def _answer_all(self, body: dict, choices: int, request_id: str):
         if choices == 1:
             return await self._answer(body, request_id)
         numbered = [{**body, NUMBER: index} for index in range(choices)]
@@ -62,6 +85,13 @@ class CheckedHandler:
         return merged(responses) if body["stream"] else joined(responses)
 
     async def _answer(self, body: dict, request_id: str):
+        if self.whole is None or body["stream"] or not self.model_manager.finds_fields:
+            return await self._answer_as_host(body, request_id)
+        # The host would look for fields in the tokens, with those of a stop string, and fail if a tool call was cut.
+        stream = await self._answer_as_host({**body, "stream": True, WHOLE: True}, request_id)
+        return JSONResponse(await self.whole(stream.body_iterator))
+
+    async def _answer_as_host(self, body: dict, request_id: str):
         try:
             response = await super().handle_request(body, request_id)
         except HTTPException:
@@ -70,32 +100,39 @@ class CheckedHandler:
             logger.info("A request could not be read.", exc_info=True)
             text = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
             raise bad_request(f"The request cannot be read: {text}.".replace("..", ".")) from error
+        except Exception as error:  # such as settings that need a package, which is not installed
+            logger.warning("A request could not be started.", exc_info=True)
+            raise HTTPException(status_code=500, detail=f"{type(error).__name__}: {error}") from error
         if isinstance(response, StreamingResponse):
             response.body_iterator = with_openai_errors(response.body_iterator)
         return response
 
     def _validate_request(self, body: dict) -> None:
-        super()._validate_request({name: value for name, value in body.items() if name != NUMBER})
+        super()._validate_request({name: value for name, value in body.items() if name not in (NUMBER, WHOLE)})
 
     def _build_generation_config(self, body: dict, model_generation_config: GenerationConfig, use_cb: bool = False):
-        # The host would seed torch's global generator.
-        own = {name: value for name, value in body.items() if name != "seed"}
+        # The host would seed torch's global generator. It takes biases in chats only, and refuses integers.
+        own = {name: value for name, value in body.items() if name not in ("seed", "logit_bias")}
         config = super()._build_generation_config(own, model_generation_config, use_cb=use_cb)
         if (config.num_return_sequences or 1) > 1:
             raise bad_request(
                 f"`num_return_sequences={config.num_return_sequences}` of `generation_config` is not supported by "
                 "this server. Send `n` instead."
             )
+        config.sequence_bias = token_biases(body, self.model_manager.vocabulary) or config.sequence_bias
         if body.get("generation_config") is None:
             _sample_if_asked(config, body)
         asked = next((body[name] for name in LENGTHS if body.get(name) is not None), config.max_new_tokens)
         config.max_new_tokens = min(asked or self.limits.new_tokens, self.limits.new_tokens)
         config.mtp_seed, config.mtp_number = body.get("seed"), body.get(NUMBER, 0)
+        config.mtp_whole = WHOLE in body
         return config
 
 
 class CheckedChatHandler(CheckedHandler, ChatCompletionHandler):
     """Answers `/v1/chat/completions`."""
+
+    whole = staticmethod(whole_chat)
 
 
 class CheckedCompletionHandler(CheckedHandler, CompletionHandler):
@@ -104,6 +141,9 @@ class CheckedCompletionHandler(CheckedHandler, CompletionHandler):
 
 class CheckedResponseHandler(CheckedHandler, ResponseHandler):
     """Answers `/v1/responses`."""
+
+    whole = staticmethod(whole_response)
+    neutral, last_event = {**NEUTRAL, **NEUTRAL_IN_RESPONSES}, ""  # its streams end with an event of their own
 
 
 def _sample_if_asked(config: GenerationConfig, body: dict) -> None:

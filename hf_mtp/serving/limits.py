@@ -1,11 +1,15 @@
 """The limits of a server, and its answers to invalid requests."""
 
+import inspect
 from dataclasses import dataclass
 
 from fastapi import HTTPException
+from transformers import PreTrainedTokenizerBase
 
-# Fields that would change the output and that the host's handlers ignore, with the values that change nothing.
+# Fields that would change the output and that the host's handlers ignore, with the values that change nothing. The
+# host puts a `suffix` behind the text, which the model has not read.
 NEUTRAL: dict[str, tuple] = {
+    "audio": (),
     "best_of": (1,),
     "echo": (False,),
     "function_call": (),
@@ -14,9 +18,23 @@ NEUTRAL: dict[str, tuple] = {
     "modalities": (["text"],),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
+    "suffix": ("",),
     "tool_choice": ("auto",),
     "top_logprobs": (0,),
+    "web_search_options": (),
 }
+# Further ones of `/v1/responses`.
+NEUTRAL_IN_RESPONSES: dict[str, tuple] = {
+    "background": (False,),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "text": ({}, {"format": {"type": "text"}}),
+}
+MOST_BIAS = 100  # as OpenAI's
+TEMPLATE_VARIABLES = {"documents"}  # those that `apply_chat_template` also takes as an argument
 
 
 @dataclass(frozen=True)
@@ -46,16 +64,52 @@ def bad_request(message: str, code: int = 400) -> HTTPException:
     return HTTPException(status_code=code, detail=message)
 
 
-def refuse_ignored_fields(body: dict) -> None:
+def refuse_ignored_fields(body: dict, neutral: dict[str, tuple]) -> None:
     """Raises for fields that would be ignored although they ask for another output.
 
     Args:
         body (`dict`): The body of the request.
+        neutral (`dict[str, tuple]`): The fields, with the values that change nothing.
     """
-    for name, neutral in NEUTRAL.items():
+    for name, values in neutral.items():
         value = body.get(name)
-        if value is not None and value not in neutral:
+        if value is not None and not any(_is(value, one) for one in values):
             raise bad_request(f"`{name}={value!r}` is not supported by this server. Leave it out.")
+
+
+def refuse_template_arguments(body: dict) -> None:
+    """Raises for `chat_template_kwargs` that are arguments of `apply_chat_template`, such as `truncation`.
+
+    Args:
+        body (`dict`): The body of the request.
+    """
+    given = body.get("chat_template_kwargs")
+    arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+    wrong = sorted((arguments - TEMPLATE_VARIABLES) & given.keys()) if isinstance(given, dict) else []
+    if wrong:
+        raise bad_request(
+            "`chat_template_kwargs` must be variables of the chat template, such as `enable_thinking`, but got "
+            f"{', '.join(f'`{name}`' for name in wrong)}. Leave it out."
+        )
+
+
+def token_biases(body: dict, vocabulary: int) -> dict[tuple[int], float] | None:
+    """The field `logit_bias` in the form of `sequence_bias`; `None` if it was left out or is empty.
+
+    Args:
+        body (`dict`): The body of the request.
+        vocabulary (`int`): Number of tokens of the model.
+    """
+    given = body.get("logit_bias") or {}
+    if not isinstance(given, dict):
+        raise bad_request(f"`logit_bias` must be an object of token ids and their biases, but got {given!r}.")
+    biases = {}
+    for token, bias in given.items():
+        if not (token.isascii() and token.isdecimal() and int(token) < vocabulary):
+            raise bad_request(f"`logit_bias` takes token ids from 0 to {vocabulary - 1}, but got {token!r}.")
+        name = f"logit_bias[{token}]"
+        biases[int(token),] = float(number({name: bias}, name, -MOST_BIAS, MOST_BIAS) or 0)
+    return biases or None
 
 
 def whole_number(body: dict, name: str, least: int, most: int) -> int | None:
@@ -91,6 +145,11 @@ def refuse_no_text(body: dict, name: str) -> None:
     strings = value if isinstance(value, list) else [value]
     if value is not None and not all(isinstance(string, str) for string in strings):
         raise bad_request(f"`{name}` must be a string or a list of strings, but got {value!r}.")
+
+
+def _is(value, other) -> bool:
+    """Whether two values of JSON are equal. In Python, `False` equals 0."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _within(body: dict, name: str, least: float, most: float, kind: type, called: str) -> int | float | None:

@@ -5,6 +5,7 @@ The handlers of transformers ask a model manager for the model, and a generation
 
 import asyncio
 import json
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from fastapi import HTTPException
@@ -15,15 +16,17 @@ from transformers.cli.serving.utils import (
     GenerationState,
     Modality,
     _StreamError,
-    response_events_to_chunks,
+    get_response_template,
 )
 from transformers.utils import logging
 
+from ..base.padding import end_tokens
 from ..base.threads import in_own_thread
 from ..data.survey import context_length
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from ..pretrained import is_adapter, load_model, load_processor, refuse_other_adapter
 from .engine import Engine
+from .fields import FieldStream, fits
 from .limits import Limits, bad_request
 from .metrics import Metrics
 from .request import Request, row_of
@@ -78,6 +81,17 @@ class AdapterManager(ModelManager):
         loaded = self.load_model_and_processor(self.process_model_name(self.force_model))
         return self.get_model_modality(*loaded) is not Modality.LLM
 
+    @property
+    def finds_fields(self) -> bool:
+        """Whether tool calls and thoughts are found in the text of chats."""
+        model, processor = self.load_model_and_processor(self.process_model_name(self.force_model))
+        return get_response_template(processor, model) is not None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens of the base."""
+        return self.load_model_and_processor(self.process_model_name(self.force_model))[0].base_model.vocab_size
+
     def list_models(self, cache_dir: str | None = None) -> list[dict]:
         """The one model, as `/v1/models` lists it."""
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "hf_mtp"}]
@@ -92,15 +106,19 @@ class Reply:
     """Takes the text of one request in the event loop that waits for it. This is the streamer of the handlers.
 
     Args:
-        parser ([`~transformers.utils.chat_parsing.ResponseParser`], *optional*): Finds tool calls and thoughts.
+        config ([`~transformers.GenerationConfig`]): The settings of the request.
+        ends (`Container[int]`): Tokens that end a text.
+        fields ([`FieldStream`], *optional*): Finds tool calls and thoughts.
     """
 
-    def __init__(self, parser=None):
-        self.loop, self.queue, self.parser = asyncio.get_running_loop(), asyncio.Queue(), parser
+    def __init__(self, config: GenerationConfig, ends: Container[int], fields: FieldStream | None = None):
+        self.loop, self.queue, self.fields = asyncio.get_running_loop(), asyncio.Queue(), fields
+        self.config, self.ends = config, ends
+        self.kept: list[str] = []  # text that is passed on at the end
         self.done: asyncio.Future = self.loop.create_future()
         self.request: Request | SerialRequest | None = None
-        if parser is not None:
-            self._put(parser.initial_events)
+        if fields is not None:
+            self._put(fields.start())
 
     @property
     def total_tokens(self) -> int:
@@ -120,25 +138,27 @@ class Reply:
         self.loop.call_soon_threadsafe(self._on_end, error)
 
     def _on_text(self, text: str) -> None:
-        if self.parser is None:
-            self.queue.put_nowait(text)
-        else:
-            self._put(self.parser.feed(text))
+        self._put([text] if self.fields is None else self.fields.feed(text))
 
     def _on_end(self, error: Exception | None) -> None:
+        if self._ended_by_itself():
+            self.config.max_new_tokens = None  # the host asks it whether the length ended the text
+        for text in self.kept:
+            self._on_text(text)
         if error is not None:
             self.queue.put_nowait(_StreamError(json.dumps(str(error))[1:-1]))  # the host puts it between quotes
-        elif self.parser is not None:
-            try:
-                self._put(self.parser.finalize()[1])
-            except (ValueError, RuntimeError) as cut:  # the text ended within a tool call
-                logger.info("The response ends within a field: %s", cut)
+        elif self.fields is not None:
+            self._put(self.fields.end())
         self.queue.put_nowait(None)
         if not self.done.done():
             self.done.set_result(error)
 
-    def _put(self, events: list[dict]) -> None:
-        for item in response_events_to_chunks(events):
+    def _ended_by_itself(self) -> bool:
+        """Whether the last token ended the text, which may also be the last one that was allowed."""
+        return self.request.text.is_stopped or any(token in self.ends for token in self.request.new_ids[-1:])
+
+    def _put(self, items: list) -> None:
+        for item in items:
             self.queue.put_nowait(item)
 
 
@@ -177,15 +197,22 @@ class BatchedManager(BaseGenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Starts a request, and returns the queue of its text and its streamer."""
         self._check(model, inputs, gen_config)
-        reply = Reply(response_parser)
-        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=response_parser is None)
+        tokenizer, fields = getattr(processor, "tokenizer", processor), None
+        if response_parser is not None and fits(
+            get_response_template(processor, model), tokenizer.decode(inputs["input_ids"][0])
+        ):
+            fields = FieldStream(response_parser, tokenizer.all_special_tokens)
+        reply = Reply(gen_config, _end_tokens(model, gen_config), fields)
+        # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
+        on_text = reply.kept.append if getattr(gen_config, "mtp_whole", False) else reply.on_text
+        self._submit(reply, model, processor, inputs, gen_config, on_text, skip_special_tokens=fields is None)
         return reply.queue, reply
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Runs a request to its end: its text, the length of its prompt, and its new ids."""
         self._check(model, inputs, gen_config)
-        reply = Reply()
-        self._submit(reply, model, processor, inputs, gen_config, skip_special_tokens=True, is_streamed=False)
+        reply = Reply(gen_config, _end_tokens(model, gen_config))
+        self._submit(reply, model, processor, inputs, gen_config, on_text=None, skip_special_tokens=True)
         try:
             error = await reply.done
         except asyncio.CancelledError:  # the client has gone
@@ -217,16 +244,14 @@ class BatchedManager(BaseGenerateManager):
         processor,
         inputs,
         config: GenerationConfig,
+        on_text: Callable[[str], None] | None,
         skip_special_tokens: bool,
-        is_streamed: bool = True,
     ) -> None:
         """Adds a request to the batch. The engine finds stop strings in the text, so `generate` need not."""
         stop, config.stop_strings = config.stop_strings or [], None
         tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer
         text = TextStream(tokenizer, [stop] if isinstance(stop, str) else stop, skip_special_tokens)
         seed, number = getattr(config, "mtp_seed", None), getattr(config, "mtp_number", 0)
-        # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
-        on_text = reply.on_text if is_streamed else None
         if isinstance(self._engine, SerialDecoder):
             reply.request = SerialRequest(inputs, config, seed, number, text, on_text, reply.on_end)
         else:
@@ -236,6 +261,12 @@ class BatchedManager(BaseGenerateManager):
             self._engine.submit(reply.request)
         except RuntimeError as error:
             raise HTTPException(status_code=503, detail=str(error)) from error
+
+
+def _end_tokens(model, config: GenerationConfig) -> list[int]:
+    """The tokens that end a text: those of the request, else of the model."""
+    own = config.eos_token_id
+    return end_tokens(model) if own is None else [own] if isinstance(own, int) else list(own)
 
 
 class BatchedState(GenerationState):

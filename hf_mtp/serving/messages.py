@@ -32,6 +32,8 @@ def check_messages(body: dict, takes_images: bool) -> None:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise bad_request(f"Each message needs a `role` and a `content`, but got {message!r}.")
+        if not isinstance(message.get("content", ""), str | list | None):
+            raise bad_request(f"The `content` of a message must be a string or a list of parts, but got {message!r}.")
     for place, part in _parts(body):
         kind = part.get("type") if isinstance(part, dict) else part
         if kind in TEXT or (takes_images and kind in IMAGES):

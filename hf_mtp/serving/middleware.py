@@ -23,6 +23,7 @@ def error_response(message: str, status: int, kind: str = "invalid_request_error
         status (`int`): The HTTP status.
         kind (`str`, *optional*): OpenAI's type of the error.
     """
+    message = message.encode(errors="backslashreplace").decode()  # it may quote half a surrogate pair
     error = {"message": message, "type": kind, "param": None, "code": status}
     return JSONResponse({"error": error}, status_code=status)
 

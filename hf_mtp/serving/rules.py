@@ -57,6 +57,7 @@ class RowVerifier:
 
     Attributes:
         rules (`dict[Sequence, Rules]`): The rules of all rows that are decoded.
+        errors (`dict[Sequence, Exception]`): The errors of rows that were finished because their rules failed.
     """
 
     keeps_rows_in_step, pad_token = False, None
@@ -64,14 +65,23 @@ class RowVerifier:
 
     def __init__(self):
         self.rules: dict[Sequence, Rules] = {}
+        self.errors: dict[Sequence, Exception] = {}
         self._groups: list[tuple[Rules, list[int]]] = []
 
     def __call__(self, batch: Batch, output: PassOutput) -> Verified:
-        """Verifies the drafts of a pass. Arguments and errors are those of [`Verifier`]."""
+        """Verifies the drafts of a pass. Arguments are those of [`Verifier`].
+
+        If the rules of some rows fail, such as a penalty that makes scores infinite, only these rows are finished.
+
+        Raises:
+            Exception: The rules of all rows fail.
+        """
         self._groups = self._grouped(batch.sequences)
         if len(self._groups) == 1:
             return self._groups[0][0].verifier(batch, output)
-        parts = [rules.verifier(_rows_of(batch, rows), _output_of(output, rows)) for rules, rows in self._groups]
+        parts = [
+            self._verified(rules, _rows_of(batch, rows), _output_of(output, rows)) for rules, rows in self._groups
+        ]
         return _in_order(parts, [row for _, rows in self._groups for row in rows])
 
     def warp(self, _, score_BC: torch.Tensor) -> torch.Tensor:
@@ -81,6 +91,15 @@ class RowVerifier:
             if rules.warpers:
                 warped[rows] = rules.warpers(None, score_BC[rows])
         return warped
+
+    def _verified(self, rules: Rules, batch: Batch, output: PassOutput) -> Verified:
+        try:
+            return rules.verifier(batch, output)
+        except Exception as error:  # of any processor or criterion
+            for row in batch.sequences:
+                self.errors[row] = error
+                row.finish()
+            return _nothing_new(batch)
 
     def _grouped(self, sequences: list[Sequence]) -> list[tuple[Rules, list[int]]]:
         """The rows of a batch, grouped by equal rules."""
@@ -99,6 +118,14 @@ def _rows_of(batch: Batch, rows: list[int]) -> Batch:
 
 def _output_of(output: PassOutput, rows: list[int]) -> PassOutput:
     return replace(output, logits_BRV=output.logits_BRV[rows])
+
+
+def _nothing_new(batch: Batch) -> Verified:
+    """The result for rows that get no token."""
+    rows, pending_B = len(batch.sequences), batch.unread_BT[:, -1 - batch.drafts.count]
+    columns = None if batch.drafts.parent_BK is None else [[0] for _ in range(rows)]
+    anchor_B, none = torch.zeros_like(pending_B), [0] * rows
+    return Verified([[] for _ in range(rows)], none, none, pending_B, anchor_B, [True] * rows, columns)
 
 
 def _in_order(parts: list[Verified], rows: list[int]) -> Verified:

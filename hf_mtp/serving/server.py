@@ -142,6 +142,10 @@ def _speak_openai(app: FastAPI) -> None:
         return error_response(str(error.detail), error.status_code, kind)
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError):
-        problem = error.errors()[0]
-        return error_response(f"The body must be a JSON object: {problem['msg']}.", 400)
+    async def malformed(request: Request, error: RequestValidationError):
+        problem, given = error.errors()[0], request.headers.get("content-type")
+        text = f"The body must be a JSON object: {problem['msg']}."
+        if isinstance(problem.get("input"), bytes):  # FastAPI reads no JSON of other types
+            text = "The body must be JSON with the header `Content-Type: application/json`"
+            text += f", but this header is {given!r}." if given else ", but there is no such header."
+        return error_response(text, 400)

@@ -4,7 +4,8 @@ Knows tokens and text. Knows nothing of models, requests or threads.
 """
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+from ..base.token_text import TokenText
 
 
 class StopStrings:
@@ -54,7 +55,7 @@ class TextStream:
 
     Args:
         tokenizer ([`~tokenizers.Tokenizer`]): Decodes; a character of several tokens comes with the last of them.
-        stop (`list[str]`): Stop strings.
+        stop (`list[str]`): Stop strings. A special token may be one, even if it has no text.
         skip_special_tokens (`bool`): Whether special tokens are no text.
 
     Attributes:
@@ -62,8 +63,10 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], skip_special_tokens: bool = True):
-        self.tokenizer, self.stop, self.tokens = tokenizer, StopStrings(stop), 0
-        self._decoder = DecodeStream([], skip_special_tokens=skip_special_tokens)
+        self.stop, self.tokens = StopStrings(stop), 0
+        special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._stop_tokens = {special[string] for string in stop if string in special and skip_special_tokens}
+        self._text = TokenText(tokenizer, skip_special_tokens=skip_special_tokens)
 
     @property
     def is_stopped(self) -> bool:
@@ -77,9 +80,13 @@ class TextStream:
             if self.is_stopped:
                 break
             self.tokens += 1
-            text += self.stop.feed(self._decoder.step(self.tokenizer, token) or "")
+            if token in self._stop_tokens:
+                text += self.end()
+                self.stop.found = True
+                break
+            text += self.stop.feed(self._text.step(token))
         return text
 
     def end(self) -> str:
         """The rest of the text, once no more tokens come."""
-        return "" if self.is_stopped else self.stop.flush()
+        return "" if self.is_stopped else self.stop.feed(self._text.end()) + self.stop.flush()

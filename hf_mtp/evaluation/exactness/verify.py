@@ -14,7 +14,7 @@ from ...base.inspection import evaluation_mode
 from ...base.machine import describe_machine
 from ...base.randomness import own_randomness
 from ...decoding.noise import PositionNoise, draw_seed
-from ...decoding.noise_processor import NoiseProcessor
+from ...decoding.noise_processor import WHOLE_DISTRIBUTION, NoiseProcessor
 from ..decoded import checked_config, decode_rows
 from ..measures import first_difference
 from ..methods import STRATEGIES, DecodingMethod, methods_of
@@ -29,7 +29,7 @@ SEED = 17
 GREEDY, SAMPLING = "greedy", "sampling"
 DECODES_PLAINLY = "This model decodes plainly here, one token per pass, so there is nothing to compare."
 # The base's own distribution, whatever its generation config says.
-AT_TEMPERATURE_1 = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+AT_TEMPERATURE_1 = {"do_sample": True, "temperature": 1.0, **WHOLE_DISTRIBUTION}
 
 
 @dataclass

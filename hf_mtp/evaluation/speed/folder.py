@@ -7,6 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..documents import from_fields
 from ..run import make_folder, refuse_other_run
 from .results import FILE, Call, Results, Settings, call_of, load_results
 
@@ -21,19 +22,19 @@ class RunFolder:
         settings ([`Settings`]): What the run measures.
 
     Attributes:
-        turns (`list[list[Call]]`): Finished turns.
+        turns (`dict[tuple[str, ...], list[Call]]`): Finished turns, by the names of their prompts.
         seconds (`float`): Wall-clock time that they took.
         finished ([`Results`], *optional*): The results, if the folder has all of this run's.
 
     Raises:
-        ValueError: The folder has a run with other settings.
+        ValueError: The folder has a run with other settings, or its `calls.jsonl` is broken.
         OSError: It is a file, or cannot be made.
     """
 
     def __init__(self, folder: Path | None, settings: Settings):
         self.folder, self.settings = folder, settings
         self.finished: Results | None = None
-        self.turns: list[list[Call]] = []
+        self.turns: dict[tuple[str, ...], list[Call]] = {}
         self.seconds = 0.0
         if folder is None:
             return
@@ -54,8 +55,7 @@ class RunFolder:
             calls (`list[Call]`): Its calls, one for each method.
             seconds (`float`): Wall-clock time of the turn.
         """
-        self.turns.append(calls)
-        self.seconds += seconds
+        self._keep(calls, seconds)
         if self.folder is not None:
             self._append({"seconds": seconds, "calls": [dataclasses.asdict(call) for call in calls]})
 
@@ -63,6 +63,13 @@ class RunFolder:
         """Deletes `calls.jsonl`, once `results.json` has all of it."""
         if self.folder is not None:
             (self.folder / CALLS).unlink(missing_ok=True)
+
+    def _keep(self, calls: list[Call], seconds: float) -> None:
+        """Keeps a turn, unless another run on the same folder was faster."""
+        names = tuple(answer.prompt for answer in calls[0].answers)
+        if names not in self.turns:
+            self.turns[names] = calls
+            self.seconds += seconds
 
     def _append(self, content: dict) -> None:
         with (self.folder / CALLS).open("a", encoding="utf-8") as file:
@@ -75,9 +82,16 @@ class RunFolder:
         if not whole:
             path.write_text(json.dumps(dataclasses.asdict(self.settings)) + "\n", encoding="utf-8")
             return
-        refuse_other_run(self.folder, self.settings, Settings(**json.loads(whole[0])))
-        for turn in map(json.loads, whole[1:]):
-            self.turns.append([call_of(row) for row in turn["calls"]])
-            self.seconds += turn["seconds"]
+        try:
+            settings, *turns = map(json.loads, whole)
+            settings = from_fields(Settings, settings)
+            for turn in turns:
+                self._keep([call_of(row) for row in turn["calls"]], turn["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} does not have the finished calls of a run: {error}. Choose another output folder, or delete "
+                "this file."
+            ) from error
+        refuse_other_run(self.folder, self.settings, settings)
         if lines[-1]:
             path.write_text("\n".join(whole) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
         `Path`: The card.
 
     Raises:
-        ValueError: The results are partial, or the folder has no adapter.
+        ValueError: The results are partial, the folder has no adapter, or the earlier section has no mark of its end.
     """
     folder = Path(adapter)
     if not results.complete:
@@ -56,6 +56,7 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
             "download the adapter first, for example with `hf download`."
         )
     card = folder / README
+    _refuse_open_section(card)
     if is_replaceable(card):
         config = GatedLoraConfig.from_pretrained(str(folder))
         config.tokens_per_step = _tokens_per_step(results)
@@ -67,6 +68,16 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
     after = f"\n{after}" if after else ""
     write_whole(card, [f"{before.rstrip()}\n\n{card_section(results)}{after}".encode()])
     return card
+
+
+def _refuse_open_section(card: Path) -> None:
+    """Raises if the end of the earlier section cannot be told, since the text after it would be lost."""
+    section = card.read_text(encoding="utf-8").partition(EVALUATION_BEGIN)[1:] if card.is_file() else ("", "")
+    if section[0] and EVALUATION_END not in section[1]:
+        raise ValueError(
+            f"{card} has the line `{EVALUATION_BEGIN}`, but not `{EVALUATION_END}` after it. Add this line where the "
+            "earlier evaluation ends, or delete both."
+        )
 
 
 def _tokens_per_step(results: Results) -> dict[str, float]:

@@ -109,18 +109,23 @@ def _run(
     load, complete = _load_average(), False
     warm_up: dict[str, float] = {}
     try:
-        methods, warm_up = _warmed_up(model, methods, batches[0], left_out)
+        fullest = max(batches, key=len)  # transformers' prompt lookup, for one, refuses more than one row
+        methods, warm_up = _warmed_up(model, methods, fullest, left_out)
         for number, batch in enumerate(tqdm(batches, unit="prompts", disable=None)):
-            if number >= len(folder.turns):
+            if _names(batch) not in folder.turns:
                 start = time.perf_counter()
                 calls = _turn(model, methods, batch, number, folder.settings.max_new_tokens)
                 folder.add(calls, time.perf_counter() - start)
         complete = True
     except KeyboardInterrupt:
         pass  # what is done is kept
-    calls = [call for turn in folder.turns for call in turn]
+    calls = [call for batch in batches for call in folder.turns.get(_names(batch), ())]
     domains = summarize_calls(calls) if calls else {}
     return Results(folder.settings, complete, warm_up, left_out, folder.seconds, load, domains, calls=calls)
+
+
+def _names(batch: list[EncodedPrompt]) -> tuple[str, ...]:
+    return tuple(prompt.name for prompt in batch)
 
 
 def _simulated(model: PeftModel, prompts: list[EncodedPrompt], results: Results) -> dict[str, float]:
