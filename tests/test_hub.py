@@ -435,6 +435,23 @@ def test_a_pushed_adapter_with_a_name_loads_as_its_card_says(hub_folder, tmp_pat
     assert loaded_as_the_card_says(hub_folder, hub_folder / "README.md").peft_config["default"].k == 2
 
 
+def test_a_card_by_hand_of_an_adapter_with_a_name_is_pushed(hub_folder, tmp_path):
+    model = get_peft_model(tiny_base("llama"), GatedLoraConfig(k=2, r=2), adapter_name="mtp")
+    model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "mtp" / "README.md").write_text(BY_HAND)
+    model.push_to_hub("me/named", card_from=tmp_path / "out" / "mtp")
+    card = (hub_folder / "README.md").read_text()
+    assert "# My own words" in card and MARK not in card
+    assert {path.name for path in hub_folder.rglob("*")} == ADAPTER_FILES
+
+
+def test_an_adapter_is_not_pushed_beside_a_model(hub_folder, monkeypatch):
+    monkeypatch.setattr(FolderApi, "file_exists", lambda self, repo_id, file, **_: file == "config.json")
+    with pytest.raises(ValueError, match="The repository me/base holds a model"):
+        upgraded("llama").push_to_hub("me/base")
+    assert not hub_folder.exists()
+
+
 def test_pushed_adapters_each_load_as_their_card_says(hub_folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
     model = get_peft_model(base, GatedLoraConfig(k=2, r=2))

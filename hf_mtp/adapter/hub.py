@@ -10,12 +10,13 @@ import peft
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
+from .loading import refuse_beside_a_model, refuse_model_folder
 
 logger = logging.get_logger(__name__)
 
@@ -50,19 +51,27 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 Those of [`~peft.PeftModel.save_pretrained`].
 
         Raises:
-            ValueError: The file would be refused when it is loaded: pickled weights or the base's embeddings are asked
-                for, a field of a config does not fit a gated adapter, or weights are not finite.
+            ValueError: The file would be refused when it is loaded: pickled weights, the base's embeddings or another
+                LoRA's weights are asked for, a field of a config does not fit a gated adapter, or weights are not
+                finite. Or the folder holds a model.
         """
-        if not safe_serialization or save_embedding_layers is True:
-            asked = "safe_serialization=False" if not safe_serialization else "save_embedding_layers=True"
+        asked = {
+            "safe_serialization=False": not safe_serialization,
+            "save_embedding_layers=True": save_embedding_layers is True,
+            # PEFT would write the LoRA alone, with the rank of both. It undoes what our adapters never do to a base.
+            "path_initial_model_for_weight_conversion": kwargs.get("path_initial_model_for_weight_conversion"),
+        }
+        for argument in (argument for argument, is_asked in asked.items() if is_asked):
             raise ValueError(
-                f"`{asked}` would write a file that cannot be loaded: adapters must be safetensors without weights "
-                "of the base. Leave it out."
+                f"`{argument}` would write a file that cannot be loaded: adapters must be safetensors with all of "
+                "their own weights and none of the base. Leave it out."
             )
         self._warn_of_what_is_not_saved()
         configs = self.peft_config
         names = [name for name in configs if selected_adapters is None or name in selected_adapters]
         folders = {name: Path(save_directory, _subfolder(name) or "") for name in names}
+        for folder in folders.values():
+            refuse_model_folder(folder)
         before = {name: _weights_in(folder) for name, folder in folders.items() if is_main_process}
         for name in names:
             configs[name].check()
@@ -82,6 +91,19 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 if custom_generate:
                     write_custom_generate(folder)
                 write_model_card(configs[name], folder, keep_evaluation=same)
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args, **kwargs):
+        """As [`~peft.PeftModel.load_adapter`], but an adapter whose weights are refused is not left in the model."""
+        is_new = adapter_name not in self.peft_config
+        try:
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        except Exception:
+            if is_new and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+        # An adapter that lacks weights was refused. These belong to adapters of the base with the same name.
+        result.missing_keys.clear()
+        return result
 
     def _warn_of_what_is_not_saved(self) -> None:
         """Warns if the base, or an adapter of its own, is being trained: a trainer that saves this model loses it."""
@@ -140,9 +162,11 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if api.file_exists(repo_id, CONFIG_NAME, revision=revision):
+            refuse_beside_a_model(f"The repository {repo_id}")
         with TemporaryDirectory() as folder:
             if card_from is not None:
-                _copy_card(Path(card_from), Path(folder))
+                _copy_card(Path(card_from), Path(folder, _subfolder(self._main_adapter) or ""))
             tags = [*(tags or ()), *([CUSTOM_GENERATE] if custom_generate else ())]
             self._save_for_hub(Path(folder), repo_id, tags, api)
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -158,10 +182,15 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             )
         return _add_custom_generate(api, repo_id, commit, revision) if custom_generate else commit
 
+    @property
+    def _main_adapter(self) -> str:
+        """The adapter at the root of a repository."""
+        return "default" if "default" in self.peft_config else self.active_adapters[0]
+
     def _save_for_hub(self, folder: Path, repo_id: str, tags: list[str], api: HfApi) -> None:
         """Writes what a repository holds into a folder, each adapter with a card that loads it from there."""
         self.save_pretrained(folder)
-        main = "default" if "default" in self.peft_config else self.active_adapters[0]
+        main = self._main_adapter
         if main != "default":
             for file in (folder / main).iterdir():
                 file.replace(folder / file.name)
@@ -185,6 +214,7 @@ def _weights_in(folder: Path) -> bytes | None:
 
 def _copy_card(source: Path, folder: Path) -> None:
     """Puts a card, and the weights that it is about, where an adapter is about to be saved."""
+    folder.mkdir(exist_ok=True)
     for name in (README, SAFETENSORS_WEIGHTS_NAME):
         if (source / name).is_file():
             shutil.copy(source / name, folder)

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME
 
 
 def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> None:
@@ -103,6 +104,24 @@ def refuse_weights_unlike(weights: dict[str, torch.Tensor], expected: dict[str, 
                 f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is truncated, "
                 "was modified, or belongs to another base or config. Download it again, or train again."
             )
+
+
+def refuse_model_folder(folder: str | Path) -> None:
+    """Raises a `ValueError` if an adapter is to be saved into a folder that holds a model, such as its base."""
+    if Path(folder, CONFIG_NAME).is_file():
+        refuse_beside_a_model(f"The folder {folder}")
+
+
+def refuse_beside_a_model(place: str) -> None:
+    """Raises a `ValueError` that says why no adapter may be beside a model.
+
+    Args:
+        place (`str`): What holds the model, for the error.
+    """
+    raise ValueError(
+        f"{place} holds a model ({CONFIG_NAME}). With an adapter beside it, the model could not be loaded from there "
+        "any more, because transformers would take it for the adapter. Choose another place for the adapter."
+    )
 
 
 def refuse_to_save(weights: dict[str, torch.Tensor], dtype: str | None) -> None:

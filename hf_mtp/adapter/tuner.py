@@ -19,7 +19,7 @@ from ..base.head import PredictionHead, prediction_head
 from ..base.inspection import input_device, is_checkpointing, refuse_unsupported, weight_shape
 from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, refuse_layers_out_of_reach, shortened
 from .base_identity import record_base, refuse_other_base
-from .config import GatedLoraConfig
+from .config import AdapterConfigs, GatedLoraConfig, refuse_empty_heads
 from .gate import Gate, gate_lora_layer, refuse_merge
 from .loading import refuse_to_save, refuse_weights_unlike
 from .mask_input import MaskInput
@@ -70,10 +70,12 @@ class GatedLoraTuner(MaskInput, LoraModel):
             base.__dict__.pop("peft_config", None)
             if theirs is not None:
                 base.peft_config = theirs
+        self.peft_config = AdapterConfigs(self.peft_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, low_cpu_mem_usage: bool = False, **kwargs):
         config: GatedLoraConfig = self.peft_config[adapter_name]
         config.check()
+        refuse_empty_heads(config)
         refuse_unsupported(model)
         refuse_adapter_name(adapter_name, model)
         is_first = "gate" not in self.__dict__

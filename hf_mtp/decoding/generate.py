@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
+from ..adapter.gate import refuse_adapter_names
 from ..base.inspection import input_device, refuse_attention_without_masks, refuse_without_weights
 from ..base.randomness import own_randomness
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
@@ -119,6 +120,12 @@ class GenerationMixin:
             return self.model.generate(**kwargs)
         with own_randomness(draw_seed(generator)):
             return self.model.generate(**kwargs)
+
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        configs = [kwargs.get("generation_config"), self.model.generation_config]
+        if adapter_names is not None and _first_given(kwargs.get("mtp"), "mtp", configs):
+            refuse_adapter_names(adapter_names)
+        return super()._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs)
 
     def _checked_k(self, mtp_k: int | None) -> int:
         trained = self.active_mtp_config.k

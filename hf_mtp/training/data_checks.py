@@ -5,6 +5,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..adapter.config import GatedLoraConfig
+from ..adapter.loading import refuse_beside_a_model, refuse_model_folder
 from ..base.inspection import refuse_attention_without_masks
 from ..layout.blocks import useful_anchors
 from ..model import GatedLoraModel
@@ -106,9 +107,13 @@ def refuse_settings(args: MTPConfig, tuner: GatedLoraModel) -> None:
     """Raises if the model cannot be trained with these settings.
 
     Raises:
-        ValueError: Rows are too short for a block; or packed, though the base or TRL would mix their documents; or the
-            base's attention implementation takes no masks.
+        ValueError: The output would go to the place of a model; rows are too short for a block; or packed, though the
+            base or TRL would mix their documents; or the base's attention implementation takes no masks.
     """
+    if tuner.active_adapters[0] == "default":  # others are saved into a folder of their own
+        refuse_model_folder(args.output_dir)
+        if args.push_to_hub and args.hub_model_id == tuner.model.name_or_path:
+            refuse_beside_a_model(f"The repository {args.hub_model_id}")
     k = tuner.active_mtp_config.k
     if args.max_length is not None and args.max_length < k + 2:
         raise ValueError(

@@ -1,0 +1,172 @@
+"""What users of PEFT do with several adapters: a mistake says what is wrong, and loses nothing."""
+
+import shutil
+
+import pytest
+import torch
+from peft import (
+    ArrowConfig,
+    AutoPeftModelForCausalLM,
+    EvaConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from tiny_models import VOCAB, generate, prompt, randomised, tiny_base, upgraded
+from transformers import AutoModelForCausalLM
+
+from hf_mtp import GatedLoraConfig
+from hf_mtp.adapter.gate import GatedVariant
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def with_masks(rows: int = 1) -> torch.LongTensor:
+    return torch.cat([prompt(rows=rows), torch.arange(VOCAB, VOCAB + 2).expand(rows, -1)], dim=1)
+
+
+# ---------------------------------------------------------------- another adapter above an upgraded model
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=["q_proj"]), IA3Config(target_modules=["q_proj"], feedforward_modules=[])]
+)
+def test_an_adapter_above_an_upgraded_model_is_refused_and_changes_nothing(config, name, tmp_path):
+    model = upgraded("llama")
+    expected, names = model(input_ids=with_masks()).logits, list(model.state_dict())
+    with pytest.raises(ValueError, match=f"A {type(config).__name__} cannot add .* Add the adapter to the base first"):
+        get_peft_model(model, config, adapter_name=name)
+    assert list(model.peft_config) == ["default"] and model.active_peft_config.k == 3
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(input_ids=with_masks()).logits, expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(generate(model, prompt(), mtp=True), generate(tiny_base("llama"), prompt()))
+
+
+def test_a_lora_on_disk_above_an_upgraded_model_is_refused_and_changes_nothing(tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_base("llama"), lora).save_pretrained(tmp_path)
+    model = upgraded("llama")
+    with pytest.raises(ValueError, match="A LoraConfig cannot add"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert model.active_peft_config.k == 3
+
+
+# ---------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A folder with the config of one adapter and the weights of another; and that other adapter."""
+    for name, k in (("broken", 2), ("good", 4)):
+        upgraded("llama", k=k).save_pretrained(tmp_path / name)
+    shutil.copy(tmp_path / "good" / WEIGHTS, tmp_path / "broken" / WEIGHTS)
+    return tmp_path / "broken", tmp_path / "good"
+
+
+def test_an_adapter_whose_weights_are_refused_is_not_left_in_the_model(broken):
+    model = upgraded("llama")
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match="wrong shape"):
+        model.load_adapter(broken[0], "second")
+    assert list(model.peft_config) == ["default"] and list(model.state_dict()) == names
+    model.load_adapter(broken[1], "second")  # the name is free
+    assert model.peft_config["second"].k == 4
+    expected = model.state_dict()
+    with pytest.raises(ValueError, match="wrong shape"):
+        model.load_adapter(broken[0], "default")  # which was there before
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+def test_loading_above_the_users_adapter_of_the_same_name_lacks_nothing(broken):
+    users = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert PeftModel.from_pretrained(users, broken[1]).active_peft_config.k == 4
+
+
+# ---------------------------------------------------------------- an adapter beside a model
+
+
+def test_an_adapter_is_not_saved_beside_a_model(tmp_path):
+    tiny_base("llama").save_pretrained(tmp_path)
+    model = upgraded(AutoModelForCausalLM.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match=r"holds a model \(config.json\). .* Choose another place"):
+        model.save_pretrained(tmp_path)
+    assert not {"adapter_config.json", "README.md", WEIGHTS} & {path.name for path in tmp_path.iterdir()}
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").active_peft_config.k == 3
+
+
+def test_a_conversion_of_initial_weights_is_refused_before_anything_is_written(tmp_path):
+    model = upgraded("llama")
+    model.save_pretrained(tmp_path / "start")
+    before = (tmp_path / "start" / "adapter_config.json").read_bytes()
+    with pytest.raises(ValueError, match="`path_initial_model_for_weight_conversion` would write a file that cannot"):
+        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "start" / "adapter_config.json").read_bytes() == before
+
+
+# ---------------------------------------------------------------- other options of PEFT
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_eva_redistributes_ranks_behind_the_gate(use_dora, tmp_path):
+    targets = ["q_proj", "v_proj"]
+    config = GatedLoraConfig(
+        k=2, r=4, target_modules=targets, use_dora=use_dora, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0)
+    )
+    model = get_peft_model(tiny_base("llama"), config)
+    batches = [{"input_ids": prompt(rows=4, seed=seed)} for seed in range(4)]
+    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    layers = model.base_model.gated_layers().values()
+    assert len({layer.r["default"] for layer in layers}) > 1
+    assert all(isinstance(layer.lora_variant["default"], GatedVariant) for layer in layers)
+    assert all((layer.lora_variant["default"].inner is not None) is use_dora for layer in layers)
+    randomised(model).eval()
+    base = tiny_base("llama")
+    assert torch.equal(model(input_ids=prompt()).logits, base(input_ids=prompt()).logits)
+    assert torch.equal(generate(model, prompt(), mtp=True), generate(base, prompt()))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_base("llama"), tmp_path, low_cpu_mem_usage=True)
+    torch.testing.assert_close(loaded(input_ids=with_masks()).logits, model(input_ids=with_masks()).logits)
+
+
+def test_eva_on_a_model_without_weights_is_refused():
+    config = GatedLoraConfig(k=2, r=4, init_lora_weights="eva", eva_config=EvaConfig())
+    base = tiny_base("llama")
+    with pytest.raises(ValueError, match="Leave out `low_cpu_mem_usage`"):
+        get_peft_model(base, config, low_cpu_mem_usage=True)
+    assert not base.get_input_embeddings()._forward_hooks
+
+
+def test_arrow_is_refused_by_name():
+    with pytest.raises(ValueError, match="`arrow_config` chooses one of several adapters for each token"):
+        GatedLoraConfig(arrow_config=ArrowConfig())
+
+
+def test_an_adapter_for_each_row_is_refused_where_there_are_masks():
+    model = upgraded("llama", k=3)
+    model.add_adapter("second", GatedLoraConfig(k=2, r=2))
+    options = {"adapter_names": ["default", "second", "default"]}
+    expected = generate(tiny_base("llama"), prompt(rows=3))
+    assert torch.equal(generate(model, prompt(rows=3), **options), expected)
+    with pytest.raises(ValueError, match="chooses an adapter for each row, but all masks"):
+        generate(model, prompt(rows=3), mtp=True, **options)
+    with pytest.raises(ValueError, match="chooses an adapter for each row, but all masks"):
+        model(input_ids=with_masks(rows=3), **options)
+    model.generation_config.mtp = True
+    with pytest.raises(ValueError, match="chooses an adapter for each row, but all masks"):
+        generate(model, prompt(rows=3), **options)
+    assert torch.equal(generate(model, prompt(rows=3), mtp=False, **options), expected)
+
+
+def test_a_config_is_for_one_base():
+    config = GatedLoraConfig(k=2, r=2)
+    get_peft_model(tiny_base("llama"), config)
+    with pytest.raises(ValueError, match="has 64. .* A new adapter needs a GatedLoraConfig of its own"):
+        get_peft_model(tiny_base("llama", hidden_size=64), config)
