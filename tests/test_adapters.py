@@ -87,6 +87,20 @@ def test_loading_above_the_users_adapter_of_the_same_name_lacks_nothing(broken):
     assert PeftModel.from_pretrained(users, broken[1]).active_peft_config.k == 4
 
 
+@pytest.mark.parametrize("subfolder", [None, "inside"])
+def test_a_folder_without_weights_is_said_to_be_incomplete(subfolder, tmp_path):
+    folder = tmp_path / "adapter" / (subfolder or "")
+    upgraded("llama").save_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"has an adapter_config.json but no {WEIGHTS}: the copy or download"):
+        PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "adapter", subfolder=subfolder)
+    model = upgraded("llama")
+    with pytest.raises(ValueError, match="Download it again, or copy the file"):
+        model.load_adapter(tmp_path / "adapter", "second", subfolder=subfolder)
+    assert list(model.peft_config) == ["default"]
+    assert GatedLoraConfig.from_pretrained(tmp_path / "adapter", subfolder=subfolder).k == 3
+
+
 # ---------------------------------------------------------------- an adapter beside a model
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.base_identity import tokenizer_fingerprint
-from hf_mtp.adapter.card import EVALUATION_BEGIN, EVALUATION_END, MARK, write_model_card
+from hf_mtp.adapter.card import EVALUATION_BEGIN, EVALUATION_END, MARK, render_model_card, write_model_card
 from hf_mtp.adapter.custom_generate import custom_generate_files
 
 SECTION = f"{EVALUATION_BEGIN}\n## Evaluation\n\n| maths | 2.00 |\n{EVALUATION_END}\n"
@@ -356,6 +356,16 @@ def test_a_card_written_by_hand_is_kept(folder, change):
     after = save_again(folder, readme)
     assert "My own words" in after
     assert MARK not in after
+
+
+@pytest.mark.parametrize("name", [None, "my base model", "C:\\models\\base", "a/b/c"])
+def test_the_metadata_of_a_card_names_repositories_only(name):
+    config = GatedLoraConfig(k=2, r=2, base_model_name_or_path=name)
+    text = str(render_model_card(config, "me/adapter"))
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert "base_model" not in metadata
+    assert not any("base_model" in tag for tag in metadata["tags"])
+    assert "https://huggingface.co/my" not in text and "https://huggingface.co/the" not in text
 
 
 def test_a_card_without_measurements_says_so(folder):

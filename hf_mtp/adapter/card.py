@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE
@@ -172,7 +174,11 @@ def _measured(tokens_per_step: dict[str, float]) -> str:
 
 def is_on_hub(base: str) -> bool:
     """Whether the name of a base is that of a repository rather than of a folder."""
-    return base.count("/") <= 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return not Path(base).exists()
 
 
 def license_of(data: ModelCardData | None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
-from .loading import refuse_beside_a_model, refuse_model_folder
+from .loading import refuse_beside_a_model, refuse_model_folder, refuse_without_weights
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +95,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args, **kwargs):
         """As [`~peft.PeftModel.load_adapter`], but an adapter whose weights are refused is not left in the model."""
         is_new = adapter_name not in self.peft_config
+        refuse_without_weights(model_id, kwargs.get("subfolder"))
         try:
             result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         except Exception:

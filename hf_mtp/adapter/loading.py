@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
@@ -39,6 +40,24 @@ def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> Non
             f"{weights} is not a valid safetensors file ({error}): it is truncated or was modified. Download it "
             "again, or train again."
         ) from error
+
+
+def refuse_without_weights(name: str | Path, subfolder: str | None = None) -> None:
+    """Raises for a folder with the config of an adapter and no weights. PEFT would look for a repository of its name.
+
+    Args:
+        name (`str` or `Path`): The adapter's folder, or a repository, in which case nothing happens.
+        subfolder (`str`, *optional*): Where in it.
+
+    Raises:
+        ValueError: There are none.
+    """
+    folder = Path(name, subfolder or "")
+    if (folder / PEFT_CONFIG_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{folder} has an {PEFT_CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME}: the copy or download is "
+            "incomplete. Download it again, or copy the file, too."
+        )
 
 
 def read_config(file: str | Path) -> dict:

@@ -112,7 +112,8 @@ class GenerationMixin:
         call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus, bitwise)
         set_use_cache(kwargs)
         kwargs, returned = to_device(kwargs, input_device(self.model))
-        return returned(self.model.generate(custom_generate=call, **kwargs))
+        # Of the class, because a base may have got a `generate` of its own, such as that of an attached adapter.
+        return returned(type(self.model).generate(self.model, custom_generate=call, **kwargs))
 
     def _generate_plainly(self, generator: torch.Generator | None, kwargs: dict):
         """Plain decoding. transformers' own `generate` takes no generator, and would draw from torch's global one."""
