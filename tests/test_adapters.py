@@ -15,8 +15,12 @@ from peft import (
     initialize_lora_eva_weights,
 )
 from tiny_models import VOCAB, generate, prompt, randomised, tiny_base, upgraded
+from tiny_text import tiny_tokenizer
+from tiny_training import texts, trainer
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
+import hf_mtp
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.gate import GatedVariant
 
@@ -156,6 +160,39 @@ def test_eva_on_a_model_without_weights_is_refused():
     with pytest.raises(ValueError, match="Leave out `low_cpu_mem_usage`"):
         get_peft_model(base, config, low_cpu_mem_usage=True)
     assert not base.get_input_embeddings()._forward_hooks
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is said once about forward passes, each time."""
+    said = []
+    monkeypatch.setattr(hf_mtp.model.logger, "warning_once", said.append)
+    return said
+
+
+def test_a_training_without_masks_warns_that_it_trains_nothing(warnings, tmp_path):
+    model = upgraded("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"max_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    args = SFTConfig(output_dir=str(tmp_path), save_strategy="no", learning_rate=1.0, **options)
+    SFTTrainer(model, args=args, train_dataset=texts(), processing_class=tiny_tokenizer()).train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert warnings and "learns nothing. Train it with `hf_mtp.MTPTrainer`" in warnings[0]
+
+
+def test_other_forward_passes_warn_of_nothing(warnings, tmp_path):
+    made = trainer(tmp_path, max_steps=1)
+    made.train()
+    made.model(input_ids=with_masks())
+    with torch.no_grad():
+        made.model(input_ids=prompt())
+    made.model.eval()(input_ids=prompt())
+    users = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(users, GatedLoraConfig(k=2, r=2), adapter_name="mtp").train()
+    for name, parameter in model.get_base_model().named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model(input_ids=prompt())
+    assert not warnings
 
 
 def test_arrow_is_refused_by_name():
