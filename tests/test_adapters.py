@@ -14,15 +14,18 @@ from peft import (
     get_peft_model,
     initialize_lora_eva_weights,
 )
+from test_prompts import image_model
 from tiny_models import VOCAB, generate, prompt, randomised, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from tiny_training import texts, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from trl import SFTConfig, SFTTrainer
 
 import hf_mtp
 from hf_mtp import GatedLoraConfig
+from hf_mtp.adapter.card import write_model_card
 from hf_mtp.adapter.gate import GatedVariant
+from hf_mtp.export.vllm import export_vllm
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -127,6 +130,22 @@ def test_a_conversion_of_initial_weights_is_refused_before_anything_is_written(t
         model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "start" / "adapter_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "mllama"])
+def test_an_adapter_of_a_base_that_reads_images_loads_as_its_card_says(name, tmp_path):
+    base, inputs = image_model(name)
+    base.save_pretrained(tmp_path / "base")
+    model = upgraded(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    write_model_card(model.active_peft_config, tmp_path / "adapter")  # as `hf-mtp evaluate --card` does
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert ("pipeline_tag: image-text-to-text" in card) is (name != "gemma3")
+    example = card.split("```python")[1].split("tokenizer =")[0].replace('"adapter"', repr(str(tmp_path / "adapter")))
+    exec(example, names := {})
+    assert type(names["model"].get_base_model()) is type(base)
+    torch.testing.assert_close(names["model"](**inputs).logits, model(**inputs).logits)
+    export_vllm(str(tmp_path / "adapter"), tmp_path / "exported")
 
 
 # ---------------------------------------------------------------- other options of PEFT

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import CONFIG_NAME, logging
 
+from ..base.inspection import auto_class
 from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
@@ -90,7 +91,9 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 same = before[name] is not None and before[name] == _weights_in(folder)
                 if custom_generate:
                     write_custom_generate(folder)
-                write_model_card(configs[name], folder, keep_evaluation=same)
+                write_model_card(
+                    configs[name], folder, keep_evaluation=same, auto_class=auto_class(self.get_base_model())
+                )
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args, **kwargs):
         """As [`~peft.PeftModel.load_adapter`], but an adapter whose weights are refused is not left in the model."""
@@ -199,7 +202,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         for name, config in self.peft_config.items():
             subfolder = None if name == main else name
             about = repo_id, tags, subfolder, _license_of_base(config, api)
-            write_model_card(config, folder / (subfolder or ""), *about, keep_evaluation=True)
+            kind = auto_class(self.get_base_model())
+            write_model_card(config, folder / (subfolder or ""), *about, keep_evaluation=True, auto_class=kind)
 
 
 def _subfolder(adapter_name: str) -> str | None:

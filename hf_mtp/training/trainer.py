@@ -12,7 +12,7 @@ from ..adapter.base_identity import record_tokenizer
 from ..adapter.card import write_model_card
 from ..adapter.config import in_full_precision
 from ..base.distributed import whole_adapter
-from ..base.inspection import unpack_for_gradients
+from ..base.inspection import auto_class, unpack_for_gradients
 from ..model import GatedLoraModel
 from ..objective.compute import Objective, batch_weight
 from ..objective.request import ObjectiveRequest
@@ -291,10 +291,6 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         config, name = self.tuner.active_mtp_config, self.tuner.active_adapters[0]
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
-        write_model_card(
-            config,
-            self.args.output_dir,
-            repo=self.hub_model_id or model_name,
-            tags=[tags] if isinstance(tags, str) else tags,
-            subfolder=None if name == "default" else name,
-        )
+        tags, subfolder = [tags] if isinstance(tags, str) else tags, None if name == "default" else name
+        about = self.hub_model_id or model_name, tags, subfolder
+        write_model_card(config, self.args.output_dir, *about, auto_class=auto_class(self.tuner.model))
