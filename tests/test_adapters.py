@@ -10,10 +10,12 @@ from peft import (
     EvaConfig,
     IA3Config,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     get_peft_model,
     initialize_lora_eva_weights,
 )
+from safetensors.torch import load_file
 from test_prompts import image_model
 from tiny_models import VOCAB, generate, prompt, randomised, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
@@ -60,6 +62,62 @@ def test_a_lora_on_disk_above_an_upgraded_model_is_refused_and_changes_nothing(t
     with pytest.raises(ValueError, match="A LoraConfig cannot add"):
         PeftModel.from_pretrained(model, tmp_path)
     assert model.active_peft_config.k == 3
+
+
+# ---------------------------------------------------------------- an adapter of the user's on the same base
+
+
+def on_other_layers(config) -> tuple[PeftModel, PeftModel]:
+    """An upgraded model, and the user's own adapter of the same name on other layers of its base."""
+    model = upgraded("llama", target_modules=["v_proj"])
+    with pytest.warns(UserWarning, match="second time"):
+        return model, get_peft_model(model.get_base_model(), config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        OFTConfig(target_modules=["q_proj"], oft_block_size=8, task_type="CAUSAL_LM"),
+    ],
+)
+def test_weights_of_the_users_adapter_on_other_layers_are_not_saved_as_ours(config, tmp_path):
+    alone, (model, _) = upgraded("llama", target_modules=["v_proj"]), on_other_layers(config)
+    for name, saved in (("alone", alone), ("beside", model)):
+        saved.save_pretrained(tmp_path / name)
+    files = [load_file(tmp_path / name / WEIGHTS) for name in ("alone", "beside")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "beside")
+
+
+@pytest.mark.parametrize("place", ["on other layers", "beneath"])
+def test_the_users_adapter_of_the_same_name_is_not_trained_along(place, tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    if place == "beneath":
+        users = get_peft_model(tiny_base("llama"), lora)
+        model = get_peft_model(users, GatedLoraConfig(k=3, r=2))
+        users.set_adapter("default")  # PEFT lets gradients into it
+    else:
+        model, users = on_other_layers(lora)
+    with pytest.raises(ValueError, match=r"4 other parameters are trainable, such as 'model.model.layers.0.*q_proj"):
+        trainer(tmp_path, model=model)
+    for name, parameter in users.get_base_model().named_parameters():
+        if "q_proj" in name:
+            parameter.requires_grad_(False)
+    trainer(tmp_path, model=model, max_steps=1).train()
+
+
+def test_saving_above_the_users_adapter_says_that_it_is_not_saved(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(hf_mtp.adapter.hub.logger, "warning_once", said.append)
+    users = get_peft_model(tiny_base("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    get_peft_model(users, GatedLoraConfig(k=3, r=2), adapter_name="mtp").save_pretrained(tmp_path)
+    assert len(said) == 1 and "has an adapter of its own, which is not saved" in said[0]
+    twice = upgraded("llama")
+    get_peft_model(twice, GatedLoraConfig(k=3, r=2)).save_pretrained(tmp_path)
+    twice.save_pretrained(tmp_path)
+    assert len(said) == 1
 
 
 # ---------------------------------------------------------------- loading

@@ -16,6 +16,8 @@ import torch
 from accelerate.utils import has_offloaded_params
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .peft_type import ExtensionPeftType
 from .prepared import PreparedLora
@@ -179,6 +181,17 @@ class GatedVariant(LoraVariant):
         return x[:, columns.first :]
 
     merge_safe = merge_unsafe = unmerge = refuse_merge
+
+
+def ungated_layers(base: nn.Module) -> list[str]:
+    """Names of the layers of a base with adapters of the user's own, which act on all tokens."""
+    return [
+        name
+        for name, layer in base.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        and getattr(layer, "gate", None) is None
+        and not any(isinstance(variant, GatedVariant) for variant in getattr(layer, "lora_variant", {}).values())
+    ]
 
 
 def refuse_offloaded_dora(layer: LoraLayer, adapter_name: str, name: str) -> None:

@@ -17,6 +17,7 @@ from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
+from .gate import ungated_layers
 from .loading import refuse_beside_a_model, refuse_model_folder, refuse_without_weights
 
 logger = logging.get_logger(__name__)
@@ -113,6 +114,13 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         """Warns if the base, or an adapter of its own, is being trained: a trainer that saves this model loses it."""
         if not hasattr(self.base_model, "gated_layers"):  # a tuner that its user registered for this config
             return
+        if self.base_model.is_stacked and ungated_layers(self.get_base_model()):
+            logger.warning_once(
+                "The base has an adapter of its own, which is not saved: this model saves only its multi-token "
+                "prediction adapter. Save yours through its own PeftModel, and load both: "
+                "`PeftModel.from_pretrained(PeftModel.from_pretrained(base, yours), this)`. Otherwise the text is "
+                "that of the base without it."
+            )
         layers = self.base_model.gated_layers().values()
         gated = {
             id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")

@@ -277,7 +277,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
         """What is saved: weights of this adapter, under the names that they have on a base without adapters."""
-        own = own_weights(state_dict, adapter_name, model.base_model.is_stacked)
+        own = own_weights(state_dict, adapter_name, model.get_base_model(), model.base_model.is_stacked)
         if config.save_dtype is not None:
             own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
         refuse_to_save(own, config.save_dtype)
@@ -295,6 +295,6 @@ class GatedLoraTuner(MaskInput, LoraModel):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
         remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
-        own = own_weights(model.state_dict(), adapter_name, is_stacked)
+        own = own_weights(model.state_dict(), adapter_name, model.get_base_model(), is_stacked)
         refuse_weights_unlike(remapped, {key: t for key, t in own.items() if "lora_" in key})
         return remapped
