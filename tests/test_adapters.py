@@ -180,6 +180,16 @@ def test_an_adapter_is_not_saved_beside_a_model(tmp_path):
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").active_peft_config.k == 3
 
 
+def test_a_changed_k_is_not_saved(tmp_path):
+    model = upgraded("llama", k=3)
+    model.active_peft_config.k = 2
+    with pytest.raises(ValueError, match="`k` was changed to 2, but the adapter has 3 masks"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.active_peft_config.k = 3
+    model.save_pretrained(tmp_path / "out")
+
+
 def test_a_conversion_of_initial_weights_is_refused_before_anything_is_written(tmp_path):
     model = upgraded("llama")
     model.save_pretrained(tmp_path / "start")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
+from tiny_training import trainer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
@@ -453,6 +454,39 @@ def test_a_card_by_hand_of_an_adapter_with_a_name_is_pushed(hub_folder, tmp_path
     card = (hub_folder / "README.md").read_text()
     assert "# My own words" in card and MARK not in card
     assert {path.name for path in hub_folder.rglob("*")} == ADAPTER_FILES
+
+
+class ApiWithCard:
+    """A repository that holds a card."""
+
+    card: Path
+
+    def __init__(self, **_):
+        pass
+
+    def file_exists(self, *_, **__) -> bool:
+        if not self.card.is_file():
+            raise ConnectionError("no network")
+        return True
+
+    def hf_hub_download(self, *_, **__) -> str:
+        return str(self.card)
+
+
+@pytest.mark.parametrize("on_hub", ["by hand", "ours", "not reached"])
+def test_a_trainer_keeps_a_card_that_was_written_on_the_hub(on_hub, tmp_path, monkeypatch):
+    trained = trainer(tmp_path / "out")
+    trained.create_model_card()
+    ours = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(ApiWithCard, "card", tmp_path / "README.md", raising=False)
+    monkeypatch.setattr("hf_mtp.adapter.hub.HfApi", ApiWithCard)
+    trained.hub_model_id = "me/out"
+    if on_hub != "not reached":
+        (tmp_path / "README.md").write_text(BY_HAND if on_hub == "by hand" else ours)
+    trained.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (card == BY_HAND) is (on_hub == "by hand")
+    assert (MARK in card and 'from_pretrained("me/out")' in card) is (on_hub != "by hand")
 
 
 def test_an_adapter_is_not_pushed_beside_a_model(hub_folder, monkeypatch):

@@ -77,6 +77,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         before = {name: _weights_in(folder) for name, folder in folders.items() if is_main_process}
         for name in names:
             configs[name].check()
+            self._refuse_changed_k(name)
             # The base may have been resized since the upgrade.
             record_base(configs[name], self.get_base_model(), configs[name].base_hidden_size)
         super().save_pretrained(
@@ -109,6 +110,14 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         # An adapter that lacks weights was refused. These belong to adapters of the base with the same name.
         result.missing_keys.clear()
         return result
+
+    def _refuse_changed_k(self, adapter_name: str) -> None:
+        tables, k = getattr(self.base_model, "lora_mask_embeddings", {}), self.peft_config[adapter_name].k
+        if adapter_name in tables and tables[adapter_name].num_embeddings != k:
+            raise ValueError(
+                f"`k` was changed to {k}, but the adapter has {tables[adapter_name].num_embeddings} masks, so that its "
+                "file could not be loaded. Set it back. To draft fewer tokens, pass `mtp_k` to `generate`."
+            )
 
     def _warn_of_what_is_not_saved(self) -> None:
         """Warns if the base, or an adapter of its own, is being trained: a trainer that saves this model loses it."""
@@ -182,7 +191,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             tags = [*(tags or ()), *([CUSTOM_GENERATE] if custom_generate else ())]
             self._save_for_hub(Path(folder), repo_id, tags, api)
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-            if _has_card_by_hand(api, repo_id, revision):
+            if _card_by_hand(api, repo_id, revision) is not None:
                 files.remove(Path(folder, README))
             commit = api.create_commit(
                 repo_id,
@@ -255,7 +264,29 @@ def _add_custom_generate(api: HfApi, repo_id: str, adapter: CommitInfo, revision
     return replace(commit, pr_url=adapter.pr_url)
 
 
-def _has_card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def _card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> Path | None:
+    """The card of a repository, if somebody wrote it by hand."""
     if not api.file_exists(repo_id, README, revision=revision):
-        return False
-    return not is_replaceable(Path(api.hf_hub_download(repo_id, README, revision=revision)))
+        return None
+    card = Path(api.hf_hub_download(repo_id, README, revision=revision))
+    return None if is_replaceable(card) else card
+
+
+def fetch_card_by_hand(repo_id: str, folder: Path, token: str | None = None, revision: str | None = None) -> None:
+    """Copies a card that somebody wrote by hand on the Hub into the folder that is to be uploaded there.
+
+    Args:
+        repo_id (`str`): The repository.
+        folder (`Path`): The folder. A card that was written by hand there stays.
+        token (`str`, *optional*): A token of the Hub.
+        revision (`str`, *optional*): The branch.
+    """
+    if not is_replaceable(folder / README):
+        return
+    try:
+        card = _card_by_hand(HfApi(token=token), repo_id, revision)
+    except Exception as error:  # a training does not end because of it
+        logger.warning("The card of %s could not be read: %s: %s", repo_id, type(error).__name__, error)
+        return
+    if card is not None:
+        shutil.copy(card, folder / README)

@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..adapter.base_identity import record_tokenizer
 from ..adapter.card import write_model_card
 from ..adapter.config import in_full_precision
+from ..adapter.hub import fetch_card_by_hand
 from ..base.distributed import whole_adapter
 from ..base.inspection import auto_class, unpack_for_gradients
 from ..model import GatedLoraModel
@@ -288,6 +289,9 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Writes the adapter's model card into `output_dir`. Takes the arguments of TRL's trainers."""
         if not self.is_world_process_zero():
             return
+        if self.hub_model_id is not None:
+            token, folder = self.args.hub_token, Path(self.args.output_dir)
+            fetch_card_by_hand(self.hub_model_id, folder, token, self.args.hub_revision)
         config, name = self.tuner.active_mtp_config, self.tuner.active_adapters[0]
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
