@@ -113,10 +113,11 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
 
     def _refuse_changed_k(self, adapter_name: str) -> None:
         tables, k = getattr(self.base_model, "lora_mask_embeddings", {}), self.peft_config[adapter_name].k
-        if adapter_name in tables and tables[adapter_name].num_embeddings != k:
+        masks = tables[adapter_name].num_embeddings if adapter_name in tables else k
+        if masks != k:
             raise ValueError(
-                f"`k` was changed to {k}, but the adapter has {tables[adapter_name].num_embeddings} masks, so that its "
-                "file could not be loaded. Set it back. To draft fewer tokens, pass `mtp_k` to `generate`."
+                f"`k` was changed to {k}, but the adapter has {masks} masks, so that its file could not be loaded. Set "
+                "it back. To draft fewer tokens, pass `mtp_k` to `generate`."
             )
 
     def _warn_of_what_is_not_saved(self) -> None:
