@@ -116,8 +116,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         masks = tables[adapter_name].num_embeddings if adapter_name in tables else k
         if masks != k:
             raise ValueError(
-                f"`k` was changed to {k}, but the adapter has {masks} masks, so that its file could not be loaded. Set "
-                "it back. To draft fewer tokens, pass `mtp_k` to `generate`."
+                f"`k` was changed to {k}, but the adapter has {masks} masks, so that its file could not be loaded. "
+                "Set it back. To draft fewer tokens, pass `mtp_k` to `generate`."
             )
 
     def _warn_of_what_is_not_saved(self) -> None:
