@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import load_dataset
 from peft import (
     ArrowConfig,
     AutoPeftModelForCausalLM,
@@ -214,6 +215,16 @@ def test_an_adapter_of_a_base_that_reads_images_loads_as_its_card_says(name, tmp
     assert type(names["model"].get_base_model()) is type(base)
     torch.testing.assert_close(names["model"](**inputs).logits, model(**inputs).logits)
     export_vllm(str(tmp_path / "adapter"), tmp_path / "exported")
+
+
+@pytest.mark.parametrize("folder", ["words", None])
+def test_a_dataset_of_files_has_no_name(folder, tmp_path):
+    file = tmp_path / "words" / "train.jsonl"
+    file.parent.mkdir()
+    texts().to_json(file)
+    named = {"path": str(file.parent)} if folder else {"path": "json", "data_files": str(file)}
+    dataset = load_dataset(**named, split="train", cache_dir=str(tmp_path / "cache"))
+    assert trainer(tmp_path / "out", dataset).model.active_peft_config.train_datasets == ([folder] if folder else [])
 
 
 # ---------------------------------------------------------------- other options of PEFT

@@ -273,16 +273,18 @@ def _card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> Path | None
     return None if is_replaceable(card) else card
 
 
-def fetch_card_by_hand(repo_id: str, folder: Path, token: str | None = None, revision: str | None = None) -> None:
+def fetch_card_by_hand(
+    repo_id: str, folder: str | Path, token: str | None = None, revision: str | None = None
+) -> None:
     """Copies a card that somebody wrote by hand on the Hub into the folder that is to be uploaded there.
 
     Args:
         repo_id (`str`): The repository.
-        folder (`Path`): The folder. A card that was written by hand there stays.
+        folder (`str` or `Path`): The folder. A card that was written by hand there stays.
         token (`str`, *optional*): A token of the Hub.
         revision (`str`, *optional*): The branch.
     """
-    if not is_replaceable(folder / README):
+    if not is_replaceable(Path(folder, README)):
         return
     try:
         card = _card_by_hand(HfApi(token=token), repo_id, revision)
@@ -290,4 +292,4 @@ def fetch_card_by_hand(repo_id: str, folder: Path, token: str | None = None, rev
         logger.warning("The card of %s could not be read: %s: %s", repo_id, type(error).__name__, error)
         return
     if card is not None:
-        shutil.copy(card, folder / README)
+        shutil.copy(card, Path(folder, README))

@@ -143,8 +143,9 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         record_tokenizer(config, self._tokenizer, tuner.model)
         config.base_vocab_size = tuner.vocab_size  # may have grown since the upgrade
         config.recipe = self.args.recipe
-        name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
-        if name and name not in config.train_datasets:
+        info = getattr(self.train_dataset, "info", None)
+        name = getattr(info, "dataset_name", None)
+        if name and name not in (info.builder_name, *config.train_datasets):  # a file's is that of its format
             config.train_datasets = [*config.train_datasets, name]
 
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
@@ -290,8 +291,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         if not self.is_world_process_zero():
             return
         if self.hub_model_id is not None:
-            token, folder = self.args.hub_token, Path(self.args.output_dir)
-            fetch_card_by_hand(self.hub_model_id, folder, token, self.args.hub_revision)
+            fetch_card_by_hand(self.hub_model_id, self.args.output_dir, self.args.hub_token, self.args.hub_revision)
         config, name = self.tuner.active_mtp_config, self.tuner.active_adapters[0]
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
