@@ -92,6 +92,22 @@ def test_weights_of_the_users_adapter_on_other_layers_are_not_saved_as_ours(conf
     PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "beside")
 
 
+def test_switching_ours_leaves_the_users_adapter_on_other_layers():
+    model = upgraded("llama", target_modules=["v_proj"])
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    users = randomised(get_peft_model(model.get_base_model(), lora, adapter_name="users"))
+    expected = generate(users, prompt())
+    assert not torch.equal(expected, generate(tiny_base("llama"), prompt()))
+    model.add_adapter("second", GatedLoraConfig(k=2, r=2, target_modules=["v_proj"]))
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        assert torch.equal(generate(model, prompt(), mtp=True), expected)
+    with model.disable_adapter():
+        assert torch.equal(generate(model, prompt()), expected)
+    model.delete_adapter("default")
+    assert torch.equal(generate(model, prompt(), mtp=True), expected)
+
+
 @pytest.mark.parametrize("place", ["on other layers", "beneath"])
 def test_the_users_adapter_of_the_same_name_is_not_trained_along(place, tmp_path):
     lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -183,15 +183,17 @@ class GatedVariant(LoraVariant):
     merge_safe = merge_unsafe = unmerge = refuse_merge
 
 
+def is_gated(layer: nn.Module) -> bool:
+    """Whether a module is a LoRA layer of a gated adapter."""
+    if not isinstance(layer, LoraLayer):
+        return False
+    return hasattr(layer, "gate") or any(isinstance(variant, GatedVariant) for variant in layer.lora_variant.values())
+
+
 def ungated_layers(base: nn.Module) -> list[str]:
     """Names of the layers of a base with adapters of the user's own, which act on all tokens."""
-    return [
-        name
-        for name, layer in base.named_modules()
-        if isinstance(layer, BaseTunerLayer)
-        and getattr(layer, "gate", None) is None
-        and not any(isinstance(variant, GatedVariant) for variant in getattr(layer, "lora_variant", {}).values())
-    ]
+    layers = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return [name for name, layer in layers if not is_gated(layer)]
 
 
 def refuse_offloaded_dora(layer: LoraLayer, adapter_name: str, name: str) -> None:
