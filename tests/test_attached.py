@@ -251,7 +251,7 @@ def test_an_upgraded_model_warns_that_it_does_not_save_its_base(folder, caplog):
     lora = get_peft_model(load_base(folder), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     both = get_peft_model(lora, hf_mtp.GatedLoraConfig(k=3, r=4), adapter_name="mtp")
     both.save_pretrained(folder / "quiet")
-    assert not caplog.records
+    assert "trainable weights" not in caplog.text
     for name, parameter in both.named_parameters():
         parameter.requires_grad_(".default." in name)
     both.save_pretrained(folder / "warned")
