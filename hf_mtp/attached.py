@@ -30,9 +30,9 @@ _decoding: ContextVar[tuple[PreTrainedModel, ...]] = ContextVar("decoding", defa
 def attach(base: PreTrainedModel, adapter: str, revision: str | None = None, **hub) -> None:
     """Makes `base.generate` decode with an adapter, for code that takes a base model and calls its `generate`.
 
-    The layers, parameters, names and saved files of the base do not change: it can be trained, get a LoRA and be saved
-    as before. `mtp=False` in a call or in its generation config gives plain decoding. `del base.generate` detaches the
-    adapter.
+    If the adapter was attached before, it is loaded again, because it may have been trained since. The layers,
+    parameters, names and saved files of the base do not change: it can be trained, get a LoRA and be saved as before.
+    `mtp=False` in a call or in its generation config gives plain decoding. `del base.generate` detaches the adapter.
 
     Args:
         base ([`~transformers.PreTrainedModel`]): The base.
@@ -50,7 +50,7 @@ def attach(base: PreTrainedModel, adapter: str, revision: str | None = None, **h
             f"`attach` takes a model of transformers, but got {type(base).__name__}. Pass its base model, "
             "`model.get_base_model()`, or attach the adapter before you wrap the base."
         )
-    _adapters_of(base).get(base, adapter, revision, **hub)
+    _adapters_of(base).load(base, adapter, revision, **hub)
     # As transformers does it for a base whose repository has a `generate` of its own.
     base.generate = partial(generate_with_adapter, base, adapter, revision)
 
@@ -139,14 +139,25 @@ class AttachedAdapters:
             revision (`str`, *optional*): The adapter's commit.
             hub: Arguments of `from_pretrained` that the Hub needs.
         """
-        key = adapter, revision
         with self._lock:
-            if key not in self._models:
-                self._models[key] = _attach(base, adapter, revision=revision, **hub)
-            model = self._models[key]
+            model = self._models.get((adapter, revision)) or self._load(base, adapter, revision, **hub)
             if model.masks_device != input_device(base):
                 model.to(input_device(base))  # the base was moved, and left the adapter behind
             return model
+
+    def load(self, base: PreTrainedModel, adapter: str, revision: str | None, **hub) -> None:
+        """Loads an adapter, also if an earlier state of it was loaded before. Arguments are those of `get`."""
+        with self._lock:
+            self._load(base, adapter, revision, **hub)
+
+    def _load(self, base: PreTrainedModel, adapter: str, revision: str | None, **hub) -> GatedLoraModel:
+        before = self._models.get((adapter, revision))
+        if before is not None and not before.is_stacked:  # its layers are in the place of the base's
+            self._models.pop((adapter, revision)).unload()
+        model = self._models[adapter, revision] = _attach(base, adapter, revision=revision, **hub)
+        if before is not None and before.is_stacked:
+            before.unload()
+        return model
 
     def __reduce__(self):
         return AttachedAdapters, ()

@@ -419,6 +419,12 @@ def test_adapters_of_another_kind(bases, tmp_path):
         import_uno(str(tmp_path / "uno"), tmp_path / "out")
     with pytest.raises(ValueError, match="has no adapter_config.json, neither at its root nor in `adapter/`"):
         import_uno(bases(), tmp_path / "out")
+    with pytest.raises(OSError, match="is neither a folder nor the id of a repository"):
+        import_uno(str(tmp_path / "nowhere"), tmp_path / "out")
+    saved(bases(), tmp_path / "learned")
+    export_vllm(str(tmp_path / "learned"), tmp_path / "vllm")
+    with pytest.raises(ValueError, match="is no Uno adapter, but an export for vLLM: mtp.safetensors holds its masks"):
+        import_uno(str(tmp_path / "vllm"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", ['{"peft_type": "LO', "[]"])
@@ -444,6 +450,12 @@ def test_pickles_and_broken_files(bases, tmp_path):
     file.rename(file.with_name("adapter_model.bin"))
     with pytest.raises(ValueError, match="a pickle, which can run code"):
         import_uno(str(tmp_path / "uno"), tmp_path / "out")
+    file.with_name("adapter_model.bin").unlink()
+    saved(bases(), tmp_path / "ours")
+    (tmp_path / "ours" / "adapter_model.safetensors").unlink()
+    for read, name in ((import_uno, "uno"), (export_uno, "ours"), (export_vllm, "ours")):
+        with pytest.raises(ValueError, match="has an adapter_config.json but no adapter_model.safetensors"):
+            read(str(tmp_path / name), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -7,11 +7,11 @@ from safetensors.torch import load_file
 from tiny_models import VOCAB, adapter_parameters, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from tiny_training import K, texts, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import get_logger
 
-from hf_mtp import MTPTrainer
-from hf_mtp.adapter.base_identity import tokenizer_fingerprint
+from hf_mtp import GatedLoraConfig, MTPTrainer
+from hf_mtp.adapter.base_identity import record_tokenizer, tokenizer_fingerprint
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
 
@@ -117,6 +117,14 @@ def test_a_tokenizer_that_is_not_the_bases_is_said(tmp_path, caplog, monkeypatch
     trained.save_model()
     assert trained.model.active_peft_config.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
     assert_loads(tmp_path / "out", load_base(base), trained.model)
+
+
+def test_the_tokenizer_of_a_base_is_that_of_its_commit(monkeypatch):
+    model, calls = tiny_base("llama"), []
+    model.config._name_or_path, model.config._commit_hash = "me/base", "0" * 40
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *names, **hub: calls.append(hub) or tiny_tokenizer())
+    record_tokenizer(GatedLoraConfig(k=2, r=2), tiny_tokenizer(), model)
+    assert calls == [{"revision": "0" * 40, "local_files_only": True}]
 
 
 @pytest.mark.parametrize("options", [{"safe_serialization": False}, {"save_embedding_layers": True}])

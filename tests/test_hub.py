@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import adapter_parameters, generate, prompt, randomised, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
+from tiny_training import trainer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.base_identity import tokenizer_fingerprint
-from hf_mtp.adapter.card import EVALUATION_BEGIN, EVALUATION_END, MARK, write_model_card
+from hf_mtp.adapter.card import EVALUATION_BEGIN, EVALUATION_END, MARK, render_model_card, write_model_card
 from hf_mtp.adapter.custom_generate import custom_generate_files
 
 SECTION = f"{EVALUATION_BEGIN}\n## Evaluation\n\n| maths | 2.00 |\n{EVALUATION_END}\n"
@@ -358,6 +359,16 @@ def test_a_card_written_by_hand_is_kept(folder, change):
     assert MARK not in after
 
 
+@pytest.mark.parametrize("name", [None, "my base model", "C:\\models\\base", "a/b/c"])
+def test_the_metadata_of_a_card_names_repositories_only(name):
+    config = GatedLoraConfig(k=2, r=2, base_model_name_or_path=name)
+    text = str(render_model_card(config, "me/adapter"))
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert "base_model" not in metadata
+    assert not any("base_model" in tag for tag in metadata["tags"])
+    assert "https://huggingface.co/my" not in text and "https://huggingface.co/the" not in text
+
+
 def test_a_card_without_measurements_says_so(folder):
     assert "Not measured." in card_of(folder)
 
@@ -433,6 +444,56 @@ def test_a_pushed_adapter_with_a_name_loads_as_its_card_says(hub_folder, tmp_pat
     model.push_to_hub("me/named")
     assert {path.name for path in hub_folder.rglob("*")} == ADAPTER_FILES
     assert loaded_as_the_card_says(hub_folder, hub_folder / "README.md").peft_config["default"].k == 2
+
+
+def test_a_card_by_hand_of_an_adapter_with_a_name_is_pushed(hub_folder, tmp_path):
+    model = get_peft_model(tiny_base("llama"), GatedLoraConfig(k=2, r=2), adapter_name="mtp")
+    model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "mtp" / "README.md").write_text(BY_HAND)
+    model.push_to_hub("me/named", card_from=tmp_path / "out" / "mtp")
+    card = (hub_folder / "README.md").read_text()
+    assert "# My own words" in card and MARK not in card
+    assert {path.name for path in hub_folder.rglob("*")} == ADAPTER_FILES
+
+
+class ApiWithCard:
+    """A repository that holds a card."""
+
+    card: Path
+
+    def __init__(self, **_):
+        pass
+
+    def file_exists(self, *_, **__) -> bool:
+        if not self.card.is_file():
+            raise ConnectionError("no network")
+        return True
+
+    def hf_hub_download(self, *_, **__) -> str:
+        return str(self.card)
+
+
+@pytest.mark.parametrize("on_hub", ["by hand", "ours", "not reached"])
+def test_a_trainer_keeps_a_card_that_was_written_on_the_hub(on_hub, tmp_path, monkeypatch):
+    trained = trainer(tmp_path / "out")
+    trained.create_model_card()
+    ours = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(ApiWithCard, "card", tmp_path / "README.md", raising=False)
+    monkeypatch.setattr("hf_mtp.adapter.hub.HfApi", ApiWithCard)
+    trained.hub_model_id = "me/out"
+    if on_hub != "not reached":
+        (tmp_path / "README.md").write_text(BY_HAND if on_hub == "by hand" else ours)
+    trained.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (card == BY_HAND) is (on_hub == "by hand")
+    assert (MARK in card and 'from_pretrained("me/out")' in card) is (on_hub != "by hand")
+
+
+def test_an_adapter_is_not_pushed_beside_a_model(hub_folder, monkeypatch):
+    monkeypatch.setattr(FolderApi, "file_exists", lambda self, repo_id, file, **_: file == "config.json")
+    with pytest.raises(ValueError, match="The repository me/base holds a model"):
+        upgraded("llama").push_to_hub("me/base")
+    assert not hub_folder.exists()
 
 
 def test_pushed_adapters_each_load_as_their_card_says(hub_folder, tmp_path):

@@ -24,8 +24,8 @@ layout: tree mask_plan blocks attention
 base: files padding threads autocast token_text caches inspection head rope randomness sizes tiny distributed embedding
 base: lora_layers machine plotting
 cache: column_attention shared_heads rows rollback sequence protocol
-adapter: access peft_type loading config base_identity custom_generate card hub
-adapter: prepared gate parameters stacked sampler names noise_tokens mask_input tuner
+adapter: access peft_type loading config base_identity custom_generate card
+adapter: prepared gate parameters stacked hub sampler names noise_tokens mask_input tuner
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
 data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute

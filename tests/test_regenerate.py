@@ -291,9 +291,25 @@ def test_other_arguments_are_refused(tmp_path):
         own_words(chats(), out, max_new_tokens=7)
     with pytest.raises(ValueError, match="made with other arguments: rows"):
         own_words(chats(ROWS - 1), out)
+    with pytest.raises(ValueError, match="made with other arguments: repetition_penalty None, not 1.5"):
+        own_words(chats(), out, repetition_penalty=1.5)
     (out / ".train-00000-of-00001.arguments.json").unlink()
     with pytest.raises(ValueError, match="was not written by"):
         own_words(chats(), out)
+
+
+def test_arguments_that_are_left_out_are_refused(tmp_path):
+    own_words(chats(), tmp_path, repetition_penalty=1.5)
+    with pytest.raises(ValueError, match="made with other arguments: repetition_penalty 1.5, not None"):
+        own_words(chats(), tmp_path)
+
+
+def test_another_chat_template_is_refused(tmp_path, monkeypatch):
+    own_words(chats(), tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "w5 " + CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="made with other arguments: chat_template"):
+        regenerate_responses(tiny_base(), tokenizer, chats(), tmp_path, batch_size=3, max_new_tokens=NEW_TOKENS)
 
 
 def test_another_number_of_processes_is_refused(tmp_path):

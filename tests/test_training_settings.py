@@ -16,6 +16,7 @@ from trl import DPOConfig, SFTConfig
 
 from hf_mtp import GatedLoraConfig, MTPConfig, MTPTrainer
 from hf_mtp.training.callbacks.interrupt import SaveOnInterrupt
+from hf_mtp.training.data_checks import refuse_settings
 
 QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
 
@@ -29,6 +30,18 @@ def warnings(monkeypatch, caplog):
     monkeypatch.setattr(get_logger("transformers"), "propagate", True)
     monkeypatch.setattr(get_logger("hf_mtp"), "propagate", True)
     return caplog
+
+
+def test_training_does_not_write_to_the_place_of_a_model(tmp_path):
+    tiny_base("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a model \(config.json\). .* Choose another place"):
+        trainer(tmp_path)
+    trainer(tmp_path, model=get_peft_model(tiny_base("llama"), GatedLoraConfig(k=K, r=2), adapter_name="mtp"))
+    args = MTPConfig(**options(tmp_path / "out", push_to_hub=True, hub_model_id="me/base"))
+    tuner = upgraded("llama", K).base_model
+    tuner.model.name_or_path = "me/base"
+    with pytest.raises(ValueError, match="The repository me/base holds a model"):
+        refuse_settings(args, tuner)
 
 
 # ---------------------------------------------------------------- arguments of other classes

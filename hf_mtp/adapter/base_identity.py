@@ -75,7 +75,8 @@ def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_si
         if expected not in (None, actual):
             raise ValueError(
                 f"This adapter was trained for a base of {meaning} {expected}, but {_name(model)} has {actual}. Load "
-                f"it on the base it was trained for: {config.base_model_name_or_path}."
+                f"it on the base it was trained for: {config.base_model_name_or_path}. A new adapter needs a "
+                "GatedLoraConfig of its own, in which the first upgrade writes down its base."
             )
     if found not in (None, config.tokenizer_fingerprint):
         raise ValueError(
@@ -86,9 +87,10 @@ def refuse_other_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_si
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer if it is at hand: in a local folder or in the local cache of the Hub."""
+    """The base's tokenizer if it is at hand: in a local folder or, of its commit, in the local cache of the Hub."""
+    commit = getattr(model.config, "_commit_hash", None)
     try:
-        return AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, revision=commit, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None  # the base was made in memory or comes without a tokenizer
 

@@ -4,11 +4,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE
 
 README = "README.md"
+# Kinds of bases on the Hub, and the classes of transformers that load them.
+AUTO_CLASSES = {"text-generation": "AutoModelForCausalLM", "image-text-to-text": "AutoModelForImageTextToText"}
+FOR_TEXT = AUTO_CLASSES["text-generation"]
 MARK = "<!-- Written by hf_mtp. Delete this line to keep your own changes when the adapter is saved again. -->"
 TAGS = ("hf_mtp", "multi-token-prediction", "speculative-decoding", "lora", "transformers")
 _TAG_OF_BASE = "base_model:adapter:"  # by which the Hub finds the adapters of a base
@@ -61,12 +66,12 @@ _LOADING = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{repo}")"""
-# The class above would look for the base in the subfolder, too.
-_LOADING_A_SUBFOLDER = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+# The class above would look for the base in the subfolder, too, and does not know all bases that read images.
+_LOADING_IN_TWO_STEPS = """from peft import PeftModel
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, "{repo}", subfolder="{subfolder}")"""
+model = {auto_class}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{repo}"{subfolder})"""
 
 _WITHOUT_IMPORT = """
 A script that has loaded the base does not have to import hf_mtp, if it is installed:
@@ -85,6 +90,7 @@ def write_model_card(
     subfolder: str | None = None,
     license: dict[str, str] | None = None,
     keep_evaluation: bool = False,
+    auto_class: str | None = None,
 ) -> None:
     """Writes `README.md` into `folder`, unless one is there that somebody wrote by hand.
 
@@ -97,15 +103,18 @@ def write_model_card(
         license (`dict[str, str]`, *optional*): As [`license_of`] gives it; that of the card it replaces by default.
         keep_evaluation (`bool`, *optional*, defaults to `False`): Whether the results of `evaluate` in the card that
             it replaces are true of this adapter.
+        auto_class (`str`, *optional*): Name of the class of transformers that loads the base; that in the card it
+            replaces by default.
     """
     readme = Path(folder, README)
     if not is_replaceable(readme):
         return
     before = ModelCard.load(readme) if readme.is_file() else None
     tags, license = [*tags_of(readme), *(tags or ())], license or (license_of(before.data) if before else None)
+    auto_class = auto_class or AUTO_CLASSES.get(before.data.pipeline_tag if before else None, FOR_TEXT)
     if Path(folder, CUSTOM_GENERATE).is_dir():
         tags.append(CUSTOM_GENERATE)
-    card = render_model_card(config, repo or Path(folder).resolve().name, tags, subfolder, license)
+    card = render_model_card(config, repo or Path(folder).resolve().name, tags, subfolder, license, auto_class)
     if keep_evaluation and before:
         card.text = card.text.rstrip() + _evaluation_in(before.text)
     card.save(readme)
@@ -117,6 +126,7 @@ def render_model_card(
     tags: Iterable[str] = (),
     subfolder: str | None = None,
     license: dict[str, str] | None = None,
+    auto_class: str = FOR_TEXT,
 ) -> ModelCard:
     """The card of an adapter.
 
@@ -126,6 +136,7 @@ def render_model_card(
         tags (`Iterable[str]`, *optional*): Tags beside our own.
         subfolder (`str`, *optional*): Where in the repository the adapter is.
         license (`dict[str, str]`, *optional*): As [`license_of`] gives it.
+        auto_class (`str`, *optional*): Name of the class of transformers that loads the base.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -135,13 +146,14 @@ def render_model_card(
     metadata = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=next(tag for tag, name in AUTO_CLASSES.items() if name == auto_class),
         tags=list(dict.fromkeys([*TAGS, *([f"{_TAG_OF_BASE}{base}"] if on_hub else []), *tags])),
         datasets=[name for name in config.train_datasets if "/" in name] or None,
         **(license or {}),
     )
     needs_no_import = CUSTOM_GENERATE in tags and not subfolder
-    loading = _LOADING_A_SUBFOLDER if subfolder else _LOADING
+    loading = _LOADING_IN_TWO_STEPS if subfolder or auto_class != FOR_TEXT else _LOADING
+    inside = f', subfolder="{subfolder}"' if subfolder else ""
     return ModelCard(
         _TEXT.format(
             metadata=metadata.to_yaml(),
@@ -150,7 +162,7 @@ def render_model_card(
             base=base,
             base_link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
             paper=PAPER,
-            loading=loading.format(repo=repo, base=base, subfolder=subfolder),
+            loading=loading.format(repo=repo, base=base, subfolder=inside, auto_class=auto_class),
             without_import=_WITHOUT_IMPORT.format(repo=repo) if needs_no_import else "",
             most=config.k + 1,
             k=f"{config.k}, noise tokens of the vocabulary" if config.masks == "noise" else config.k,
@@ -172,7 +184,11 @@ def _measured(tokens_per_step: dict[str, float]) -> str:
 
 def is_on_hub(base: str) -> bool:
     """Whether the name of a base is that of a repository rather than of a folder."""
-    return base.count("/") <= 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return not Path(base).exists()
 
 
 def license_of(data: ModelCardData | None) -> dict[str, str]:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftConfig, TaskType
+from torch import nn
 
 from .loading import refuse_unsafe_file
 from .peft_type import ExtensionPeftType, ExtensionTaskType
@@ -152,6 +153,11 @@ class GatedLoraConfig(LoraConfig):
                     f"`{name}={value!r}` would change what the base model computes for regular tokens, but a gated "
                     f"adapter must not change the base's output. Leave `{name}` at {neutral!r}."
                 )
+        if self.arrow_config is not None:
+            raise ValueError(
+                "`arrow_config` chooses one of several adapters for each token, but masks belong to a single adapter. "
+                "Leave it out."
+            )
         if self.init_lora_weights not in _KEEP_THE_BASE:
             raise ValueError(
                 f"`init_lora_weights={self.init_lora_weights!r}` would change the base model's weights, but a gated "
@@ -172,6 +178,40 @@ class GatedLoraConfig(LoraConfig):
         # PEFT reads the config before it touches the base, and the weights afterwards: this is the last moment.
         refuse_unsafe_file(str(pretrained_model_name_or_path), subfolder, **kwargs)
         return config
+
+
+def refuse_empty_heads(config: GatedLoraConfig) -> None:
+    """Raises a `ValueError` if a new adapter would have a LoRA, but neither mask embeddings nor a sampler head."""
+    is_new = config.base_hidden_size is None
+    if is_new and config.init_lora_weights == "eva" and nn.Linear(1, 1).weight.is_meta:  # PEFT's `low_cpu_mem_usage`
+        raise ValueError(
+            "`low_cpu_mem_usage=True` makes an adapter without weights, and `init_lora_weights='eva'` gives it those "
+            "of its LoRA only, not its mask embeddings and sampler head. Leave out `low_cpu_mem_usage`."
+        )
+
+
+class AdapterConfigs(dict[str, GatedLoraConfig]):
+    """Configs of the adapters of an upgraded model, by name: gated ones only.
+
+    If a model with adapters gets one of another type above them, PEFT adds its config here, in the place of one of the
+    same name.
+
+    Raises:
+        ValueError: A config is not that of a gated adapter.
+    """
+
+    def __setitem__(self, adapter_name: str, config: PeftConfig) -> None:
+        if not isinstance(config, GatedLoraConfig):
+            raise ValueError(
+                f"A {type(config).__name__} cannot add an adapter to an upgraded model, because the gated adapter and "
+                "the new one would be mixed up. Add the adapter to the base first and then upgrade, or call "
+                "`unload()` first."
+            )
+        super().__setitem__(adapter_name, config)
+
+    def update(self, configs: dict[str, PeftConfig]) -> None:
+        for adapter_name, config in configs.items():
+            self[adapter_name] = config
 
 
 @contextmanager

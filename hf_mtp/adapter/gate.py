@@ -16,6 +16,8 @@ import torch
 from accelerate.utils import has_offloaded_params
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .peft_type import ExtensionPeftType
 from .prepared import PreparedLora
@@ -99,6 +101,14 @@ class GateError(ValueError):
     """A gated layer cannot tell which rows of its input are masks."""
 
 
+def refuse_adapter_names(adapter_names: list[str]) -> None:
+    """Raises a `ValueError`: masks cannot belong to a different adapter in each row."""
+    raise ValueError(
+        f"`adapter_names={adapter_names!r}` chooses an adapter for each row, but all masks of an input belong to the "
+        "active adapter. Leave it out, and choose the adapter with `set_adapter`."
+    )
+
+
 def refuse_merge(*args, **kwargs) -> None:
     """Replaces every method that would merge a gated LoRA.
 
@@ -126,6 +136,10 @@ class GatedVariant(LoraVariant):
     def __init__(self, gate: Gate, inner: LoraVariant | None = None):
         self.gate = gate
         self.inner = inner
+
+    def init(self, module: LoraLayer, adapter_name: str, **kwargs) -> None:
+        if self.inner is not None:
+            self.inner.init(module, adapter_name, **kwargs)
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -169,6 +183,19 @@ class GatedVariant(LoraVariant):
     merge_safe = merge_unsafe = unmerge = refuse_merge
 
 
+def is_gated(layer: nn.Module) -> bool:
+    """Whether a module is a LoRA layer of a gated adapter."""
+    if not isinstance(layer, LoraLayer):
+        return False
+    return hasattr(layer, "gate") or any(isinstance(variant, GatedVariant) for variant in layer.lora_variant.values())
+
+
+def ungated_layers(base: nn.Module) -> list[str]:
+    """Names of the layers of a base with adapters of the user's own, which act on all tokens."""
+    layers = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return [name for name, layer in layers if not is_gated(layer)]
+
+
 def refuse_offloaded_dora(layer: LoraLayer, adapter_name: str, name: str) -> None:
     """Raises [`GateError`] for DoRA over a base layer whose weights are there only while that layer runs.
 
@@ -210,6 +237,8 @@ class GatedLinear(Linear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or self._disable_adapters:
+            if "adapter_names" in kwargs and self.gate.columns is not None:
+                refuse_adapter_names(kwargs["adapter_names"])
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
         has_hooks = base._forward_hooks or base._forward_pre_hooks
@@ -218,7 +247,7 @@ class GatedLinear(Linear):
         return result if columns is None else add_to_masks(self, columns, x, result)
 
     def update_layer(self, adapter_name: str, r: int, *args, config, **kwargs) -> None:
-        """Adds an adapter, which must be a gated one.
+        """Adds an adapter, which must be a gated one, or gives it weights of another rank, as EVA does.
 
         Args are those of [`~peft.tuners.lora.Linear`].
 
@@ -231,7 +260,10 @@ class GatedLinear(Linear):
                 "would act on masks only. Add the adapter to the base first and then upgrade, or call `unload()` "
                 "first."
             )
+        gate = self.lora_variant.pop(adapter_name, None)  # so that PEFT chooses and initializes what it wraps
         super().update_layer(adapter_name, r, *args, config=config, **kwargs)
+        if gate is not None:
+            self.lora_variant[adapter_name] = GatedVariant(self.gate, inner=self.lora_variant.get(adapter_name))
 
 
 def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) -> None:
@@ -261,4 +293,6 @@ def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) 
         layer.gate = gate
     # PEFT would cast every token to the dtype of the LoRA weights; the variant does so for masks only.
     layer.cast_input_dtype_enabled = False
-    layer.lora_variant[adapter_name] = GatedVariant(gate, inner=layer.lora_variant.get(adapter_name))
+    inner = layer.lora_variant.get(adapter_name)
+    if not isinstance(inner, GatedVariant):  # else the adapter was there, and has new weights now
+        layer.lora_variant[adapter_name] = GatedVariant(gate, inner=inner)

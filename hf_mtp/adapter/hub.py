@@ -10,12 +10,15 @@ import peft
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
+from ..base.inspection import auto_class
 from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
+from .gate import ungated_layers
+from .loading import refuse_beside_a_model, refuse_model_folder, refuse_without_weights
 
 logger = logging.get_logger(__name__)
 
@@ -50,22 +53,31 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 Those of [`~peft.PeftModel.save_pretrained`].
 
         Raises:
-            ValueError: The file would be refused when it is loaded: pickled weights or the base's embeddings are asked
-                for, a field of a config does not fit a gated adapter, or weights are not finite.
+            ValueError: The file would be refused when it is loaded: pickled weights, the base's embeddings or another
+                LoRA's weights are asked for, a field of a config does not fit a gated adapter, or weights are not
+                finite. Or the folder holds a model.
         """
-        if not safe_serialization or save_embedding_layers is True:
-            asked = "safe_serialization=False" if not safe_serialization else "save_embedding_layers=True"
+        asked = {
+            "safe_serialization=False": not safe_serialization,
+            "save_embedding_layers=True": save_embedding_layers is True,
+            # PEFT would write the LoRA alone, with the rank of both. It undoes what our adapters never do to a base.
+            "path_initial_model_for_weight_conversion": kwargs.get("path_initial_model_for_weight_conversion"),
+        }
+        for argument in (argument for argument, is_asked in asked.items() if is_asked):
             raise ValueError(
-                f"`{asked}` would write a file that cannot be loaded: adapters must be safetensors without weights "
-                "of the base. Leave it out."
+                f"`{argument}` would write a file that cannot be loaded: adapters must be safetensors with all of "
+                "their own weights and none of the base. Leave it out."
             )
         self._warn_of_what_is_not_saved()
         configs = self.peft_config
         names = [name for name in configs if selected_adapters is None or name in selected_adapters]
         folders = {name: Path(save_directory, _subfolder(name) or "") for name in names}
+        for folder in folders.values():
+            refuse_model_folder(folder)
         before = {name: _weights_in(folder) for name, folder in folders.items() if is_main_process}
         for name in names:
             configs[name].check()
+            self._refuse_changed_k(name)
             # The base may have been resized since the upgrade.
             record_base(configs[name], self.get_base_model(), configs[name].base_hidden_size)
         super().save_pretrained(
@@ -81,12 +93,44 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 same = before[name] is not None and before[name] == _weights_in(folder)
                 if custom_generate:
                     write_custom_generate(folder)
-                write_model_card(configs[name], folder, keep_evaluation=same)
+                write_model_card(
+                    configs[name], folder, keep_evaluation=same, auto_class=auto_class(self.get_base_model())
+                )
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args, **kwargs):
+        """As [`~peft.PeftModel.load_adapter`], but an adapter whose weights are refused is not left in the model."""
+        is_new = adapter_name not in self.peft_config
+        refuse_without_weights(model_id, kwargs.get("subfolder"))
+        try:
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        except Exception:
+            if is_new and adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+        # An adapter that lacks weights was refused. These belong to adapters of the base with the same name.
+        result.missing_keys.clear()
+        return result
+
+    def _refuse_changed_k(self, adapter_name: str) -> None:
+        tables, k = getattr(self.base_model, "lora_mask_embeddings", {}), self.peft_config[adapter_name].k
+        masks = tables[adapter_name].num_embeddings if adapter_name in tables else k
+        if masks != k:
+            raise ValueError(
+                f"`k` was changed to {k}, but the adapter has {masks} masks, so that its file could not be loaded. "
+                "Set it back. To draft fewer tokens, pass `mtp_k` to `generate`."
+            )
 
     def _warn_of_what_is_not_saved(self) -> None:
         """Warns if the base, or an adapter of its own, is being trained: a trainer that saves this model loses it."""
         if not hasattr(self.base_model, "gated_layers"):  # a tuner that its user registered for this config
             return
+        if self.base_model.is_stacked and ungated_layers(self.get_base_model()):
+            logger.warning_once(
+                "The base has an adapter of its own, which is not saved: this model saves only its multi-token "
+                "prediction adapter. Save yours through its own PeftModel, and load both: "
+                "`PeftModel.from_pretrained(PeftModel.from_pretrained(base, yours), this)`. Otherwise the text is "
+                "that of the base without it."
+            )
         layers = self.base_model.gated_layers().values()
         gated = {
             id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")
@@ -140,13 +184,15 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if api.file_exists(repo_id, CONFIG_NAME, revision=revision):
+            refuse_beside_a_model(f"The repository {repo_id}")
         with TemporaryDirectory() as folder:
             if card_from is not None:
-                _copy_card(Path(card_from), Path(folder))
+                _copy_card(Path(card_from), Path(folder, _subfolder(self._main_adapter) or ""))
             tags = [*(tags or ()), *([CUSTOM_GENERATE] if custom_generate else ())]
             self._save_for_hub(Path(folder), repo_id, tags, api)
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-            if _has_card_by_hand(api, repo_id, revision):
+            if _card_by_hand(api, repo_id, revision) is not None:
                 files.remove(Path(folder, README))
             commit = api.create_commit(
                 repo_id,
@@ -158,10 +204,15 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             )
         return _add_custom_generate(api, repo_id, commit, revision) if custom_generate else commit
 
+    @property
+    def _main_adapter(self) -> str:
+        """The adapter at the root of a repository."""
+        return "default" if "default" in self.peft_config else self.active_adapters[0]
+
     def _save_for_hub(self, folder: Path, repo_id: str, tags: list[str], api: HfApi) -> None:
         """Writes what a repository holds into a folder, each adapter with a card that loads it from there."""
         self.save_pretrained(folder)
-        main = "default" if "default" in self.peft_config else self.active_adapters[0]
+        main = self._main_adapter
         if main != "default":
             for file in (folder / main).iterdir():
                 file.replace(folder / file.name)
@@ -169,7 +220,8 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
         for name, config in self.peft_config.items():
             subfolder = None if name == main else name
             about = repo_id, tags, subfolder, _license_of_base(config, api)
-            write_model_card(config, folder / (subfolder or ""), *about, keep_evaluation=True)
+            kind = auto_class(self.get_base_model())
+            write_model_card(config, folder / (subfolder or ""), *about, keep_evaluation=True, auto_class=kind)
 
 
 def _subfolder(adapter_name: str) -> str | None:
@@ -185,6 +237,7 @@ def _weights_in(folder: Path) -> bytes | None:
 
 def _copy_card(source: Path, folder: Path) -> None:
     """Puts a card, and the weights that it is about, where an adapter is about to be saved."""
+    folder.mkdir(exist_ok=True)
     for name in (README, SAFETENSORS_WEIGHTS_NAME):
         if (source / name).is_file():
             shutil.copy(source / name, folder)
@@ -212,7 +265,31 @@ def _add_custom_generate(api: HfApi, repo_id: str, adapter: CommitInfo, revision
     return replace(commit, pr_url=adapter.pr_url)
 
 
-def _has_card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def _card_by_hand(api: HfApi, repo_id: str, revision: str | None) -> Path | None:
+    """The card of a repository, if somebody wrote it by hand."""
     if not api.file_exists(repo_id, README, revision=revision):
-        return False
-    return not is_replaceable(Path(api.hf_hub_download(repo_id, README, revision=revision)))
+        return None
+    card = Path(api.hf_hub_download(repo_id, README, revision=revision))
+    return None if is_replaceable(card) else card
+
+
+def fetch_card_by_hand(
+    repo_id: str, folder: str | Path, token: str | None = None, revision: str | None = None
+) -> None:
+    """Copies a card that somebody wrote by hand on the Hub into the folder that is to be uploaded there.
+
+    Args:
+        repo_id (`str`): The repository.
+        folder (`str` or `Path`): The folder. A card that was written by hand there stays.
+        token (`str`, *optional*): A token of the Hub.
+        revision (`str`, *optional*): The branch.
+    """
+    if not is_replaceable(Path(folder, README)):
+        return
+    try:
+        card = _card_by_hand(HfApi(token=token), repo_id, revision)
+    except Exception as error:  # a training does not end because of it
+        logger.warning("The card of %s could not be read: %s: %s", repo_id, type(error).__name__, error)
+        return
+    if card is not None:
+        shutil.copy(card, Path(folder, README))

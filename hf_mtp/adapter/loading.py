@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME
 
 
 def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> None:
@@ -38,6 +40,24 @@ def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> Non
             f"{weights} is not a valid safetensors file ({error}): it is truncated or was modified. Download it "
             "again, or train again."
         ) from error
+
+
+def refuse_without_weights(name: str | Path, subfolder: str | None = None) -> None:
+    """Raises for a folder with the config of an adapter and no weights. PEFT would look for a repository of its name.
+
+    Args:
+        name (`str` or `Path`): The adapter's folder, or a repository, in which case nothing happens.
+        subfolder (`str`, *optional*): Where in it.
+
+    Raises:
+        ValueError: There are none.
+    """
+    folder = Path(name, subfolder or "")
+    if (folder / PEFT_CONFIG_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{folder} has an {PEFT_CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME}: the copy or download is "
+            "incomplete. Download it again, or copy the file, too."
+        )
 
 
 def read_config(file: str | Path) -> dict:
@@ -103,6 +123,24 @@ def refuse_weights_unlike(weights: dict[str, torch.Tensor], expected: dict[str, 
                 f"The adapter's weights {problem} {len(keys)} tensor(s), such as {keys[0]!r}: the file is truncated, "
                 "was modified, or belongs to another base or config. Download it again, or train again."
             )
+
+
+def refuse_model_folder(folder: str | Path) -> None:
+    """Raises a `ValueError` if an adapter is to be saved into a folder that holds a model, such as its base."""
+    if Path(folder, CONFIG_NAME).is_file():
+        refuse_beside_a_model(f"The folder {folder}")
+
+
+def refuse_beside_a_model(place: str) -> None:
+    """Raises a `ValueError` that says why no adapter may be beside a model.
+
+    Args:
+        place (`str`): What holds the model, for the error.
+    """
+    raise ValueError(
+        f"{place} holds a model ({CONFIG_NAME}). With an adapter beside it, the model could not be loaded from there "
+        "any more, because transformers would take it for the adapter. Choose another place for the adapter."
+    )
 
 
 def refuse_to_save(weights: dict[str, torch.Tensor], dtype: str | None) -> None:

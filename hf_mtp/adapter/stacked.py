@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import GatedLoraConfig
-from .gate import Gate, add_to_masks
+from .gate import Gate, add_to_masks, ungated_layers
 
 TREE = "lora_layers"  # the tuner's attribute that holds the layers
 IN_FILES, IN_TREE = "base_model.model.", f"base_model.{TREE}."  # files name all layers by their place in the base
@@ -79,13 +79,16 @@ def renamed(weights: dict[str, torch.Tensor], old: str, new: str) -> dict[str, t
     return {new + key.removeprefix(old) if key.startswith(old) else key: t for key, t in weights.items()}
 
 
-def own_weights(state: dict[str, torch.Tensor], adapter_name: str, is_stacked: bool) -> dict[str, torch.Tensor]:
+def own_weights(
+    state: dict[str, torch.Tensor], adapter_name: str, base: nn.Module, is_stacked: bool
+) -> dict[str, torch.Tensor]:
     """Tensors of a gated adapter, without those of one of the base's own adapters that has the same name.
 
     Args:
         state (`dict[str, torch.Tensor]`): Tensors of the whole model by their names.
         adapter_name (`str`): The name of the gated adapter.
-        is_stacked (`bool`): Whether the gated layers are beside the base, which may then have adapters of its own.
+        base ([`~transformers.PreTrainedModel`]): The base.
+        is_stacked (`bool`): Whether the gated layers are beside the base, and not in it.
     """
-    own = {key: tensor for key, tensor in state.items() if f".{adapter_name}." in key}
-    return {key: t for key, t in own.items() if not key.startswith(IN_FILES)} if is_stacked else own
+    others = (IN_FILES,) if is_stacked else tuple(f"{IN_FILES}{name}." for name in ungated_layers(base))
+    return {key: t for key, t in state.items() if f".{adapter_name}." in key and not key.startswith(others)}

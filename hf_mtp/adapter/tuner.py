@@ -19,8 +19,8 @@ from ..base.head import PredictionHead, prediction_head
 from ..base.inspection import input_device, is_checkpointing, refuse_unsupported, weight_shape
 from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, refuse_layers_out_of_reach, shortened
 from .base_identity import record_base, refuse_other_base
-from .config import GatedLoraConfig
-from .gate import Gate, gate_lora_layer, refuse_merge
+from .config import AdapterConfigs, GatedLoraConfig, refuse_empty_heads
+from .gate import Gate, gate_lora_layer, is_gated, refuse_merge
 from .loading import refuse_to_save, refuse_weights_unlike
 from .mask_input import MaskInput
 from .names import refuse_adapter_name
@@ -70,10 +70,12 @@ class GatedLoraTuner(MaskInput, LoraModel):
             base.__dict__.pop("peft_config", None)
             if theirs is not None:
                 base.peft_config = theirs
+        self.peft_config = AdapterConfigs(self.peft_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, low_cpu_mem_usage: bool = False, **kwargs):
         config: GatedLoraConfig = self.peft_config[adapter_name]
         config.check()
+        refuse_empty_heads(config)
         refuse_unsupported(model)
         refuse_adapter_name(adapter_name, model)
         is_first = "gate" not in self.__dict__
@@ -102,8 +104,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
     def _begin(self, model: nn.Module, head: PredictionHead, is_stacked: bool) -> None:
         """Makes what all adapters of this model share."""
         self.gate, self.head = Gate(), head
-        self.lora_mask_embeddings, self.lora_sampler_heads = nn.ModuleDict(), nn.ModuleDict()
-        self.noise_tokens = nn.ModuleDict()
+        self.lora_mask_embeddings, self.lora_sampler_heads, self.noise_tokens = (nn.ModuleDict() for _ in range(3))
         self.lora_layers = nn.Module() if is_stacked else None
         self._hooks = self._hook_base(model)
 
@@ -138,7 +139,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
 
     def _withdraw(self, adapter_name: str, is_first: bool) -> None:
         """Removes an adapter that could not be added to all of its layers."""
-        for name, layer in reversed(self.gated_layers().items()):
+        layers = [(name, layer) for name, layer in self._tree.named_modules() if isinstance(layer, LoraLayer)]
+        for name, layer in reversed(layers):
             layer.delete_adapter(adapter_name)
             if not layer.scaling:
                 parent, _, child = name.rpartition(".")
@@ -188,7 +190,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
 
     def gated_layers(self) -> dict[str, LoraLayer]:
         """The layers with a gated LoRA, by the name that each has in the base."""
-        return {name: layer for name, layer in self._tree.named_modules() if isinstance(layer, LoraLayer)}
+        return {name: layer for name, layer in self._tree.named_modules() if is_gated(layer)}
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """All trainable parameters: LoRA weights, mask embeddings, sampler head."""
@@ -201,7 +203,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
                 head.to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        functional.set_adapter(self._tree, adapter_name, inference_mode, self.tuner_layer_cls)
+        for layer in self.gated_layers().values():  # and not those of the user's own adapter on other layers
+            layer.set_adapter(adapter_name, inference_mode)
         self.active_adapter = adapter_name
         self._sync_heads()
         if inference_mode:
@@ -223,7 +226,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         functional.delete_adapter(self._tree, adapter_name, self.prefix, self.tuner_layer_cls)
         if was_active and active:  # PEFT asks the first layer, which may have none of the others
             is_frozen = all(self.peft_config[name].inference_mode for name in active)
-            functional.set_adapter(self._tree, active, is_frozen, self.tuner_layer_cls)
+            self.set_adapter(active, is_frozen)
         self.active_adapter = active
         for heads in (self.lora_mask_embeddings, self.lora_sampler_heads, self.noise_tokens):
             if adapter_name in heads:
@@ -237,8 +240,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
     @property
     def adapters_disabled(self) -> bool:
         """Whether the adapter layers are switched off, as in `with model.disable_adapter():`."""
-        # PEFT switches all layers alike, so the first one tells.
-        return next((layer.disable_adapters for layer in self._tree.modules() if isinstance(layer, LoraLayer)), False)
+        return next((layer.disable_adapters for layer in self._tree.modules() if is_gated(layer)), False)  # all alike
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs) -> nn.Module:
         if merge:
@@ -275,7 +277,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
         """What is saved: weights of this adapter, under the names that they have on a base without adapters."""
-        own = own_weights(state_dict, adapter_name, model.base_model.is_stacked)
+        own = own_weights(state_dict, adapter_name, model.get_base_model(), model.base_model.is_stacked)
         if config.save_dtype is not None:
             own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
         refuse_to_save(own, config.save_dtype)
@@ -293,6 +295,6 @@ class GatedLoraTuner(MaskInput, LoraModel):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
         remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
-        own = own_weights(model.state_dict(), adapter_name, is_stacked)
+        own = own_weights(model.state_dict(), adapter_name, model.get_base_model(), is_stacked)
         refuse_weights_unlike(remapped, {key: t for key, t in own.items() if "lora_" in key})
         return remapped

@@ -9,7 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..layout.attention import AttentionKind, additive, attention_kinds, in_blocks
 
@@ -190,6 +195,13 @@ def _switched_off(model: torch.nn.Module, attribute: str) -> Iterator[None]:
 def is_checkpointing(model: torch.nn.Module) -> bool:
     """Whether gradient checkpointing runs layers again in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """The name of the class of transformers that loads a model: not that of language models for many with images."""
+    kinds = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    with_images, text_only = (type(model) is kind.get(type(model.config), None) for kind in kinds)
+    return "AutoModelForImageTextToText" if with_images and not text_only else "AutoModelForCausalLM"
 
 
 def base_name(model: PreTrainedModel) -> str:

@@ -1,5 +1,6 @@
 """[`regenerate_responses`] replaces the responses of a dataset with the model's own."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -120,6 +121,7 @@ def regenerate_responses(
         {
             "model": getattr(model, "name_or_path", ""),
             "tokenizer": tokenizer_fingerprint(tokenizer),
+            "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
             "rows": asked.digest,
             "batch_size": batch_size,
             "prompt_tokens": prompt_tokens,

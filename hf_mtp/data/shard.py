@@ -49,9 +49,10 @@ class Shard:
             write_whole(self._arguments, [json.dumps(arguments, indent=1).encode()])
             return
         made_with = json.loads(self._arguments.read_text(encoding="utf-8"))
-        other = [name for name in arguments if made_with.get(name) != arguments[name]]
+        names = dict.fromkeys([*arguments, *made_with])  # some may have been left out this time
+        other = [name for name in names if made_with.get(name) != arguments.get(name)]
         if other:
-            differences = ", ".join(f"{name} {made_with.get(name)!r}, not {arguments[name]!r}" for name in other)
+            differences = ", ".join(f"{name} {made_with.get(name)!r}, not {arguments.get(name)!r}" for name in other)
             raise ValueError(
                 f"{self.folder} contains rows that were made with other arguments: {differences}. Use the same "
                 "arguments to resume, or another output folder."

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
+from ..adapter.gate import refuse_adapter_names
 from ..base.inspection import input_device, refuse_attention_without_masks, refuse_without_weights
 from ..base.randomness import own_randomness
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
@@ -111,7 +112,8 @@ class GenerationMixin:
         call = GenerateCall(self, mode, strategy, k, generator, streamer, synced_gpus, bitwise)
         set_use_cache(kwargs)
         kwargs, returned = to_device(kwargs, input_device(self.model))
-        return returned(self.model.generate(custom_generate=call, **kwargs))
+        # Of the class, because a base may have got a `generate` of its own, such as that of an attached adapter.
+        return returned(type(self.model).generate(self.model, custom_generate=call, **kwargs))
 
     def _generate_plainly(self, generator: torch.Generator | None, kwargs: dict):
         """Plain decoding. transformers' own `generate` takes no generator, and would draw from torch's global one."""
@@ -119,6 +121,12 @@ class GenerationMixin:
             return self.model.generate(**kwargs)
         with own_randomness(draw_seed(generator)):
             return self.model.generate(**kwargs)
+
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        configs = [kwargs.get("generation_config"), self.model.generation_config]
+        if adapter_names is not None and _first_given(kwargs.get("mtp"), "mtp", configs):
+            refuse_adapter_names(adapter_names)
+        return super()._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs)
 
     def _checked_k(self, mtp_k: int | None) -> int:
         trained = self.active_mtp_config.k

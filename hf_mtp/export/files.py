@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 
 from ..adapter.config import GatedLoraConfig
+from ..adapter.loading import refuse_without_weights
 from ..pretrained import is_adapter
 
 
@@ -51,6 +52,7 @@ def read_adapter(name: str) -> AdapterFiles:
             "of hf_mtp ('GATED_LORA') can be exported. Convert a Uno adapter with `hf-mtp export --from uno` first."
         )
     config = GatedLoraConfig.from_pretrained(name)
+    refuse_without_weights(name)
     # The sampler head has the name of the adapter in the file.
     weights = {
         re.sub(r"(?<=lora_sampler_heads\.)[^.]+", "default", key): tensor

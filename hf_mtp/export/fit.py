@@ -4,10 +4,11 @@ import copy
 
 import torch
 from peft import get_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ..adapter.hub import PeftModelForCausalLM
 from ..adapter.loading import refuse_weights_unlike
+from ..pretrained import takes_images
 from .files import AdapterFiles
 
 
@@ -50,10 +51,11 @@ def without_weights(name: str, revision: str | None = None) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
+        kind = AutoModelForImageTextToText if takes_images(name, revision=revision) else AutoModelForCausalLM
     except OSError as error:
         raise OSError(
             f"The config of the base {name} cannot be read, so the adapter cannot be checked against it. Pass the "
             "Hub id or folder of the base as `base` (`--base`); no weights are needed."
         ) from error
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return kind.from_config(config)

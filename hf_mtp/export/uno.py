@@ -13,13 +13,15 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from transformers.utils import find_adapter_config_file
 
+from ..adapter.access import refuse_without_access
 from ..adapter.card import write_model_card
 from ..adapter.config import GatedLoraConfig
-from ..adapter.loading import read_config, refuse_unsafe_file
+from ..adapter.loading import read_config, refuse_unsafe_file, refuse_without_weights
 from ..adapter.peft_type import ExtensionPeftType
 from .files import AdapterFiles, new_folder, read_adapter
 from .fit import fitted
 from .plain_lora import plain_lora, write_plain_lora
+from .vllm import MTP_FILE
 
 # The layers that Uno's own engine knows.
 _LAYERS = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
@@ -94,6 +96,7 @@ def import_uno(adapter: str, folder: str | Path, base: str | None = None, k: int
             base.
         OSError: There is no such base, or the folder is not empty.
     """
+    refuse_without_access(adapter)
     found = {inside: find_adapter_config_file(adapter, subfolder=inside) for inside in _SUBFOLDERS}
     inside = next((inside for inside, path in found.items() if path), None)
     if inside is None:
@@ -103,6 +106,12 @@ def import_uno(adapter: str, folder: str | Path, base: str | None = None, k: int
         )
     subfolder = inside or None
     refuse_unsafe_file(adapter, subfolder)
+    refuse_without_weights(adapter, subfolder)
+    if Path(adapter, MTP_FILE).is_file():
+        raise ValueError(
+            f"{adapter} is no Uno adapter, but an export for vLLM: {MTP_FILE} holds its masks and sampler head. Use "
+            "the adapter that it was made from."
+        )
     config = _config_of_uno(adapter, read_config(found[inside]), k)
     if base is not None:
         config.base_model_name_or_path, config.revision = base, None

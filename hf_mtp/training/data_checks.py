@@ -5,6 +5,8 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..adapter.config import GatedLoraConfig
+from ..adapter.loading import refuse_beside_a_model, refuse_model_folder
+from ..adapter.stacked import own_weights
 from ..base.inspection import refuse_attention_without_masks
 from ..layout.blocks import useful_anchors
 from ..model import GatedLoraModel
@@ -106,9 +108,13 @@ def refuse_settings(args: MTPConfig, tuner: GatedLoraModel) -> None:
     """Raises if the model cannot be trained with these settings.
 
     Raises:
-        ValueError: Rows are too short for a block; or packed, though the base or TRL would mix their documents; or the
-            base's attention implementation takes no masks.
+        ValueError: The output would go to the place of a model; rows are too short for a block; or packed, though the
+            base or TRL would mix their documents; or the base's attention implementation takes no masks.
     """
+    if tuner.active_adapters[0] == "default":  # others are saved into a folder of their own
+        refuse_model_folder(args.output_dir)
+        if args.push_to_hub and args.hub_model_id == tuner.model.name_or_path:
+            refuse_beside_a_model(f"The repository {args.hub_model_id}")
     k = tuner.active_mtp_config.k
     if args.max_length is not None and args.max_length < k + 2:
         raise ValueError(
@@ -205,9 +211,9 @@ def refuse_parameters(tuner: GatedLoraModel) -> None:
             "The adapter is disabled, so it cannot be trained. Train outside of `with model.disable_adapter()`, or "
             "call `model.base_model.enable_adapter_layers()` if it was switched off for good."
         )
-    adapter = f".{tuner.active_adapters[0]}."
-    trainable = [name for name, parameter in tuner.named_parameters() if parameter.requires_grad]
-    others = [name for name in trainable if "lora_" not in name or adapter not in f"{name}."]
+    trainable = {f"base_model.{name}": p for name, p in tuner.named_parameters() if p.requires_grad}
+    own = own_weights(trainable, tuner.active_adapters[0], tuner.model, tuner.is_stacked)
+    others = [name.removeprefix("base_model.") for name in trainable if name not in own or "lora_" not in name]
     if not trainable:
         raise ValueError(
             "The adapter is not trainable: it was loaded for inference, or frozen. Load it with "

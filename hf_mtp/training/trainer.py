@@ -11,8 +11,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..adapter.base_identity import record_tokenizer
 from ..adapter.card import write_model_card
 from ..adapter.config import in_full_precision
+from ..adapter.hub import fetch_card_by_hand
 from ..base.distributed import whole_adapter
-from ..base.inspection import unpack_for_gradients
+from ..base.inspection import auto_class, unpack_for_gradients
 from ..model import GatedLoraModel
 from ..objective.compute import Objective, batch_weight
 from ..objective.request import ObjectiveRequest
@@ -142,8 +143,9 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         record_tokenizer(config, self._tokenizer, tuner.model)
         config.base_vocab_size = tuner.vocab_size  # may have grown since the upgrade
         config.recipe = self.args.recipe
-        name = getattr(getattr(self.train_dataset, "info", None), "dataset_name", None)
-        if name and name not in config.train_datasets:
+        info = getattr(self.train_dataset, "info", None)
+        name = getattr(info, "dataset_name", None)
+        if name and name not in (info.builder_name, *config.train_datasets):  # a file's is that of its format
             config.train_datasets = [*config.train_datasets, name]
 
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
@@ -288,13 +290,11 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         """Writes the adapter's model card into `output_dir`. Takes the arguments of TRL's trainers."""
         if not self.is_world_process_zero():
             return
+        if self.hub_model_id is not None:
+            fetch_card_by_hand(self.hub_model_id, self.args.output_dir, self.args.hub_token, self.args.hub_revision)
         config, name = self.tuner.active_mtp_config, self.tuner.active_adapters[0]
         if dataset_name and dataset_name not in config.train_datasets:
             config.train_datasets = [*config.train_datasets, dataset_name]
-        write_model_card(
-            config,
-            self.args.output_dir,
-            repo=self.hub_model_id or model_name,
-            tags=[tags] if isinstance(tags, str) else tags,
-            subfolder=None if name == "default" else name,
-        )
+        tags, subfolder = [tags] if isinstance(tags, str) else tags, None if name == "default" else name
+        about = self.hub_model_id or model_name, tags, subfolder
+        write_model_card(config, self.args.output_dir, *about, auto_class=auto_class(self.tuner.model))
