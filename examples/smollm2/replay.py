@@ -57,7 +57,7 @@ class RecordedModel:
         text ([`Text`]): What it knows.
     """
 
-    bitwise = False
+    bitwise, switches, scaled_columns = False, (), None
 
     def __init__(self, text: Text):
         self.text, self.tuner = text, self
