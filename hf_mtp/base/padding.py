@@ -4,7 +4,7 @@ from collections.abc import Container, Sequence
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -20,13 +20,15 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.LongT
     return ids, mask
 
 
-def end_tokens(model: PreTrainedModel | PeftModel) -> list[int]:
-    """The token ids that end an answer by the model's generation config; an empty list if it names none.
+def end_tokens(model: PreTrainedModel | PeftModel, config: GenerationConfig | None = None) -> list[int]:
+    """The token ids that end an answer by a generation config; an empty list if none names any.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model. Its own config counts last.
+        config ([`~transformers.GenerationConfig`], *optional*): The config of a call.
     """
-    ends = model.generation_config.eos_token_id
+    asked_for = None if config is None else config.eos_token_id
+    ends = model.generation_config.eos_token_id if asked_for is None else asked_for
     return [] if ends is None else [ends] if isinstance(ends, int) else [*ends]
 
 

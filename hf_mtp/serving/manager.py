@@ -202,7 +202,7 @@ class BatchedManager(BaseGenerateManager):
             get_response_template(processor, model), tokenizer.decode(inputs["input_ids"][0])
         ):
             fields = FieldStream(response_parser, tokenizer.all_special_tokens)
-        reply = Reply(gen_config, _end_tokens(model, gen_config), fields)
+        reply = Reply(gen_config, end_tokens(model, gen_config), fields)
         # Each text wakes the event loop's thread, which takes the interpreter's lock from the engine for a moment.
         on_text = reply.kept.append if getattr(gen_config, "mtp_whole", False) else reply.on_text
         self._submit(reply, model, processor, inputs, gen_config, on_text, skip_special_tokens=fields is None)
@@ -211,7 +211,7 @@ class BatchedManager(BaseGenerateManager):
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Runs a request to its end: its text, the length of its prompt, and its new ids."""
         self._check(model, inputs, gen_config)
-        reply = Reply(gen_config, _end_tokens(model, gen_config))
+        reply = Reply(gen_config, end_tokens(model, gen_config))
         self._submit(reply, model, processor, inputs, gen_config, on_text=None, skip_special_tokens=True)
         try:
             error = await reply.done
@@ -261,12 +261,6 @@ class BatchedManager(BaseGenerateManager):
             self._engine.submit(reply.request)
         except RuntimeError as error:
             raise HTTPException(status_code=503, detail=str(error)) from error
-
-
-def _end_tokens(model, config: GenerationConfig) -> list[int]:
-    """The tokens that end a text: those of the request, else of the model."""
-    own = config.eos_token_id
-    return end_tokens(model) if own is None else [own] if isinstance(own, int) else list(own)
 
 
 class BatchedState(GenerationState):
