@@ -120,4 +120,5 @@ def _shown(token: int | None, tokenizer) -> str:
 def _gap(one) -> str:
     if one.units is None:
         return ""
-    return f"; {one.units:g} units of rounding apart, {'a tie' if one.is_tie else 'NO tie'}"
+    unit = "unit" if one.units == 1 else "units"
+    return f"; {one.units:g} {unit} of rounding apart, {'a tie' if one.is_tie else 'NO tie'}"
