@@ -39,7 +39,7 @@ class GatedLoraConfig(LoraConfig):
 
     Args:
         k (`int`, *optional*, defaults to `8`):
-            Number of mask tokens, that is, of tokens drafted per forward pass.
+            Number of mask tokens: how many tokens beyond the next one the model predicts.
         r (`int`, *optional*, defaults to `128`):
             Rank of the LoRA matrices.
         lora_alpha (`int`, *optional*, defaults to `256`):
@@ -92,9 +92,14 @@ class GatedLoraConfig(LoraConfig):
     target_modules: str | list[str] | None = field(
         default="all-linear", metadata={"help": "Layers that get a gated LoRA."}
     )
-    k: int = field(default=8, metadata={"help": "Number of mask tokens, that is, of tokens drafted per forward pass."})
+    k: int = field(
+        default=8, metadata={"help": "Number of mask tokens: how many tokens beyond the next one the model predicts."}
+    )
     masks: str = field(
-        default="learned", metadata={"help": "What masks are embedded as: 'learned' embeddings or 'noise' tokens."}
+        default="learned",
+        metadata={
+            "help": "How masks are embedded: 'learned' embeddings, or random tokens of the vocabulary ('noise')."
+        },
     )
     sampler: bool = field(
         default=True, metadata={"help": "Whether drafts come from a sampler head that sees the previous draft."}
@@ -105,7 +110,7 @@ class GatedLoraConfig(LoraConfig):
     sampler_recurrent: bool = field(
         default=False, metadata={"help": "Whether the sampler head also sees its own output for the previous mask."}
     )
-    save_dtype: str | None = field(default=None, metadata={"help": "Type that weights are saved in."})
+    save_dtype: str | None = field(default=None, metadata={"help": "Dtype of saved weights."})
     base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     base_vocab_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     tokenizer_fingerprint: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})

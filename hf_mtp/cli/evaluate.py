@@ -20,11 +20,11 @@ def evaluate(
     suite: Annotated[
         str, Option(help="quick, paper, the name of a benchmark such as spec-bench, a file, or a dataset of the Hub.")
     ] = "quick",
-    k: Annotated[str | None, Option(help="Masks per block, separated by commas.")] = None,
+    k: Annotated[str | None, Option(help="Values of k (masks per block), separated by commas.")] = None,
     strategies: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
-    batch_size: Annotated[int, Option(min=1, help="Prompts of one call.")] = 1,
-    limit: Annotated[int | None, Option(min=1, help="Most prompts of each domain.")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 128,
+    batch_size: Annotated[int, Option(min=1, help="Prompts per call of generate.")] = 1,
+    limit: Annotated[int | None, Option(min=1, help="Maximum number of prompts per domain.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of new tokens per answer.")] = 128,
     dtype: Annotated[
         str, Option(help="Dtype of the base, such as bfloat16; auto is that of the checkpoint.")
     ] = "auto",

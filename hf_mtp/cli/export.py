@@ -39,6 +39,8 @@ def export(
 ) -> None:
     """Convert an adapter for vLLM or to Uno's format, which SGLang reads, or from Uno's format.
 
+    The command only writes the new folder. Pass either --to or --from.
+
     Example:
 
         hf-mtp export out out-vllm --to vllm
