@@ -34,7 +34,7 @@ def load_model(
     kwargs: Further arguments of `from_pretrained`, such as `revision`.
 
     Raises:
-        OSError: There is no such model, or you may not read it.
+        OSError: There is no such model, or you have no access to it.
         ValueError: There is no such dtype or device, the adapter does not fit its base, or its config is broken.
     """
     refuse_dtype(dtype)
@@ -171,7 +171,7 @@ def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, 
         kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
 
     Raises:
-        OSError: There is no such model or tokenizer, or you may not read it.
+        OSError: There is no such model or tokenizer, or you have no access to it.
     """
     if isinstance(model, PeftModel):
         return AutoTokenizer.from_pretrained(model.name_or_path, **_of_base(model.active_peft_config, kwargs))

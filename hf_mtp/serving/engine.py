@@ -41,7 +41,7 @@ class Engine:
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
         strategy (`str`, *optional*, defaults to `"auto"`): As `mtp_strategy` of `generate`.
-        max_rows (`int`, *optional*, defaults to 16): Most requests in the batch. Others wait.
+        max_rows (`int`, *optional*, defaults to 16): Maximum number of requests in the batch. Others wait.
         metrics ([`Metrics`], *optional*): Counts to add to.
     """
 
