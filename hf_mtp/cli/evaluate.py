@@ -76,9 +76,9 @@ def evaluate(
     if results.domains:
         say(f"Tokens per pass:\n\n{tokens_table(results)}\n", as_json)
     missing = "" if can_draw() else ", but no curves: matplotlib is not installed"
-    say(f"All figures are in {output}{missing}.", as_json)
+    say(f"All results are in {output}{missing}.", as_json)
     if not results.complete:
         typer.echo("Interrupted. Finished results are kept; run the same command to resume.", err=True)
         raise typer.Exit(INTERRUPTED)
     if card:
-        say(f"The results are in {write_card_section(results, folder)}, too.", as_json)
+        say(f"The results are also in {write_card_section(results, folder)}.", as_json)

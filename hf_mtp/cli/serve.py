@@ -100,5 +100,6 @@ def serve(
 
         logging.set_verbosity_error()  # the host warns of each request
     server = Server(settings)
-    typer.echo(f"{server.url} serves {adapter}" + ("" if settings.api_key else f", to anybody: {KEY} is not set"))
+    access = "" if settings.api_key else f" Anyone can use it, because {KEY} is not set."
+    typer.echo(f"Serving {adapter} at {server.url}.{access}")
     server.run()
