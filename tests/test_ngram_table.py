@@ -65,7 +65,7 @@ def test_counts_are_those_of_the_definition():
 
 
 def test_texts_do_not_run_into_each_other():
-    assert (4,) not in as_dict(table_of([1, 2, 3, 4], [5, 6]))
+    assert (4,) not in as_dict(count_tokens([[1, 2, 3, 4]] * 4))
 
 
 def test_the_largest_ids_fit():
