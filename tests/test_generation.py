@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_mtp.base.tiny import tiny_model
 from hf_mtp.cache.rollback import RollbackCache
+from hf_mtp.decoding import sequence
 
 STRATEGIES = ("quadratic", "linear", "auto")
 SMALL = 5
@@ -205,6 +206,15 @@ def test_few_new_tokens(strategy, new_tokens):
     model = small_model()
     output = generate(model, small_prompt(), new_tokens, mtp=True, mtp_strategy=strategy)
     assert torch.equal(output, generate(model, small_prompt(), new_tokens))
+
+
+@pytest.mark.parametrize("new_tokens", [10**12, 25])
+def test_an_end_token_long_before_the_length_limit(new_tokens, monkeypatch):
+    monkeypatch.setattr(sequence, "MOST_RESERVED", 4)
+    model, options = upgraded(), {"eos_token_id": 50, "do_sample": False, "max_new_tokens": new_tokens}
+    plain = model.generate(prompt(), **options)
+    assert plain.shape[1] - 11 > 3 * 4
+    assert torch.equal(model.generate(prompt(), mtp=True, **options), plain)
 
 
 def test_max_time():
