@@ -20,6 +20,7 @@ from .batch import Batch
 from .checks import (
     refuse_bitwise,
     refuse_cache,
+    refuse_checkpointing,
     refuse_dropped_cache,
     refuse_for_sequences,
     refuse_generation_mode,
@@ -83,6 +84,7 @@ class GenerateCall:
         """Decodes a batch. Arguments are those that transformers passes to a decode loop."""
         refuse_generation_mode(generation_config)
         refuse_ids(input_ids, self.tuner.vocab_size)
+        refuse_checkpointing(self.tuner.model, self.mode)
         given = model_kwargs.get(cache_name(model_kwargs))
         is_users = getattr(given, "_is_user_defined", False)
         if is_users:  # so that an error cannot leave it half written

@@ -1,12 +1,16 @@
 """Rejects requests that `generate(mtp=True)` cannot decode exactly, before anything is computed."""
 
+import inspect
+
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..base.caches import is_dropped
+from ..base.caches import cache_name, is_dropped, tokens_by_layer
+from ..base.inspection import is_checkpointing
 from ..base.rope import rope_switches
 from ..layout.attention import attention_kinds
+from ..passes.speculation_mode import SpeculationMode, example_ids
 from .prompt import Prompt
 
 # transformers 5.20 has only the narrower class.
@@ -53,10 +57,16 @@ def refuse_arguments(kwargs: dict) -> None:
         )
     if kwargs.get("use_cache") is False:
         raise ValueError("`mtp=True` needs a cache to verify drafts, but got `use_cache=False`. Leave it out.")
-    _refuse_quantized(kwargs.get("cache_implementation"))  # before transformers asks for its packages
+    if kwargs.get("cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation='paged' decodes with transformers' continuous batching, which does not call the "
+            "decode loop of `mtp=True`. Leave it out, or serve the adapter with `hf-mtp serve`, which batches "
+            "continuously."
+        )
 
 
-def _refuse_quantized(cache_implementation: str | None) -> None:
+def refuse_quantized_cache(cache_implementation: str | None) -> None:
+    """Raises `ValueError` for a quantized cache."""
     if cache_implementation == "quantized":
         raise ValueError(
             "cache_implementation='quantized' rounds keys and values in groups of tokens. The groups depend on how "
@@ -79,7 +89,28 @@ def refuse_generation_mode(config: GenerationConfig) -> None:
             f"{given} selects {mode.value.replace('_', ' ')}, which does not decode one sequence token by token, so "
             "`mtp=True` could not return the same output. Leave out these settings, or `mtp=True`."
         )
-    _refuse_quantized(config.cache_implementation)
+    refuse_quantized_cache(config.cache_implementation)
+
+
+def refuse_checkpointing(model: PreTrainedModel, mode: SpeculationMode) -> None:
+    """Raises `ValueError` if the model is in training mode and does not fill its cache, as it checkpoints gradients.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+        mode ([`SpeculationMode`]): How it computes several tokens per pass.
+    """
+    if mode is SpeculationMode.RECOMPUTE or not (model.training and is_checkpointing(model)):
+        return
+    held = model(input_ids=example_ids(model, 1, 1), use_cache=True).get(
+        cache_name(inspect.signature(model.forward).parameters)
+    )
+    # A recurrent layer does not count tokens. It fills its cache, or there is none.
+    if held is None or (mode is not SpeculationMode.CHAIN_ON_COPY and not tokens_by_layer(held)):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode with gradient checkpointing, and then does not fill the "
+            "cache that `generate` continues from. Call `model.eval()` before `generate`, and `model.train()` "
+            "afterwards."
+        )
 
 
 def refuse_cache(cache: Cache | None, columns: int) -> None:
@@ -91,7 +122,7 @@ def refuse_cache(cache: Cache | None, columns: int) -> None:
     """
     for layer in cache.layers if getattr(cache, "_is_user_defined", False) else ():
         if isinstance(layer, QuantizedLayer):
-            _refuse_quantized("quantized")
+            refuse_quantized_cache("quantized")
         size = layer.get_max_length()
         if size != -1 and not layer.is_sliding and size < columns:
             raise ValueError(
