@@ -217,6 +217,16 @@ def test_an_end_token_long_before_the_length_limit(new_tokens, monkeypatch):
     assert torch.equal(model.generate(prompt(), mtp=True, **options), plain)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_another_default_device(strategy):
+    """As with `torch.set_default_device("cuda")` and a model on the CPU."""
+    model, ids = small_model(), small_prompt()
+    plain = generate(model, ids)
+    generate(model, ids, mtp=True)  # the trial of the model's speculation mode makes a tiny model
+    with torch.device("meta"):
+        assert torch.equal(generate(model, ids, mtp=True, mtp_strategy=strategy), plain)
+
+
 def test_max_time():
     model = small_model(max_position_embeddings=4096)
     output = generate(model, small_prompt(), 3000, mtp=True, max_time=0.2)
