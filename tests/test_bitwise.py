@@ -273,6 +273,7 @@ def test_returned_cache_is_that_of_plain_decoding(monkeypatch):
     [
         ("llama", {"cache_implementation": "static"}, "a static cache"),
         ("llama", {"attention_mask": torch.tensor([[0] + [1] * (PROMPT - 1)])}, "padded prompts"),
+        ("llama", {"prefill_chunk_size": 4}, "`prefill_chunk_size`"),
         ("mistral", {}, "the window of 7 tokens"),
         ("bloom", {}, "plain sequences only"),
     ],

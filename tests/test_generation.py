@@ -1,5 +1,6 @@
 """All of `generate` works with `mtp=True`: caches, embeddings, streamers, pipelines, and what may go wrong midway."""
 
+import inspect
 import time
 from threading import Thread
 
@@ -206,6 +207,26 @@ def test_few_new_tokens(strategy, new_tokens):
     model = small_model()
     output = generate(model, small_prompt(), new_tokens, mtp=True, mtp_strategy=strategy)
     assert torch.equal(output, generate(model, small_prompt(), new_tokens))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 30])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "bloom"])
+def test_prefill_in_chunks(architecture, chunk, monkeypatch):
+    model, options = small_model(architecture), {"return_dict_in_generate": True, "output_hidden_states": True}
+    plain = generate(model, small_prompt(), prefill_chunk_size=chunk, **options)
+    generate(model, small_prompt(), mtp=True)  # trials and measurements
+    passes, forward = [], model.get_base_model().forward
+
+    def counting(input_ids, **inputs):
+        passes.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **inputs)
+
+    counting.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model.get_base_model(), "forward", counting)
+    output = generate(model, small_prompt(), prefill_chunk_size=chunk, mtp=True, **options)
+    assert torch.equal(output.sequences, plain.sequences)
+    assert [states[0].shape for states in output.hidden_states] == [states[0].shape for states in plain.hidden_states]
+    assert passes[: 10 // chunk] == [chunk] * (10 // chunk)
 
 
 @pytest.mark.parametrize("new_tokens", [10**12, 25])
