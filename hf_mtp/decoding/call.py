@@ -140,7 +140,7 @@ class GenerateCall:
         if self.bitwise:
             is_tree = self.mode is SpeculationMode.TREE
             in_chunks = config.prefill_chunk_size is not None
-            refuse_bitwise(self.tuner.model, prompt, columns, _is_static(config), is_tree, in_chunks)
+            refuse_bitwise(self.tuner.model, prompt, columns, is_tree, in_chunks)
             refuse_unless_bitwise(self.tuner, len(prompt.rows))
 
     def _changes_rope(self, columns: int) -> bool:

@@ -198,25 +198,24 @@ def refuse_for_sequences(
             )
 
 
-def refuse_bitwise(
-    model: PreTrainedModel, prompt: Prompt, columns: int, is_static: bool, is_tree: bool, in_chunks: bool
-) -> None:
+def refuse_bitwise(model: PreTrainedModel, prompt: Prompt, columns: int, is_tree: bool, in_chunks: bool) -> None:
     """Raises `NotImplementedError` for requests whose passes cannot repeat plain decoding bit for bit.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
         prompt ([`Prompt`]): The prompts.
         columns (`int`): The most tokens that the text may have in the end.
-        is_static (`bool`): Whether a static cache is requested.
         is_tree (`bool`): Whether the model allows trees.
         in_chunks (`bool`): Whether prompts are read in chunks.
     """
     kinds = attention_kinds(model.config.get_text_config(decoder=True))
     limits = [kind.reaches_back() for kind in kinds if kind.reaches_back() is not None]
+    layers = () if prompt.cache is None else prompt.cache.layers
+    is_static = any(isinstance(layer, cache_utils.StaticLayer) for layer in layers)  # requested or passed
     is_padded = bool(prompt.start_B.any()) or prompt.hidden_BP.shape[1] > 0
     for asked, what, instead in (
         (not is_tree, "a model that reads plain sequences only", "Leave it out"),
-        (is_static, "a static cache, whose length decides how sums are rounded", "Leave `cache_implementation` out"),
+        (is_static, "a static cache, whose length decides how sums are rounded", "Use a dynamic one"),
         (in_chunks, "`prefill_chunk_size`", "Leave it out"),
         (is_padded, "padded prompts", "Pass prompts of the same length, or one prompt at a time"),
         (prompt.extra.is_in_use, "other inputs than text", "Leave them out"),
