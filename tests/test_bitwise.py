@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from oracle import RIGHT, Oracle
 from tiny_models import CACHE, generate, prompt, tiny_base, upgraded
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StaticCache
 
 from hf_mtp.cache.column_attention import ColumnAttention, KeysByColumn
 from hf_mtp.cache.rollback import RollbackCache
@@ -273,6 +273,7 @@ def test_returned_cache_is_that_of_plain_decoding(monkeypatch):
     [
         ("llama", {"cache_implementation": "static"}, "a static cache"),
         ("llama", {"attention_mask": torch.tensor([[0] + [1] * (PROMPT - 1)])}, "padded prompts"),
+        ("llama", {"prefill_chunk_size": 4}, "`prefill_chunk_size`"),
         ("mistral", {}, "the window of 7 tokens"),
         ("bloom", {}, "plain sequences only"),
     ],
@@ -281,6 +282,13 @@ def test_requests_that_cannot_be_bitwise_are_refused(architecture, options, mess
     model = upgraded(tiny_base(architecture, torch.bfloat16))
     with pytest.raises(NotImplementedError, match=message):
         generate(model, prompt(PROMPT), mtp=True, mtp_bitwise=True, **options)
+
+
+def test_a_static_cache_of_ones_own_is_refused():
+    model = upgraded(tiny_base("llama", torch.bfloat16))
+    own = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(NotImplementedError, match="a static cache"):
+        generate(model, prompt(PROMPT), mtp=True, mtp_bitwise=True, **{CACHE: own})
 
 
 def test_autocast_is_refused():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, generate, prompt, tiny_base, upgraded
+from tiny_models import VOCAB, checkpoint_layers, generate, prompt, tiny_base, upgraded
 from tiny_text import tiny_tokenizer
 from transformers import (
     AutoConfig,
@@ -190,8 +190,25 @@ def test_what_cannot_be_exact_is_refused():
     model = upgraded("llama")
     with pytest.raises(ValueError, match="'quantized' rounds keys and values in groups of tokens"):
         generate(model, prompt(), mtp=True, cache_implementation="quantized")
+    config = GenerationConfig(cache_implementation="quantized", max_new_tokens=4)
+    with pytest.raises(ValueError, match="'quantized' rounds keys and values in groups of tokens"):
+        model.generate(prompt(), mtp=True, generation_config=config)
+    with pytest.raises(ValueError, match="'paged' decodes with transformers' continuous batching"):
+        generate(model, prompt(), mtp=True, cache_implementation="paged")
     with pytest.raises(ValueError, match="`mtp=True` needs a cache.*`use_cache=False`"):
         generate(model, prompt(), mtp=True, use_cache=False)
+
+
+def test_a_cache_that_stays_empty_with_gradient_checkpointing():
+    """GPT-2 drops its cache then, as all models do in some releases of transformers."""
+    model = upgraded(tiny_base("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    checkpoint_layers(model)
+    plain = generate(model, prompt())
+    model.train()
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel is in training mode with gradient checkpointing"):
+        generate(model, prompt(), mtp=True)
+    checkpoint_layers(model, on=False)
+    assert torch.equal(generate(model, prompt(), mtp=True), plain)
 
 
 def test_token_healing_is_refused_with_the_way_out():

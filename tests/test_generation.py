@@ -1,5 +1,6 @@
 """All of `generate` works with `mtp=True`: caches, embeddings, streamers, pipelines, and what may go wrong midway."""
 
+import inspect
 import time
 from threading import Thread
 
@@ -19,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_mtp.base.tiny import tiny_model
 from hf_mtp.cache.rollback import RollbackCache
+from hf_mtp.decoding import sequence
 
 STRATEGIES = ("quadratic", "linear", "auto")
 SMALL = 5
@@ -205,6 +207,45 @@ def test_few_new_tokens(strategy, new_tokens):
     model = small_model()
     output = generate(model, small_prompt(), new_tokens, mtp=True, mtp_strategy=strategy)
     assert torch.equal(output, generate(model, small_prompt(), new_tokens))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 30])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "bloom"])
+def test_prefill_in_chunks(architecture, chunk, monkeypatch):
+    model, options = small_model(architecture), {"return_dict_in_generate": True, "output_hidden_states": True}
+    plain = generate(model, small_prompt(), prefill_chunk_size=chunk, **options)
+    generate(model, small_prompt(), mtp=True)  # trials and measurements
+    passes, forward = [], model.get_base_model().forward
+
+    def counting(input_ids, **inputs):
+        passes.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **inputs)
+
+    counting.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model.get_base_model(), "forward", counting)
+    output = generate(model, small_prompt(), prefill_chunk_size=chunk, mtp=True, **options)
+    assert torch.equal(output.sequences, plain.sequences)
+    assert [states[0].shape for states in output.hidden_states] == [states[0].shape for states in plain.hidden_states]
+    assert passes[: 10 // chunk] == [chunk] * (10 // chunk)
+
+
+@pytest.mark.parametrize("new_tokens", [10**12, 25])
+def test_an_end_token_long_before_the_length_limit(new_tokens, monkeypatch):
+    monkeypatch.setattr(sequence, "MOST_RESERVED", 4)
+    model, options = upgraded(), {"eos_token_id": 50, "do_sample": False, "max_new_tokens": new_tokens}
+    plain = model.generate(prompt(), **options)
+    assert plain.shape[1] - 11 > 3 * 4
+    assert torch.equal(model.generate(prompt(), mtp=True, **options), plain)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_another_default_device(strategy):
+    """As with `torch.set_default_device("cuda")` and a model on the CPU."""
+    model, ids = small_model(), small_prompt()
+    plain = generate(model, ids)
+    generate(model, ids, mtp=True)  # the trial of the model's speculation mode makes a tiny model
+    with torch.device("meta"):
+        assert torch.equal(generate(model, ids, mtp=True, mtp_strategy=strategy), plain)
 
 
 def test_max_time():

@@ -180,6 +180,22 @@ def test_equal_prompts_of_one_call_go_on_differently(model):
     assert sample(model, ids(1), num_return_sequences=4) == sample(model, same)
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("setting", [{"encoder_repetition_penalty": 9.0}, {"encoder_no_repeat_ngram_size": 1}])
+def test_rows_of_one_prompt_have_its_settings(setting, prompts, model):
+    there = torch.tensor([[1, 2, 1, 3], [4, 5, 6, 5]])[:prompts]  # of unlike tokens
+    texts = expected(model, there.repeat_interleave(2, dim=0), **setting)
+    assert texts != expected(model, there.repeat_interleave(2, dim=0))
+    assert sample(model, there, num_return_sequences=2, **setting) == texts
+
+
+def test_rows_of_one_prompt_are_constrained_by_its_number(model):
+    texts = sample(
+        model, ids(2), num_return_sequences=3, prefix_allowed_tokens_fn=lambda prompt, _: [[1, 2], [5, 6]][prompt]
+    )
+    assert [set(text) for text in texts] == [{1, 2}] * 3 + [{5, 6}] * 3
+
+
 def test_low_temperature_is_greedy(model):
     greedy = model.generate(ids(), do_sample=False, max_new_tokens=NEW_TOKENS)[:, 9:].tolist()
     assert sample(model, ids(), temperature=1e-4) == greedy

@@ -20,6 +20,7 @@ from .batch import Batch
 from .checks import (
     refuse_bitwise,
     refuse_cache,
+    refuse_checkpointing,
     refuse_dropped_cache,
     refuse_for_sequences,
     refuse_generation_mode,
@@ -30,7 +31,7 @@ from .drafters.acceptance import SIBLINGS
 from .drafters.masks import MaskDrafter
 from .loop import DecodingLoop
 from .noise import PositionNoise, draw_seed
-from .prefill import read_texts
+from .prefill import read_in_chunks, read_texts
 from .processors import most_new_tokens, processors_of_row
 from .prompt import Prompt
 from .schedule.adaptive import AdaptiveSchedule
@@ -82,6 +83,7 @@ class GenerateCall:
         """Decodes a batch. Arguments are those that transformers passes to a decode loop."""
         refuse_generation_mode(generation_config)
         refuse_ids(input_ids, self.tuner.vocab_size)
+        refuse_checkpointing(self.tuner.model, self.mode)
         given = model_kwargs.get(cache_name(model_kwargs))
         is_users = getattr(given, "_is_user_defined", False)
         if is_users:  # so that an error cannot leave it half written
@@ -101,7 +103,7 @@ class GenerateCall:
         keeps_cache = is_users or bool(generation_config.return_dict_in_generate)
         for part in prompt.parts(together=self.mode is SpeculationMode.TREE):
             rows, cache = [sequences[row] for row in part.rows], self._cache(part, columns, generation_config)
-            batch = Batch(rows, cache, part.unread_BT)
+            batch = Batch(rows, cache, self._read_in_chunks(part, cache, columns, generation_config))
             self._decode(batch, verifier, stream, statistics, generation_config, keeps_cache)
         for row in sequences:
             prepend_states(row, prompt.extra.states, row.row)
@@ -136,7 +138,8 @@ class GenerateCall:
             )
         if self.bitwise:
             is_tree = self.mode is SpeculationMode.TREE
-            refuse_bitwise(self.tuner.model, prompt, columns, _is_static(config), is_tree)
+            in_chunks = config.prefill_chunk_size is not None
+            refuse_bitwise(self.tuner.model, prompt, columns, is_tree, in_chunks)
             refuse_unless_bitwise(self.tuner, len(prompt.rows))
 
     def _changes_rope(self, columns: int) -> bool:
@@ -205,6 +208,15 @@ class GenerateCall:
         finally:  # an interrupted call, too, leaves the costs that it measured
             if isinstance(schedule, AdaptiveSchedule):
                 self.tuner.schedules.give_back(key, schedule)
+
+    def _read_in_chunks(
+        self, prompt: Prompt, cache: DecodingCache, columns: int, config: GenerationConfig
+    ) -> torch.Tensor:
+        """Reads all of a prompt but its last chunk, and returns that one."""
+        # A model whose rotary embeddings change reads the whole text at once, as it does where they change.
+        is_whole = self.mode is SpeculationMode.RECOMPUTE or self._changes_rope(columns)
+        chunk = None if is_whole else config.prefill_chunk_size
+        return read_in_chunks(self._forward(config), prompt.unread_BT, cache, chunk)
 
     def _schedule(self, key: tuple, is_static: bool) -> Schedule:
         if self.strategy != "auto":

@@ -1,12 +1,16 @@
 """Rejects requests that `generate(mtp=True)` cannot decode exactly, before anything is computed."""
 
+import inspect
+
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..base.caches import is_dropped
+from ..base.caches import cache_name, is_dropped, tokens_by_layer
+from ..base.inspection import is_checkpointing
 from ..base.rope import rope_switches
 from ..layout.attention import attention_kinds
+from ..passes.speculation_mode import SpeculationMode, example_ids
 from .prompt import Prompt
 
 # transformers 5.20 has only the narrower class.
@@ -53,10 +57,16 @@ def refuse_arguments(kwargs: dict) -> None:
         )
     if kwargs.get("use_cache") is False:
         raise ValueError("`mtp=True` needs a cache to verify drafts, but got `use_cache=False`. Leave it out.")
-    _refuse_quantized(kwargs.get("cache_implementation"))  # before transformers asks for its packages
+    if kwargs.get("cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation='paged' decodes with transformers' continuous batching, which does not call the "
+            "decode loop of `mtp=True`. Leave it out, or serve the adapter with `hf-mtp serve`, which batches "
+            "continuously."
+        )
 
 
-def _refuse_quantized(cache_implementation: str | None) -> None:
+def refuse_quantized_cache(cache_implementation: str | None) -> None:
+    """Raises `ValueError` for a quantized cache."""
     if cache_implementation == "quantized":
         raise ValueError(
             "cache_implementation='quantized' rounds keys and values in groups of tokens. The groups depend on how "
@@ -79,7 +89,28 @@ def refuse_generation_mode(config: GenerationConfig) -> None:
             f"{given} selects {mode.value.replace('_', ' ')}, which does not decode one sequence token by token, so "
             "`mtp=True` could not return the same output. Leave out these settings, or `mtp=True`."
         )
-    _refuse_quantized(config.cache_implementation)
+    refuse_quantized_cache(config.cache_implementation)
+
+
+def refuse_checkpointing(model: PreTrainedModel, mode: SpeculationMode) -> None:
+    """Raises `ValueError` if the model is in training mode and does not fill its cache, as it checkpoints gradients.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base.
+        mode ([`SpeculationMode`]): How it computes several tokens per pass.
+    """
+    if mode is SpeculationMode.RECOMPUTE or not (model.training and is_checkpointing(model)):
+        return
+    held = model(input_ids=example_ids(model, 1, 1), use_cache=True).get(
+        cache_name(inspect.signature(model.forward).parameters)
+    )
+    # A recurrent layer does not count tokens. It fills its cache, or there is none.
+    if held is None or (mode is not SpeculationMode.CHAIN_ON_COPY and not tokens_by_layer(held)):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode with gradient checkpointing, and then does not fill the "
+            "cache that `generate` continues from. Call `model.eval()` before `generate`, and `model.train()` "
+            "afterwards."
+        )
 
 
 def refuse_cache(cache: Cache | None, columns: int) -> None:
@@ -91,7 +122,7 @@ def refuse_cache(cache: Cache | None, columns: int) -> None:
     """
     for layer in cache.layers if getattr(cache, "_is_user_defined", False) else ():
         if isinstance(layer, QuantizedLayer):
-            _refuse_quantized("quantized")
+            refuse_quantized_cache("quantized")
         size = layer.get_max_length()
         if size != -1 and not layer.is_sliding and size < columns:
             raise ValueError(
@@ -167,22 +198,25 @@ def refuse_for_sequences(
             )
 
 
-def refuse_bitwise(model: PreTrainedModel, prompt: Prompt, columns: int, is_static: bool, is_tree: bool) -> None:
+def refuse_bitwise(model: PreTrainedModel, prompt: Prompt, columns: int, is_tree: bool, in_chunks: bool) -> None:
     """Raises `NotImplementedError` for requests whose passes cannot repeat plain decoding bit for bit.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base.
         prompt ([`Prompt`]): The prompts.
         columns (`int`): The most tokens that the text may have in the end.
-        is_static (`bool`): Whether a static cache is requested.
         is_tree (`bool`): Whether the model allows trees.
+        in_chunks (`bool`): Whether prompts are read in chunks.
     """
     kinds = attention_kinds(model.config.get_text_config(decoder=True))
     limits = [kind.reaches_back() for kind in kinds if kind.reaches_back() is not None]
+    layers = () if prompt.cache is None else prompt.cache.layers
+    is_static = any(isinstance(layer, cache_utils.StaticLayer) for layer in layers)  # requested or passed
     is_padded = bool(prompt.start_B.any()) or prompt.hidden_BP.shape[1] > 0
     for asked, what, instead in (
         (not is_tree, "a model that reads plain sequences only", "Leave it out"),
-        (is_static, "a static cache, whose length decides how sums are rounded", "Leave `cache_implementation` out"),
+        (is_static, "a static cache, whose length decides how sums are rounded", "Use a dynamic one"),
+        (in_chunks, "`prefill_chunk_size`", "Leave it out"),
         (is_padded, "padded prompts", "Pass prompts of the same length, or one prompt at a time"),
         (prompt.extra.is_in_use, "other inputs than text", "Leave them out"),
         (

@@ -14,7 +14,7 @@ from ..base.inspection import input_device, refuse_attention_without_masks, refu
 from ..base.randomness import own_randomness
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .call import GenerateCall
-from .checks import refuse_arguments
+from .checks import refuse_arguments, refuse_quantized_cache
 from .devices import to_device
 from .drafters.base import Drafts
 from .drafters.masks import draft
@@ -104,8 +104,11 @@ class GenerationMixin:
         strategy, mode = self._checked_strategy(asked["mtp_strategy"] or "auto")
         if strategy is None:
             return self._generate_plainly(generator, kwargs)
-        healing = _first_given(kwargs.get("token_healing"), "token_healing", configs)
+        healing, cache = (
+            _first_given(kwargs.get(name), name, configs) for name in ("token_healing", "cache_implementation")
+        )
         refuse_arguments({**kwargs, "token_healing": healing})
+        refuse_quantized_cache(cache)  # before transformers asks for its packages
         stop_strings_to_criteria(kwargs, configs)
         streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
         bitwise = bool(asked["mtp_bitwise"])

@@ -13,6 +13,10 @@ from transformers.utils import ModelOutput
 
 from ..base.caches import CACHE_NAMES, cache_name, copied, tokens_by_layer
 from ..base.inspection import is_media, media_tokens
+from ..cache.protocol import DecodingCache
+from ..layout.blocks import decoding_layout
+from ..layout.mask_plan import no_masks
+from ..passes.decoding_pass import DecodingPass
 from ..passes.speculation_mode import are_close
 
 # Arguments of a model's forward pass that the decode loop sets itself.
@@ -73,6 +77,29 @@ def read_by_base(
     asked = [name for name in ("hidden_states", "attentions") if model_kwargs.get(f"output_{name}")]
     states = {name: outputs[name] for name in asked}
     return replace(_inputs_of_next_token(model, input_ids, model_kwargs), states=states, is_in_use=True)
+
+
+def read_in_chunks(
+    forward: DecodingPass, unread_BT: torch.Tensor, cache: DecodingCache, chunk: int | None
+) -> torch.Tensor:
+    """Reads a prompt in chunks, as `prefill_chunk_size` asks for, but for the last one.
+
+    Args:
+        forward ([`DecodingPass`]): The model's forward pass.
+        unread_BT (`torch.Tensor`): The tokens: ids of shape `(B, T)`, or embeddings of shape `(B, T, E)`.
+        cache ([`DecodingCache`]): The tokens before these. It gets those that are read.
+        chunk (`int`, *optional*): Tokens of each chunk; all if `None`.
+
+    Returns:
+        The last chunk, `(B, t)` or `(B, t, E)`.
+    """
+    *first, last = unread_BT.split(chunk or unread_BT.shape[1], dim=1)
+    for chunk_Bt in first:
+        rows, size = chunk_Bt.shape[:2]
+        layout = decoding_layout(cache.rows.next_places(size), no_masks(rows, 1, 1, chunk_Bt.device))
+        forward(chunk_Bt, layout, cache, logits_rows=1)
+        cache.keep([size] * rows)
+    return last
 
 
 @torch.no_grad()

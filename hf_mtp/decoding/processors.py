@@ -40,8 +40,9 @@ OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) 
 OF_TOKENS_ALONE = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
 # Processors of transformers that remember earlier calls.
 KEEPS_STATE = {"SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor"}
-# Attributes of transformers' processors with one entry per row of the batch.
-PER_ROW = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
+# Attributes of transformers' processors with one entry per prompt, or per row of the batch. With
+# `num_return_sequences`, several consecutive rows have the same prompt.
+PER_PROMPT = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
 
 
 class Order(enum.Enum):
@@ -94,17 +95,19 @@ def most_new_tokens(criteria: StoppingCriteriaList, prompt: int) -> int:
 
 def processors_of_row(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
     """Copies of transformers' processors for one row of a batch of `rows`."""
-    return processors if rows == 1 else LogitsProcessorList(_of_row(processor, row) for processor in processors)
+    return processors if rows == 1 else LogitsProcessorList(_of_row(each, row, rows) for each in processors)
 
 
-def _of_row(processor, row: int):
+def _of_row(processor, row: int, rows: int):
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, prefix: allowed(row, prefix), 1)
+        allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
+        return PrefixConstrainedLogitsProcessor(lambda _, prefix: allowed(prompt, prefix), 1)
     own = copy(processor)
-    for name in PER_ROW & vars(own).keys():
+    for name in PER_PROMPT & vars(own).keys():
         value = getattr(own, name)
-        setattr(own, name, value[row : row + 1] if isinstance(value, torch.Tensor | list) else value)
+        if isinstance(value, torch.Tensor | list):
+            place = row * len(value) // rows
+            setattr(own, name, value[place : place + 1])
     if "batch_size" in vars(own):
         own.batch_size = 1
     return own

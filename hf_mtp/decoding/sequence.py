@@ -7,6 +7,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from .noise import PositionNoise
 
+MOST_RESERVED = 2**16  # new tokens that storage is reserved for; it grows if there are more
+
 
 @dataclass
 class TokenRecord:
@@ -54,7 +56,7 @@ class Sequence:
         noise: PositionNoise | None = None,
     ):
         self.row, self.padding, self.prompt = row, padding, len(prompt_S)
-        self.ids_S = torch.cat([prompt_S, prompt_S.new_zeros(max_new_tokens)])
+        self.ids_S = torch.cat([prompt_S, prompt_S.new_zeros(min(max_new_tokens, MOST_RESERVED))])
         self.max_new_tokens, self.new_tokens = max_new_tokens, 0
         self.is_stopped = self.is_finished = False
         self.processors, self.noise = processors, noise
@@ -81,6 +83,8 @@ class Sequence:
     def append(self, token_n: torch.LongTensor, logits_nV: torch.Tensor | None, score_nV: torch.Tensor | None) -> None:
         """Adds n tokens, with their logits and scores."""
         start = self.prompt + self.new_tokens
+        if start + len(token_n) > len(self.ids_S):
+            self.ids_S = torch.cat([self.ids_S, torch.zeros_like(self.ids_S), torch.zeros_like(token_n)])
         self.ids_S[start : start + len(token_n)] = token_n
         self.new_tokens += len(token_n)
         if self.noise is not None:

@@ -70,7 +70,7 @@ class RowStream:
         lengths = [row.new_tokens for row in self.sequences]
         waiting = [row.new_tokens for row in self.sequences if not row.is_finished]
         while self.sent < (min(waiting) if waiting else max(lengths)):
-            self.streamer.put(torch.tensor([self._token(row) for row in self.sequences]))
+            self.streamer.put(torch.tensor([self._token(row) for row in self.sequences], device="cpu"))
             self.sent += 1
         if isinstance(self.streamer, PassStreamer):
             self.streamer.end_pass()

@@ -65,9 +65,10 @@ class MaskDrafter:
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
         """Makes `counts` drafts for each row from the masks that the pass computed."""
-        rows, anchor_B = torch.arange(len(counts)), outcome.verified.anchor_B
+        # On the CPU, as on the device each of these small operations would start a kernel.
+        rows, anchor_B = torch.arange(len(counts), device="cpu"), outcome.verified.anchor_B
         column_BK = outcome.plan.column_BRk[rows, anchor_B, : max(counts)]
-        wanted_BK = torch.arange(column_BK.shape[1]) < torch.tensor(counts)[:, None]
+        wanted_BK = torch.arange(column_BK.shape[1], device="cpu") < torch.tensor(counts, device="cpu")[:, None]
         output = outcome.output
         samples = any(row.noise is not None for row in outcome.sequences)
         noise_of = _noise_of(outcome.sequences) if samples else None
