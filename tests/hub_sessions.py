@@ -126,7 +126,7 @@ def reader() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         tables.append(GatedLoraConfig.from_pretrained("me/with-ngrams", revision="trial").ngrams)
-    document["n-grams"] = [[token for token, _ in table.after([7], 3)] for table in tables]
+    document["n-grams"] = [[step[0][0] for step in table.after([7], 3)] for table in tables]
     for name, base in (("me/pickled", "me/base"), ("me/my-model-mtp", "me/other-base")):
         try:
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), name)

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import count_ngrams
-from hf_mtp.adapter.ngram_table import BITS, NGRAMS_NAME, SAME, NgramTable, count_tokens
+from hf_mtp.adapter.ngram_table import BITS, CANDIDATES, NGRAMS_NAME, NO_CANDIDATE, SAME, NgramTable, count_tokens
 
 K = 3
 TEXTS = [[1, 2, 3, 4], [1, 2, 3, 5], [7, 2, 3, 4], [9, 9]]
@@ -27,7 +28,10 @@ def table_of(*texts: list[int]) -> NgramTable:
 # ---------------------------------------------------------------- counting
 
 
-def counted_by_hand(texts: list[list[int]]) -> dict[tuple[int, ...], tuple[int, float]]:
+Entry = list[tuple[int, float]]  # candidates with their probabilities
+
+
+def counted_by_hand(texts: list[list[int]]) -> dict[tuple[int, ...], Entry]:
     """What a table must have, by the definition."""
     found = {}
     for length in (1, 2, 3):
@@ -36,32 +40,42 @@ def counted_by_hand(texts: list[list[int]]) -> dict[tuple[int, ...], tuple[int, 
             for place in range(length, len(text)):
                 after[tuple(text[place - length : place])][text[place]] += 1
         for context, counts in after.items():
-            most = max(counts.values())
-            token = min(token for token, count in counts.items() if count == most)
-            found[context] = token, most / (counts.total() + 1), most
-    found = {context: entry[:2] for context, entry in found.items() if entry[2] >= 2}
-    return {
-        context: (token, probability)
-        for context, (token, probability) in found.items()
-        if found.get(context[1:], (None, 0))[0] != token or abs(found[context[1:]][1] - probability) >= SAME
-    }
+            likeliest = sorted(counts, key=lambda token, counts=counts: (-counts[token], token))[:CANDIDATES]
+            entry = [(token, counts[token] / (counts.total() + 1)) for token in likeliest if counts[token] >= 2]
+            if entry:
+                found[context] = entry
+    return {context: entry for context, entry in found.items() if not is_same(entry, found.get(context[1:], []))}
 
 
-def as_dict(table: NgramTable) -> dict[tuple[int, ...], tuple[int, float]]:
+def is_same(one: Entry, other: Entry) -> bool:
+    differences = [abs(a[1] - b[1]) for a, b in zip(one, other, strict=False)]
+    return [token for token, _ in one] == [token for token, _ in other] and max(differences) < SAME
+
+
+def as_dict(table: NgramTable) -> dict[tuple[int, ...], Entry]:
     def tokens(key: int) -> tuple[int, ...]:
         parts = [(key >> BITS * place) % (1 << BITS) - 1 for place in (2, 1, 0)]
         return tuple(part for part in parts if part >= 0)
 
     entries = zip(table.contexts.tolist(), table.tokens.tolist(), table.probabilities.tolist(), strict=True)
-    return {tokens(key): (token, probability) for key, token, probability in entries}
+    return {
+        tokens(key): [pair for pair in zip(*entry, strict=True) if pair[0] != NO_CANDIDATE] for key, *entry in entries
+    }
+
+
+def first_after(table: NgramTable, context: list[int], count: int) -> list[int]:
+    """The likeliest continuation."""
+    return [candidates[0][0] for candidates in table.after(context, count)]
 
 
 def test_counts_are_those_of_the_definition():
-    texts = [(prompt(40, rows=1, seed=seed)[0] % 4).tolist() for seed in range(6)]
+    texts = [(prompt(80, rows=1, seed=seed)[0] % 5).tolist() for seed in range(6)]
     found, expected = as_dict(count_tokens(texts)), counted_by_hand(texts)
     assert found.keys() == expected.keys() and len({len(context) for context in found}) == 3
-    for context, (token, probability) in expected.items():
-        assert found[context] == (token, pytest.approx(probability, abs=1e-3)), context
+    assert {len(entry) for entry in expected.values()} == {1, 2, 3}
+    for context, entry in expected.items():
+        assert [token for token, _ in found[context]] == [token for token, _ in entry], context
+        assert [p for _, p in found[context]] == pytest.approx([p for _, p in entry], abs=1e-3), context
 
 
 def test_texts_do_not_run_into_each_other():
@@ -70,9 +84,9 @@ def test_texts_do_not_run_into_each_other():
 
 def test_the_largest_ids_fit():
     most = (1 << BITS) - 2
-    assert list(table_of([most, most - 1, 0]).after([most], 2)) == [(most - 1, pytest.approx(2 / 3, abs=1e-3))] + [
-        (0, pytest.approx(2 / 3, abs=1e-3))
-    ]
+    table = table_of([most, most - 1, 0])
+    assert first_after(table, [most], 2) == [most - 1, 0]
+    assert as_dict(table)[(most,)] == [(most - 1, pytest.approx(2 / 3, abs=1e-3))]
 
 
 def test_of_too_many_the_most_frequent_are_kept():
@@ -91,9 +105,9 @@ def test_texts_that_give_no_table(texts, words):
 
 def test_continuations():
     table = table_of([1, 2, 3, 4, 5], [8, 3, 9])
-    assert [token for token, _ in table.after([0, 1], 8)] == [2, 3, 4, 5]
-    assert [token for token, _ in table.after([8, 3], 8)] == [9]
-    assert [token for token, _ in table.after([1], 2)] == [2, 3]
+    assert first_after(table, [0, 1], 8) == [2, 3, 4, 5]
+    assert first_after(table, [8, 3], 8) == [9]
+    assert first_after(table, [1], 2) == [2, 3]
     assert list(table.after([6], 8)) == [] == list(table.after([], 8))
 
 
@@ -117,7 +131,7 @@ SAYS = {"role": "assistant", "content": "w20 w21 w22"}
 )
 def test_forms_of_datasets(row):
     table = count_ngrams([row] * 2, tiny_tokenizer())
-    assert [token for token, _ in table.after([20], 3)] == [21, 22, tiny_tokenizer().eos_token_id]
+    assert first_after(table, [20], 3) == [21, 22, tiny_tokenizer().eos_token_id]
     assert not list(table.after([30], 1))  # the prompt does not count
 
 
@@ -153,6 +167,14 @@ def test_right_tables_save_passes_and_wrong_ones_change_nothing(kind):
         if name == "right":
             assert model.mtp_statistics.looked_up > 0
     assert passes["right"] < passes["none"]
+
+
+def test_candidates_beside_the_first_are_accepted():
+    text = generate(tiny_base("llama").double(), prompt(), 24)[0].tolist()
+    pairs = [[[token, 3]] * 3 + [[token, after]] * 2 for token, after in pairwise(text)]  # 3 is wrong, but likelier
+    model = upgraded_with(count_tokens([pair for both in pairs for pair in both]))
+    assert generate(model, prompt(), 24, mtp=True, mtp_strategy="auto")[0].tolist() == text
+    assert model.mtp_statistics.looked_up > 0
 
 
 def test_samples_are_those_without_a_table():

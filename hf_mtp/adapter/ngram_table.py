@@ -1,9 +1,10 @@
-"""The n-gram table: which token most often follows the last one, two or three tokens in a model's own texts.
+"""The n-gram table: which tokens most often follow the last one, two or three tokens in a model's own texts.
 
 Its drafts cost no masks. Retrieving drafts from a fixed collection of texts is the idea of REST (He et al., 2023,
-arXiv 2311.08252); keeping one continuation per context follows N-Grammys (Stewart et al., 2024, arXiv 2411.03786).
+arXiv 2311.08252).
 
-Shapes: N contexts of the table, T tokens of all texts.
+Shapes: N contexts of the table, C candidates of a context, T tokens of all texts, P different pairs of a context and
+the token after it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 NGRAMS_NAME = "ngrams.safetensors"  # beside an adapter's weights
 LONGEST_CONTEXT = 3  # tokens
+CANDIDATES = 3  # next tokens that are kept of a context
+NO_CANDIDATE = -1
 BITS = 20  # of a token in a key; three tokens fit into 63 bits
 LEAST_COUNT = 2  # a continuation that was seen once may be chance
 SAME = 0.1  # a longer context is left out if the probability changes by less
@@ -24,14 +27,15 @@ DTYPES = {"contexts": np.int64, "tokens": np.int32, "probabilities": np.float16}
 
 
 class NgramTable:
-    """The likeliest next token by the last tokens of a text. Immutable.
+    """The likeliest next tokens by the last tokens of a text. Immutable.
 
     Make one with [`count_ngrams`]. Set `model.peft_config[adapter].ngrams` to it; the adapter then saves and loads it.
 
     Args:
         contexts (`np.ndarray` of shape `(N,)`): Keys of the contexts, in ascending order.
-        tokens (`np.ndarray` of shape `(N,)`): The likeliest next token of each.
-        probabilities (`np.ndarray` of shape `(N,)`): How likely each is.
+        tokens (`np.ndarray` of shape `(N, C)`): The likeliest next tokens of each, likeliest first; -1 if there are
+            fewer.
+        probabilities (`np.ndarray` of shape `(N, C)`): How likely each token is.
 
     Raises:
         ValueError: These are not the arrays of a table.
@@ -40,12 +44,14 @@ class NgramTable:
     def __init__(self, contexts: np.ndarray, tokens: np.ndarray, probabilities: np.ndarray):
         arrays = {"contexts": contexts, "tokens": tokens, "probabilities": probabilities}
         for name, array in arrays.items():
-            if array.dtype != DTYPES[name] or array.shape != (len(contexts),):
+            shape = (len(contexts),) if name == "contexts" else (len(contexts), CANDIDATES)
+            if array.dtype != DTYPES[name] or array.shape != shape:
                 raise ValueError(
-                    f"`{name}` of an n-gram table must have dtype {np.dtype(DTYPES[name])} and shape "
-                    f"({len(contexts)},), but has {array.dtype} and {array.shape}."
+                    f"`{name}` of an n-gram table must have dtype {np.dtype(DTYPES[name])} and shape {shape}, but has "
+                    f"{array.dtype} and {array.shape}."
                 )
-        if (contexts[1:] <= contexts[:-1]).any() or (tokens < 0).any() or not np.isfinite(probabilities).all():
+        has_first = not len(tokens) or tokens[:, 0].min() >= 0
+        if (contexts[1:] <= contexts[:-1]).any() or not has_first or not np.isfinite(probabilities).all():
             raise ValueError("An n-gram table needs ascending contexts, token ids and finite probabilities.")
         self.contexts, self.tokens, self.probabilities = contexts, tokens, probabilities
 
@@ -55,24 +61,29 @@ class NgramTable:
     def __deepcopy__(self, memo: dict) -> "NgramTable":
         return self  # configs are copied often
 
-    def after(self, context: Sequence[int], count: int) -> Iterator[tuple[int, float]]:
-        """The likeliest continuation, one token after the other, with the probability of each.
+    def after(self, context: Sequence[int], count: int) -> Iterator[list[tuple[int, float]]]:
+        """The likeliest continuation, one token after the other.
 
         Each token is looked up by the longest known context. The continuation ends where not even the last token is
         known.
 
         Args:
             context (`Sequence[int]`): The last tokens of a text.
-            count (`int`): Most tokens to return.
+            count (`int`): Most steps.
+
+        Yields:
+            `list[tuple[int, float]]`: The candidates of each step with their probabilities, likeliest first. The next
+            step continues from the first candidate.
         """
         last = list(context[-LONGEST_CONTEXT:])
         for _ in range(count):
             place = self._place(last)
             if place is None:
                 return
-            token = int(self.tokens[place])
-            yield token, float(self.probabilities[place])
-            last = [*last[1 - LONGEST_CONTEXT :], token]
+            candidates = zip(self.tokens[place].tolist(), self.probabilities[place].tolist(), strict=True)
+            found = [(token, probability) for token, probability in candidates if token != NO_CANDIDATE]
+            yield found
+            last = [*last[1 - LONGEST_CONTEXT :], found[0][0]]
 
     def _place(self, context: list[int]) -> int | None:
         for start in range(len(context)):
@@ -141,23 +152,23 @@ def _key(context: Sequence[int]) -> int:
 
 
 class Counted(NamedTuple):
-    """Contexts of one length in ascending order, their likeliest next token, its probability, and their counts."""
+    """Contexts of one length in ascending order, their likeliest next tokens, their probabilities, and counts."""
 
     key_N: np.ndarray
-    token_N: np.ndarray
-    probability_N: np.ndarray
+    token_NC: np.ndarray
+    probability_NC: np.ndarray
     count_N: np.ndarray
 
 
 def count_tokens(texts: Iterable[Sequence[int]], size: int = 200_000) -> NgramTable:
     """The n-gram table of texts.
 
-    A continuation must have been seen twice. A longer context is left out if it predicts what the shorter one does.
+    A next token must have been seen twice. A longer context is left out if it predicts what the shorter one does.
 
     Args:
         texts (`Iterable[Sequence[int]]`): Token ids of each text.
         size (`int`, *optional*, defaults to 200000): Most contexts; of more, the most frequent are kept. A context
-            takes 14 bytes.
+            takes 26 bytes.
 
     Raises:
         ValueError: A token id is negative or too large, or no n-gram occurs twice.
@@ -170,8 +181,8 @@ def count_tokens(texts: Iterable[Sequence[int]], size: int = 200_000) -> NgramTa
         raise ValueError("No n-gram occurs twice in these texts, so there is nothing to draft from. Pass more texts.")
     # Keys of longer contexts are larger, so the order of all is ascending, too.
     kept = np.sort(np.argsort(-all_found.count_N, kind="stable")[:size])
-    key_N, token_N, probability_N, _ = (values[kept] for values in all_found)
-    return NgramTable(key_N, token_N.astype(np.int32), probability_N.astype(np.float16))
+    arrays = zip(DTYPES.values(), all_found, strict=False)  # without the counts
+    return NgramTable(*(values[kept].astype(dtype) for dtype, values in arrays))
 
 
 def _joined(texts: Iterable[Sequence[int]]) -> np.ndarray:
@@ -197,14 +208,18 @@ def _windows(id_T: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _likeliest(key: np.ndarray, token: np.ndarray) -> Counted:
     """Counts the tokens that follow each context."""
-    pair, pair_count = np.unique(np.stack([key, token], axis=1), axis=0, return_counts=True)
-    context, start = np.unique(pair[:, 0], return_index=True)
-    context_count = np.add.reduceat(pair_count, start) if len(start) else pair_count
-    most_frequent_first = np.lexsort((-pair_count, pair[:, 0]))
-    best = most_frequent_first[start]
-    probability = pair_count[best] / (context_count + 1)  # of so few, the first guess is none
-    kept = pair_count[best] >= LEAST_COUNT
-    return Counted(context[kept], pair[best, 1][kept], probability[kept], context_count[kept])
+    pair_P2, count_P = np.unique(np.stack([key, token], axis=1), axis=0, return_counts=True)
+    key_N, start_N, pairs_N = np.unique(pair_P2[:, 0], return_index=True, return_counts=True)
+    count_N = np.add.reduceat(count_P, start_N) if len(start_N) else count_P
+    falling_P = np.lexsort((-count_P, pair_P2[:, 0]))  # by context, and the most frequent pair first
+    rank_C = np.arange(CANDIDATES)
+    best_NC = falling_P[np.minimum(start_N[:, None] + rank_C, max(0, len(falling_P) - 1))]
+    is_there_NC = (rank_C < pairs_N[:, None]) & (count_P[best_NC] >= LEAST_COUNT)
+    token_NC = np.where(is_there_NC, pair_P2[best_NC, 1], NO_CANDIDATE)
+    # One more than was counted: of so few, the first guess is none.
+    probability_NC = np.where(is_there_NC, count_P[best_NC] / (count_N[:, None] + 1), 0.0)
+    kept_N = is_there_NC[:, 0]
+    return Counted(key_N[kept_N], token_NC[kept_N], probability_NC[kept_N], count_N[kept_N])
 
 
 def _without_known(shorter: Counted, found: Counted, length: int) -> Counted:
@@ -213,6 +228,7 @@ def _without_known(shorter: Counted, found: Counted, length: int) -> Counted:
         return found
     end_N = found.key_N & (1 << BITS * length) - 1
     place_N = np.searchsorted(shorter.key_N, end_N).clip(max=len(shorter.key_N) - 1)
-    is_known = (shorter.key_N[place_N] == end_N) & (shorter.token_N[place_N] == found.token_N)
-    is_known &= np.abs(shorter.probability_N[place_N] - found.probability_N) < SAME
-    return Counted(*(values[~is_known] for values in found))
+    is_same_NC = shorter.token_NC[place_N] == found.token_NC
+    is_same_NC &= np.abs(shorter.probability_NC[place_N] - found.probability_NC) < SAME
+    is_known_N = (shorter.key_N[place_N] == end_N) & is_same_NC.all(axis=1)
+    return Counted(*(values[~is_known_N] for values in found))

@@ -18,7 +18,7 @@ def ngrams(
     ] = None,
     config: Annotated[str | None, Option(help="Configuration of the dataset, if it has several.")] = None,
     split: Annotated[str, Option(help="Split of the dataset.")] = "train",
-    size: Annotated[int, Option(min=1, help="Most n-grams to keep. Each takes 14 bytes.")] = 200_000,
+    size: Annotated[int, Option(min=1, help="Most n-grams to keep. Each takes 26 bytes.")] = 200_000,
 ) -> None:
     """Count the n-grams of responses, so that `auto` drafts from them as well. The output does not change.
 

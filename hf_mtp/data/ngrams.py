@@ -10,7 +10,7 @@ from .prompts import encode_prompt, form_of, question_of
 
 
 def count_ngrams(dataset: Iterable[dict], tokenizer: PreTrainedTokenizerBase, size: int = 200_000) -> NgramTable:
-    """Counts which token most often follows the last one, two or three tokens in the responses of a dataset.
+    """Counts which tokens most often follow the last one, two or three tokens in the responses of a dataset.
 
     `mtp_strategy="auto"` drafts from the table wherever that pays. It works best with the model's own responses, such
     as those of [`regenerate_responses`]. The output never changes. The table contains short pieces of the responses,
@@ -21,7 +21,7 @@ def count_ngrams(dataset: Iterable[dict], tokenizer: PreTrainedTokenizerBase, si
             (or `conversations`), or plain `text`, which counts as a whole.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         size (`int`, *optional*, defaults to 200000): Most contexts; of more, the most frequent are kept. A context
-            takes 14 bytes.
+            takes 26 bytes.
 
     Raises:
         ValueError: A row has no response, the vocabulary is larger than a million tokens, or no n-gram occurs twice.

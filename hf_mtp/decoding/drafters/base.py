@@ -51,6 +51,11 @@ class Drafts:
         return self.confidence_BK.tolist()
 
     @cached_property
+    def parents(self) -> list[list[int]]:
+        """`parents_BK` on the host."""
+        return self.parents_BK.tolist()
+
+    @cached_property
     def siblings(self) -> list[list[list[int]]]:
         """`sibling_BKC` on the host."""
         if self.sibling_BKC is None:

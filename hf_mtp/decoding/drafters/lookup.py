@@ -18,14 +18,16 @@ MOST_DRAFTS = 16
 
 @dataclass(frozen=True)
 class Found:
-    """What a lookup found.
+    """What a lookup found: a tree of drafts.
 
     Args:
-        tokens (`list[int]`): The continuation of a text.
-        rates (`list[float]`): The probability that each is right if all before it are.
+        tokens (`list[int]`): The drafts, each after the one that it follows.
+        parents (`list[int]`): What each follows: 0 is the end of the text, i the i-th draft.
+        rates (`list[float]`): The probability that each is right if all that it follows are.
     """
 
     tokens: list[int]
+    parents: list[int]
     rates: list[float]
 
 
@@ -53,15 +55,16 @@ class LookupDrafter(ABC):
         for sequence in outcome.sequences:
             wanted = min(MOST_DRAFTS, sequence.remaining_tokens - 1)
             is_of_use = wanted > 0 and not sequence.is_finished
-            self._found[sequence] = self.look_up(sequence, wanted) if is_of_use else Found([], [])
+            self._found[sequence] = self.look_up(sequence, wanted) if is_of_use else Found([], [], [])
         return [self._found[sequence].rates for sequence in outcome.sequences]
 
     def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
         """Makes `counts` drafts for each row of what was looked up."""
         longest, device = max(counts), outcome.verified.pending_B.device
-        tokens, rates = [], []
+        tokens, parents, rates = [], [], []
         for sequence, count in zip(outcome.sequences, counts, strict=True):
             found, short = self._found[sequence], longest - count
             tokens.append([*found.tokens[:count], *[NO_TOKEN] * short])
+            parents.append([*found.parents[:count], *[0] * short])
             rates.append([*found.rates[:count], *[0.0] * short])
-        return Drafts(torch.tensor(tokens, device=device), torch.tensor(rates, device=device))
+        return Drafts(*(torch.tensor(values, device=device) for values in (tokens, rates, parents)))

@@ -91,4 +91,4 @@ class NgramDrafter(LookupDrafter):
         """What followed the longest n-gram at the end of a row's text."""
         match = self._matches[sequence] = self._indexes[sequence].match(count)
         rates = [self.rates.rate(match.length - 1 + place) for place in range(len(match.tokens))]
-        return Found(list(match.tokens), rates)
+        return Found(list(match.tokens), list(range(len(rates))), rates)

@@ -7,11 +7,11 @@ from ..sequence import Sequence
 from .acceptance import Calibration
 from .lookup import Found, LookupDrafter
 
-MOST_TABLE_DRAFTS = 8
+MOST_STEPS = 8
 
 
 class TableDrafter(LookupDrafter):
-    """Drafts the likeliest tokens by an n-gram table.
+    """Drafts the likeliest tokens by an n-gram table, and other candidates beside each.
 
     Args:
         table ([`NgramTable`]): The table.
@@ -23,20 +23,28 @@ class TableDrafter(LookupDrafter):
         super().__init__()
         self.table, self.calibration = table, calibration
         self._last: weakref.WeakKeyDictionary[Sequence, list[int]] = weakref.WeakKeyDictionary()  # tokens of the text
-        # What was looked up last: tokens and their probabilities in the table.
-        self._read: weakref.WeakKeyDictionary[Sequence, list[tuple[int, float]]] = weakref.WeakKeyDictionary()
+        # What was looked up last: for each step the candidates with their probabilities in the table.
+        self._read: weakref.WeakKeyDictionary[Sequence, list[list[tuple[int, float]]]] = weakref.WeakKeyDictionary()
 
     def learn(self, sequence: Sequence, tokens: list[int]) -> None:
         """Compares what was looked up last with the new tokens, up to the first that is wrong."""
-        for (drafted, probability), token in zip(self._read.pop(sequence, ()), tokens, strict=False):
-            self.calibration.count(probability, drafted == token)
-            if drafted != token:
+        for candidates, token in zip(self._read.pop(sequence, ()), tokens, strict=False):
+            for candidate, probability in candidates:
+                self.calibration.count(probability, candidate == token)
+            if candidates[0][0] != token:
                 break
         text = [*self._last[sequence], *tokens] if sequence in self._last else sequence.text
         self._last[sequence] = text[-LONGEST_CONTEXT:]
 
     def look_up(self, sequence: Sequence, count: int) -> Found:
         """What the table has after a row's last tokens."""
-        wanted = min(count, MOST_TABLE_DRAFTS)
-        read = self._read[sequence] = list(self.table.after(self._last[sequence], wanted))
-        return Found([token for token, _ in read], [self.calibration.rate(probability) for _, probability in read])
+        steps = self._read[sequence] = list(self.table.after(self._last[sequence], min(count, MOST_STEPS)))
+        found, parent = Found([], [], []), 0
+        for candidates in steps:
+            first = len(found.tokens) + 1
+            for token, probability in candidates:
+                found.tokens.append(token)
+                found.parents.append(parent)
+                found.rates.append(self.calibration.rate(probability))
+            parent = first
+        return found

@@ -113,7 +113,7 @@ class AdaptiveSchedule:
             if drafts is None or not rates[row]:
                 continue
             if number != MASK_DRAFTER:
-                tree.add_chain(number, drafts.tokens[row], rates[row])
+                tree.add_tree(number, drafts.tokens[row], drafts.parents[row], rates[row])
                 continue
             of_place, acceptance = drafts.confidences[row][: len(rates[row])], self.mask_acceptance
             known = acceptance.rates_of(of_place)

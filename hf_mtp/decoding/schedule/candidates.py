@@ -65,6 +65,19 @@ class CandidateTree:
                     self.add(parent, other, other_rate, origin)
             parent = column
 
+    def add_tree(self, drafter: int, tokens: list[int], parents: list[int], rates: list[float]) -> None:
+        """Adds a tree of drafts after the pending token.
+
+        Args:
+            drafter (`int`): Number of the drafter that proposes them.
+            tokens (`list[int]`), parents (`list[int]`), rates (`list[float]`): The tree. A parent is 0 for the pending
+                token, and i for the i-th draft.
+        """
+        columns, places = [0], [0]
+        for token, parent, rate in zip(tokens, parents, rates, strict=False):
+            places.append(places[parent] + 1)
+            columns.append(self.add(columns[parent], token, rate, Origin(drafter, places[-1])))
+
     def best(self, count: int) -> "RankedCandidates":
         """The `count` candidates that decoding reaches most likely, likeliest first, and so after their parents."""
         totals = [0.0] * (len(self.tokens) + 1)
