@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from scripts import importable
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.evaluation.run import adapter_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE, DOCS = ROOT / "examples" / "smollm2", ROOT / "docs"
@@ -98,6 +99,11 @@ def test_batches_hold_different_prompts_and_end_separately(run, monkeypatch):
         "batch of 8": 8,
     }
     assert all(ways["auto"]["identical"] == ways["auto"]["prompts"] for ways in report["domains"].values())
+
+
+def test_a_report_names_the_adapter_as_an_evaluation_does(run, adapter):
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float64)
+    assert run("tokens", "--small")["adapter"] == adapter_fingerprint(PeftModel.from_pretrained(base, adapter))
 
 
 def test_sampling_is_compared_with_greedy_decoding(run):

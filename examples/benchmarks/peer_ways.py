@@ -12,40 +12,28 @@ from medusa_heads import MedusaDrafter
 from peer_training import K, load_peer
 from peft import PeftModel
 from speculation import speculative_generate
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_pass import TwoPassDrafter
 from ways import PEERS, Models, Way, mtp
-
-from hf_mtp.evaluation.compare import same_weights
 
 OURS = ("ours, auto", "ours, quadratic", "ours as shipped, auto", "ours as shipped, quadratic")
 
 
 class PeerModels(Models):
-    """The base, and what decodes with its weights, each loaded when it is first needed.
+    """[`Models`] of the adapter that ships, and peers that decode with the same base.
 
     Args:
-        base (`str`): Folder of the base.
-        shipped (`Path`): Folder of the adapter that ships.
+        base, adapter, dtype: As in [`Models`].
         trained (`Path`): Folder of the adapter and the heads that `peer_training` made.
-        dtype (`str`): Name of the dtype to compute in, or `"auto"` for the one that the base is stored in.
     """
 
-    def __init__(self, base: str, shipped: Path, trained: Path, dtype: str = "auto"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.shipped, self.trained = shipped, trained
-        self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-        self.base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
-
-    @cached_property
-    def adapter(self) -> PeftModel:
-        """The adapter that ships."""
-        return PeftModel.from_pretrained(same_weights(self.base), self.shipped).eval()
+    def __init__(self, base: str, adapter: Path, trained: Path, dtype: str = "auto"):
+        super().__init__(base, adapter, dtype)
+        self.trained = trained
 
     @cached_property
     def equal(self) -> PeftModel:
-        """An adapter that was trained for the same minutes as the peers."""
-        return PeftModel.from_pretrained(same_weights(self.base), self.trained / "ours" / "adapter").eval()
+        """The base with an adapter that was trained for the same minutes as the peers."""
+        return self.with_adapter(self.trained / "ours" / "adapter")
 
     @cached_property
     def medusa(self):

@@ -17,7 +17,6 @@ instructions a prompt of 128 new tokens takes 3 to 6 seconds per way, and one of
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from ways import PEERS, PLAIN, PLAIN_IN_A_BATCH, Models, Way, mtp, sampled
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.card import write_model_card
 from hf_mtp.base.machine import describe_machine
+from hf_mtp.evaluation.run import adapter_fingerprint
 
 HERE = Path(__file__).resolve().parent
 BATCHES = (4, 8)
@@ -175,12 +175,13 @@ def main() -> None:
     ways, groups = experiment.ways(args), experiment.groups(args)
     try:
         models = Models(args.base, args.adapter, experiment.dtype)
+        fingerprint = adapter_fingerprint(models.adapter)
     except (OSError, ValueError) as error:  # no such folder, or an adapter of another base
         sys.exit(f"{type(error).__name__}: {error}")
     settings = {
         "experiment": args.experiment,
         "machine": describe_machine(),
-        "adapter": fingerprint(args.adapter),
+        "adapter": fingerprint,
         "dtype": str(models.base.dtype).removeprefix("torch."),
         "new_tokens": args.new_tokens,
         "rare": args.rare,
@@ -196,11 +197,6 @@ def main() -> None:
     print_table(domains)
     if args.card:
         write_card(args.adapter, domains)
-
-
-def fingerprint(adapter: Path) -> str:
-    """The start of the SHA-256 of an adapter's weights."""
-    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def best_of(experiment: str, domains: dict[str, dict[str, dict]]) -> dict[str, dict[str, str]]:

@@ -102,7 +102,7 @@ class FixedCosts(ScheduleStore):
 
 
 class Models:
-    """The base, and what decodes with its weights.
+    """The base, and what decodes with its weights, each loaded when it is first needed.
 
     Args:
         base (`str`): Folder of the base.
@@ -115,12 +115,20 @@ class Models:
         self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
         self.base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
         self.adapter_folder = adapter
-        self.adapter = PeftModel.from_pretrained(same_weights(self.base), adapter).eval()
+
+    def with_adapter(self, folder: Path) -> PeftModel:
+        """The base with the adapter of a folder."""
+        return PeftModel.from_pretrained(same_weights(self.base), folder).eval()
+
+    @cached_property
+    def adapter(self) -> PeftModel:
+        """The base with the adapter."""
+        return self.with_adapter(self.adapter_folder)
 
     @cached_property
     def free_columns(self) -> PeftModel:
         """The base with the adapter. `auto` chooses columns as if they were nearly free."""
-        model = PeftModel.from_pretrained(same_weights(self.base), self.adapter_folder).eval()
+        model = self.with_adapter(self.adapter_folder)
         model.base_model.schedules = FixedCosts(NEARLY_FREE)
         return model
 
