@@ -22,8 +22,8 @@ from peft import PeftModel
 from report import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_mtp.adapter.sampler import SHORTLIST
 from hf_mtp.base.machine import describe_machine
-from hf_mtp.decoding.drafters.masks import SHORTLIST
 from hf_mtp.decoding.noise import PositionNoise
 from hf_mtp.layout.blocks import IGNORE, segments, training_layout
 from hf_mtp.objective.compute import drafted_features
