@@ -52,9 +52,8 @@ def test_every_evaluation_logs_what_decoding_gives(tmp_path):
     assert all(DECODED <= entry.keys() for entry in entries)
     assert all(entry["eval_decoding/identical"] == 1 and entry["eval_decoding/speedup"] > 0 for entry in entries)
     tokenizer = made.processing_class
-    ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
-    (record,) = decode_both_ways(made.model.eval(), [ids], 8)
-    assert entries[-1]["eval_decoding/sample"] == tokenizer.decode(record.ids)
+    (found,) = decode_both_ways(made.model.eval(), [tokenizer(PROMPTS[0])["input_ids"]], 8)
+    assert entries[-1]["eval_decoding/sample"] == tokenizer.decode(found.mtp.rows[0])
 
 
 def test_tokens_per_step_is_of_all_prompts_and_of_the_arguments_given(tmp_path):
@@ -64,8 +63,8 @@ def test_tokens_per_step_is_of_all_prompts_and_of_the_arguments_given(tmp_path):
     asked = [made.processing_class(PROMPTS[0])["input_ids"]]
     asked.append(made.processing_class.apply_chat_template(PROMPTS[1], add_generation_prompt=True)["input_ids"])
     options = {"mtp_k": 1, "mtp_strategy": "quadratic"}
-    records = decode_both_ways(made.model.eval(), [torch.tensor([ids]) for ids in asked], 8, **options)
-    expected = sum(record.new_tokens for record in records) / sum(record.forward_passes_mtp for record in records)
+    found = [each.mtp for each in decode_both_ways(made.model.eval(), asked, 8, **options)]
+    expected = sum(each.tokens for each in found) / sum(each.forward_passes for each in found)
     assert logged(made, "eval_decoding/tokens_per_step")[-1] == expected
 
 

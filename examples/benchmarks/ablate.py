@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.base.machine import describe_machine
-from hf_mtp.evaluation.compare import decode_all, tokens_per_step
+from hf_mtp.evaluation.decoded import decode_rows
+from hf_mtp.evaluation.measures import tokens_per_pass
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,18 @@ def run(variant: Variant, args: argparse.Namespace, tokenizer, texts: dict[str, 
         "base_loss_after": after,
     }
     if variant.decodes:
-        prompts = [tokenizer(row["prompt"], return_tensors="pt").input_ids for row in held_out["maths"]]
+        prompts = [tokenizer(row["prompt"]).input_ids for row in held_out["maths"]]
         result["decoded_tokens_per_step"] = {
-            strategy: tokens_per_step(decode_all(model, prompts, 96, mtp=True, mtp_strategy=strategy))
-            for strategy in ("quadratic", "linear")
+            strategy: decoded(model, prompts, strategy) for strategy in ("quadratic", "linear")
         }
     return result
+
+
+def decoded(model, prompts: list[list[int]], strategy: str) -> float:
+    """Tokens per pass over all prompts."""
+    answers = [decode_rows(model, [ids], 96, mtp=True, mtp_strategy=strategy) for ids in prompts]
+    passes = [answer.forward_passes for answer in answers]
+    return tokens_per_pass([answer.tokens for answer in answers], passes)["tokens_per_pass"]
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ document.
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,18 +66,16 @@ def simulated(model: PeftModel, tokenizer, dataset, folder: Path) -> dict[str, f
 
 def decoded(model: PeftModel, tokenizer, dataset, args: argparse.Namespace) -> dict[str, dict]:
     """Both strategies over the prompts of a dataset."""
-    prompts = [tokenizer(row["prompt"], return_tensors="pt").input_ids for row in dataset]
+    prompts = [tokenizer(row["prompt"]).input_ids for row in dataset]
     results = {}
-    for strategy in STRATEGIES:
-        with tqdm(total=len(prompts), desc=strategy, leave=False) as bar:
-            records = decode_both_ways(
-                model, prompts, args.new_tokens, on_prompt=partial(bar.update, 1), mtp_strategy=strategy
-            )
+    for strategy in tqdm(STRATEGIES, leave=False):
+        comparisons = decode_both_ways(model, prompts, args.new_tokens, mtp_strategy=strategy)
         results[strategy] = {
-            name: round(value, 4) if isinstance(value, float) else value for name, value in summarize(records).items()
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in summarize(comparisons).items()
         }
         if strategy == "quadratic":
-            texts = [(prompt_1T[0].tolist(), record.ids) for prompt_1T, record in zip(prompts, records, strict=True)]
+            texts = [(ids, each.mtp.rows[0]) for ids, each in zip(prompts, comparisons, strict=True)]
             simulated = simulated_decoding(model, texts)
             results[strategy]["foreseen_tokens_per_step"] = round(simulated.tokens_per_step, 4)
     return results

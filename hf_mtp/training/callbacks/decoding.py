@@ -1,15 +1,14 @@
 """[`DecodingCallback`]: decodes a few prompts at each evaluation. Knows nothing of losses."""
 
-import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ...base.distributed import is_sharded
-from ...base.inspection import evaluation_mode, input_device
+from ...base.inspection import evaluation_mode
 from ...data.prompts import TextOrTurns, encode_prompt
 from ...data.randomness import fork_rng
-from ...evaluation.compare import Record, decode_both_ways, summarize
+from ...evaluation.compare import Comparison, decode_both_ways, summarize
 
 PREFIX = "eval_decoding"
 
@@ -91,18 +90,17 @@ class DecodingCallback(TrainerCallback):
         self.trainer.log(found)
 
     def _decode(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
-        device = input_device(model)
-        prompts = [torch.tensor([encode_prompt(prompt, tokenizer)], device=device) for prompt in self.prompts]
-        records = decode_both_ways(model, prompts, self.max_new_tokens, **self.generate_kwargs)
-        return {f"{PREFIX}/{name}": value for name, value in _measures(records, tokenizer).items()}
+        prompts = [encode_prompt(prompt, tokenizer) for prompt in self.prompts]
+        comparisons = decode_both_ways(model, prompts, self.max_new_tokens, **self.generate_kwargs)
+        return {f"{PREFIX}/{name}": value for name, value in _measures(comparisons, tokenizer).items()}
 
 
-def _measures(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
-    total = summarize(records)
+def _measures(comparisons: list[Comparison], tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
+    total = summarize(comparisons)
     return {
         "tokens_per_step": total["tokens_per_step"],
         "tokens_per_second": total["new_tokens"] / total["seconds_mtp"],
         "speedup": total["speedup"],
         "identical": total["identical"] / total["prompts"],
-        "sample": tokenizer.decode(records[0].ids),
+        "sample": tokenizer.decode(comparisons[0].mtp.rows[0]),
     }
