@@ -12,7 +12,7 @@ def greedy() -> str:
         [
             NAMES[domain],
             strategy,
-            f"{row['tokens_per_step']:.2f}",
+            f"{row['tokens_per_pass']:.2f}",
             f"{row['speedup']:.2f}x",
             f"{row['identical']}/{row['prompts']}",
             f"{row['repeated_4grams']:.2f}",
@@ -21,7 +21,7 @@ def greedy() -> str:
         for strategy, row in result.items()
         if strategy in ("quadratic", "linear")
     ]
-    head = ["domain", "strategy", "tokens per step", "wall-clock against plain", "identical", "repeated 4-grams"]
+    head = ["domain", "strategy", "tokens per pass", "wall-clock against plain", "identical", "repeated 4-grams"]
     return table(head, rows) + f"\n{machine(report)}.\n"
 
 
@@ -149,7 +149,7 @@ def ablation() -> str:
     rows = [
         [
             f"{run['group']}: {run['name']}" if run["group"] != run["name"] else f"**{run['name']}**",
-            *(f"{run['tokens_per_step'][domain]:.2f}" for domain in NAMES),
+            *(f"{run['tokens_per_pass'][domain]:.2f}" for domain in NAMES),
             f"{run['cpu_seconds']:.0f}",
             f"{run['masks_trained'] / 1000:.0f}k",
             f"{run['trainable_parameters'] / 1e6:.2f}M",
@@ -181,7 +181,7 @@ def recipes() -> str:
         rows.append(
             [
                 name,
-                *(f"{result['tokens_per_step']:.2f}" for result in results),
+                *(f"{result['tokens_per_pass']:.2f}" for result in results),
                 *(f"{result['tokens_per_block']:.2f}" for result in results),
                 f"{training['steps']:,}",
                 f"{training['masks_trained'] / 1e6:.2f}M",
@@ -194,12 +194,12 @@ def recipes() -> str:
 
 
 def foreseen() -> str:
-    """Tokens per step that an evaluation predicts for the base's own answers, and those of decoding them."""
+    """Tokens per pass that an evaluation predicts for the base's own answers, and those of decoding them."""
     report = load("recipe_now")
     rows = []
     for domain, name in NAMES.items():
         row = report["domains"][domain]["quadratic"]
-        told, took = row["foreseen_tokens_per_step"], row["tokens_per_step"]
+        told, took = row["foreseen_tokens_per_pass"], row["tokens_per_pass"]
         rows.append(
             [
                 name,

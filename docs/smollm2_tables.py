@@ -198,7 +198,7 @@ def smollm2_recipe() -> str:
     rows = [
         [
             f"**{name}**" if number == 0 else name,
-            *(f"{rate:.2f}" for rate in run["tokens_per_step"].values()),
+            *(f"{rate:.2f}" for rate in run["tokens_per_pass"].values()),
             str(run["steps"]),
             f"{run['masks_trained'] / 1000:.0f}k",
             f"{run['trainable_parameters'] / 1e6:.1f}M",
@@ -213,12 +213,12 @@ def smollm2_recipe() -> str:
 def smollm2_layers() -> str:
     """What an adapter loses without the LoRA of some layers."""
     report = load("layers")
-    whole = report["left_out"]["nothing"]["tokens_per_step"]
+    whole = report["left_out"]["nothing"]["tokens_per_pass"]
     rows = [
         [
             group,
             str(found["layers"]),
-            *(f"{rate:.2f} ({rate / whole[name] - 1:+.0%})" for name, rate in found["tokens_per_step"].items()),
+            *(f"{rate:.2f} ({rate / whole[name] - 1:+.0%})" for name, rate in found["tokens_per_pass"].items()),
         ]
         for group, found in report["left_out"].items()
     ]

@@ -657,11 +657,11 @@ def _counts_what_happened(client, server, adapter) -> None:
     expected(server, as_prompt("hello"), mtp=True)
     alone = server.model.mtp_statistics
     assert after["hf_mtp_generated_tokens_total"] == alone.tokens == NEW_TOKENS
-    assert after["hf_mtp_row_passes_total"] == alone.row_steps
+    assert after["hf_mtp_row_passes_total"] == alone.row_passes
     assert after["hf_mtp_forward_passes_total"] == alone.forward_passes
     assert (after["hf_mtp_drafts_total"], after["hf_mtp_accepted_drafts_total"]) == (alone.drafted, alone.accepted)
     assert after["hf_mtp_first_token_seconds_count"] == after["hf_mtp_queue_seconds_count"] == 1
-    assert after["hf_mtp_tokens_per_pass_sum"] == pytest.approx(NEW_TOKENS / alone.row_steps)
+    assert after["hf_mtp_tokens_per_pass_sum"] == pytest.approx(NEW_TOKENS / alone.row_passes)
 
 
 def test_a_request_that_decodes_plainly_or_is_cut_off_knows_its_passes():

@@ -4,7 +4,7 @@
     python examples/benchmarks/ablate.py --base BASE --data DATA --output docs/results/ablation.json
 
 Every run starts from the settings `START`, and has the same number of steps, data and seed, in a process of its own.
-Tokens per step are those of a walk through held-out text, the base's own argmax being the truth. Runs that the output
+Tokens per pass are those of a walk through held-out text, the base's own argmax being the truth. Runs that the output
 file has already, made with the same arguments, are kept. The last line printed is one JSON document.
 """
 
@@ -166,8 +166,8 @@ def run(variant: Variant, args: argparse.Namespace, tokenizer, texts: dict[str, 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         model.eval()
         result = {
-            "tokens_per_step": {
-                domain: simulated(model, tokenizer, rows, Path(folder))["tokens_per_step"]
+            "tokens_per_pass": {
+                domain: simulated(model, tokenizer, rows, Path(folder))["tokens_per_pass"]
                 for domain, rows in held_out.items()
             }
         }
@@ -182,7 +182,7 @@ def run(variant: Variant, args: argparse.Namespace, tokenizer, texts: dict[str, 
     }
     if variant.decodes:
         prompts = [tokenizer(row["prompt"]).input_ids for row in held_out["maths"]]
-        result["decoded_tokens_per_step"] = {
+        result["decoded_tokens_per_pass"] = {
             strategy: decoded(model, prompts, strategy) for strategy in ("quadratic", "linear")
         }
     return result
@@ -214,7 +214,7 @@ def main() -> None:
         result = in_a_process(partial(run, variant, args, tokenizer, texts))
         report["runs"].append({"group": group, "name": name, **result})
         report["runs"].sort(key=lambda run: [*VARIANTS].index((run["group"], run["name"])))
-        print(group, name, result["tokens_per_step"], result["cpu_seconds"], flush=True)
+        print(group, name, result["tokens_per_pass"], result["cpu_seconds"], flush=True)
         args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     finish(report, args.output)
 

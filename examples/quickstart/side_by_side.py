@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from hf_mtp.evaluation.compare import Comparison
+from hf_mtp.evaluation.compare import PairedAnswers
 from hf_mtp.evaluation.decoded import DecodedRows, decode_rows
 
 SECONDS_BETWEEN = 0.15  # between two drawings, so that drawing costs hardly any of the time that is shown
@@ -64,7 +64,7 @@ def answer_side_by_side(
     prompt: str,
     max_new_tokens: int,
     console: Console,
-) -> Comparison:
+) -> PairedAnswers:
     """Answers a prompt plainly, then with `mtp=True` and the default strategy, and shows both.
 
     Args:
@@ -88,7 +88,7 @@ def answer_side_by_side(
         columns[1].finish(fast)
         live.update(two_columns(prompt, columns))
     console.print()
-    return Comparison(plain, fast)
+    return PairedAnswers(plain, fast)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

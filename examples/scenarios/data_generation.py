@@ -18,7 +18,7 @@ def generate_data(model, tokenizer, new_tokens: int, **way) -> Answers:
         model.device
     )
     output = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, **way)
-    row_passes = model.mtp_statistics.row_steps if way else None
+    row_passes = model.mtp_statistics.row_passes if way else None
     return Answers(prompts, output[:, inputs["input_ids"].shape[1] :].tolist(), row_passes=row_passes)
 
 

@@ -82,8 +82,8 @@ def main() -> None:
                 if not layers and found:  # the adapter has none of these
                     continue
                 metrics = trainer.evaluate()
-            rates = {name: round(metrics[f"eval_{name}_tokens_per_step"], 3) for name in held_out}
-            found[group] = {"layers": layers, "tokens_per_step": rates}
+            rates = {name: round(metrics[f"eval_{name}_tokens_per_pass"], 3) for name in held_out}
+            found[group] = {"layers": layers, "tokens_per_pass": rates}
             print(group, found[group], flush=True)
             args.output.write_text(json.dumps({**about, "left_out": found}, indent=1) + "\n", encoding="utf-8")
 

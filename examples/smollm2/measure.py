@@ -217,7 +217,7 @@ def print_table(domains: dict[str, dict[str, dict]]) -> None:
 def write_card(adapter: Path, domains: dict[str, dict[str, dict]]) -> None:
     """Puts the tokens per pass of quadratic decoding into the adapter's config and model card."""
     config = GatedLoraConfig.from_pretrained(adapter)
-    config.tokens_per_step = {
+    config.tokens_per_pass = {
         DOMAINS[name]: round(ways["quadratic"]["tokens_per_pass"], 2) for name, ways in domains.items()
     }
     config.save_pretrained(adapter)

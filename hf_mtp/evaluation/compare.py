@@ -17,7 +17,7 @@ from .measures import repeated_share, tokens_per_pass
 
 
 @dataclass
-class Comparison:
+class PairedAnswers:
     """One prompt, answered without (`plain`) and with (`mtp`) multi-token prediction.
 
     Args:
@@ -40,7 +40,7 @@ class Comparison:
 
 def decode_both_ways(
     model: PeftModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options
-) -> list[Comparison]:
+) -> list[PairedAnswers]:
     """Answers every prompt without and with `mtp=True`. The two alternate in coming first.
 
     Args:
@@ -50,16 +50,16 @@ def decode_both_ways(
         options: Further arguments of `generate`. Those that begin with `mtp_` are left out in plain decoding.
 
     Returns:
-        `list[Comparison]`: One for each prompt, in order.
+        `list[PairedAnswers]`: One for each prompt, in order.
     """
     warm_up(model, prompts[0], **options)
     methods = {"plain": _plain(options), "mtp": {"mtp": True, **options}}
-    comparisons = []
+    pairs = []
     for index, prompt in enumerate(prompts):
         names = ("plain", "mtp") if index % 2 == 0 else ("mtp", "plain")
         decoded = {name: decode_rows(model, [prompt], max_new_tokens, **methods[name]) for name in names}
-        comparisons.append(Comparison(**decoded))
-    return comparisons
+        pairs.append(PairedAnswers(**decoded))
+    return pairs
 
 
 def warm_up(model: PeftModel, prompt: Sequence[int], **options) -> None:
@@ -73,31 +73,31 @@ def _plain(options: dict) -> dict:
     return {name: value for name, value in options.items() if not name.startswith("mtp_")}
 
 
-def summarize(comparisons: Sequence[Comparison]) -> dict[str, float | int]:
-    """Summarizes the comparisons of one domain.
+def summarize(pairs: Sequence[PairedAnswers]) -> dict[str, float | int]:
+    """Summarizes the pairs of one domain.
 
     Args:
-        comparisons (`Sequence[Comparison]`): At least one.
+        pairs (`Sequence[PairedAnswers]`): At least one.
 
     Returns:
         `dict`: The sums of tokens, forward passes and seconds; `tokens_per_pass`, the ratio of the sums; `speedup`,
         the median over prompts, and `speedup_in_total`, the ratio of all seconds; `identical`, the number of prompts
         with the same output; `repeated_4grams`, the mean share.
     """
-    plain, mtp = [each.plain for each in comparisons], [each.mtp for each in comparisons]
+    plain, mtp = [each.plain for each in pairs], [each.mtp for each in pairs]
     tokens, passes = [answer.tokens for answer in mtp], [answer.forward_passes for answer in mtp]
     seconds_plain, seconds_mtp = (sum(answer.seconds for answer in answers) for answers in (plain, mtp))
     return {
-        "prompts": len(comparisons),
+        "prompts": len(pairs),
         "new_tokens": sum(tokens),
         "forward_passes_plain": sum(answer.forward_passes for answer in plain),
         "forward_passes_mtp": sum(passes),
         "seconds_plain": seconds_plain,
         "seconds_mtp": seconds_mtp,
         "tokens_per_pass": tokens_per_pass(tokens, passes)["tokens_per_pass"],
-        "speedup": statistics.median(each.speedup for each in comparisons),
+        "speedup": statistics.median(each.speedup for each in pairs),
         "speedup_in_total": seconds_plain / seconds_mtp,
-        "identical": sum(each.identical for each in comparisons),
+        "identical": sum(each.identical for each in pairs),
         "repeated_4grams": statistics.fmean(repeated_share(answer.rows[0]) for answer in mtp),
     }
 
