@@ -54,22 +54,22 @@ def training() -> str:
 
 
 def decoding() -> str:
-    """Speed of every exact way to decode, compared with plain decoding."""
+    """Speed of every exact decoding method, compared with plain decoding."""
     report = load("decoding")
     rows = []
     for domain, result in report["domains"].items():
         chance = f"T = {result['temperature']}" if result["do_sample"] else "greedy"
-        rows += decoding_rows(f"{NAMES[domain]}, {chance}", result["ways"], report)
+        rows += decoding_rows(f"{NAMES[domain]}, {chance}", result["methods"], report)
     rows += decoding_rows("maths, T = 1", report["temperature 1"], report)
     rows += decoding_rows("maths, untrained adapter", report["untrained"], report)
-    for size, ways in report["batches"].items():
-        rows += decoding_rows(f"maths, batch of {size}", ways, report)
+    for size, methods in report["batches"].items():
+        rows += decoding_rows(f"maths, batch of {size}", methods, report)
     head = ["text", "method", "speed", "tokens per pass", "identical to plain"]
     return table(head, rows) + f"\n{machine(report)}. k={report['arguments']['k']}, r={report['arguments']['r']}.\n"
 
 
-def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[str]]:
-    """A row for each way except plain decoding, whose speed is 1."""
+def decoding_rows(title: str, methods: dict[str, dict], report: dict) -> list[list[str]]:
+    """A row for each method except plain decoding, whose speed is 1."""
     sampled = title.count("T =")
     return [
         [
@@ -77,9 +77,9 @@ def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[
             name,
             f"{row['speedup']:.2f}x",
             f"{row['tokens_per_pass']:.2f}",
-            "sampled" if sampled else ("all" if row["identical"] == ways["plain"]["identical"] else "NOT ALL"),
+            "sampled" if sampled else ("all" if row["identical"] == methods["plain"]["identical"] else "NOT ALL"),
         ]
-        for name, row in ways.items()
+        for name, row in methods.items()
         if name != "plain"
     ]
 
@@ -87,11 +87,11 @@ def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[
 def sampling() -> str:
     """Rejection sampling against noise that drafting and verification share."""
     report = load("sampling")
-    found = {(row["temperature"], row["mask"], row["way"]): row["rate"] for row in report["rates"]}
-    ways = list(dict.fromkeys(row["way"] for row in report["rates"]))
+    found = {(row["temperature"], row["mask"], row["method"]): row["rate"] for row in report["rates"]}
+    methods = list(dict.fromkeys(row["method"] for row in report["rates"]))
     places = sorted({(temperature, mask) for temperature, mask, _ in found})
     head = ["", *(f"T = {temperature}, mask {mask}" for temperature, mask in places)]
-    rows = [[way, *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
+    rows = [[method, *(f"{found[(*place, method)]:.3f}" for place in places)] for method in methods]
     note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
     return table(head, rows) + note
 
@@ -130,14 +130,14 @@ def revisions() -> str:
     report = load("revisions")
     rows = [
         [
-            way,
+            method,
             f"{row['seconds_before']:.2f} s",
             f"{row['seconds_now']:.2f} s",
             f"{row['faster']:.2f}x",
             f"{row['lowest']:.2f} to {row['highest']:.2f}",
             f"{row['identical']}/{row['prompts']}",
         ]
-        for way, row in report["ways"].items()
+        for method, row in report["methods"].items()
     ]
     head = ["method", "before", "now", "before / now", "range", "same text"]
     return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"

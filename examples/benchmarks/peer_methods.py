@@ -1,4 +1,4 @@
-"""Ways to decode SmolLM2 that are compared: transformers' own, peers that were trained, and ours.
+"""Decoding methods that are compared on SmolLM2: transformers' own, peers that were trained, and ours.
 
 Knows models, drafters and arguments of `generate`. Knows nothing of prompts, files of results or tables.
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from eagle_head import EagleDrafter
 from medusa_heads import MedusaDrafter
+from methods import PEERS, Method, Models, mtp
 from peer_training import K, load_peer
 from peft import PeftModel
 from speculation import speculative_generate
 from two_pass import TwoPassDrafter
-from ways import PEERS, Models, Way, mtp
 
 OURS = ("ours, auto", "ours, quadratic", "ours as shipped, auto", "ours as shipped, quadratic")
 
@@ -45,7 +45,7 @@ class PeerModels(Models):
 
 
 class Late:
-    """A drafter that is made when it first decodes, so that the ways can be listed without loading any model.
+    """A drafter that is made when it first decodes, so that the methods can be listed without loading any model.
 
     Args:
         make (`Callable`): Makes the drafter.
@@ -65,15 +65,15 @@ class Late:
         return self.drafter.propose(*args)
 
 
-def drafted(make, model: str = "base") -> Way:
-    """A way that verifies the drafts of the drafter that `make` makes."""
-    return Way(model, {"custom_generate": speculative_generate, "drafter": Late(make)})
+def drafted(make, model: str = "base") -> Method:
+    """A method that verifies the drafts of the drafter that `make` makes."""
+    return Method(model, {"custom_generate": speculative_generate, "drafter": Late(make)})
 
 
-def families(models: PeerModels) -> dict[str, dict[str, Way]]:
-    """Family to setting to way, of all ways but plain decoding. `ours` and the peers were trained alike."""
+def families(models: PeerModels) -> dict[str, dict[str, Method]]:
+    """Family to setting to method, of all methods but plain decoding. `ours` and the peers were trained alike."""
 
-    def two_passes(model: str) -> dict[str, Way]:
+    def two_passes(model: str) -> dict[str, Method]:
         masks = (2, K)
         return {f"k={n}": drafted(lambda n=n: TwoPassDrafter(getattr(models, model), n), model) for n in masks}
 
