@@ -46,7 +46,7 @@ def decode_both_ways(
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
         prompts (`Sequence[Sequence[int]]`): Token ids of each.
-        max_new_tokens (`int`): Most new tokens per answer.
+        max_new_tokens (`int`): Maximum number of new tokens per answer.
         options: Further arguments of `generate`. Those that begin with `mtp_` are left out in plain decoding.
 
     Returns:
