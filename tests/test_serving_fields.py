@@ -3,12 +3,13 @@
 import json
 import random
 import re
+import time
 
 import openai
 import pytest
 import torch
 from tiny_models import tiny_base
-from tiny_server import TEMPLATE, SlowEngine, as_prompt, byte_tokenizer, complete, counts, random_adapter, wait_until
+from tiny_server import TEMPLATE, as_prompt, byte_tokenizer, complete, counts, random_adapter, wait_until
 from tiny_server import expected as plain_text
 from transformers.cli.serving.utils import ToolCall, get_response_template
 from transformers.utils.chat_parsing import ResponseParser
@@ -140,8 +141,17 @@ def test_errors_of_responses_that_are_not_streamed(client, server, adapter):
 
 
 def test_a_client_that_goes_away_leaves_the_batch(client, server, adapter):
-    with SlowEngine(server):
+    step = server.state.manager._engine.loop.step
+
+    def slow_step(batch):
+        time.sleep(0.05)
+        return step(batch)
+
+    server.state.manager._engine.loop.step = slow_step
+    try:
         before = counts(server).get("hf_mtp_requests_totalcancelled", 0)
         with pytest.raises(openai.APITimeoutError):
             complete(client, adapter, "x", max_tokens=64, timeout=0.5)
         wait_until(lambda: counts(server).get("hf_mtp_requests_totalcancelled", 0) == before + 1)
+    finally:
+        del server.state.manager._engine.loop.step
