@@ -3,7 +3,7 @@
 from smollm2_tables import NAMES
 from tables import load, machine, table
 
-TRAINING = {  # which training a way needs
+TRAINING = {  # which training a method needs
     "Medusa-style heads": "medusa",
     "EAGLE-style head": "eagle",
     "two passes": "ours",
@@ -17,7 +17,7 @@ PARTIAL_PASSES = ("early exit",)  # their drafts are passes over a part of the b
 
 
 def trained_peers() -> str:
-    """Every way: setting, tokens per pass of the base, speed and sameness on each domain, and what it costs."""
+    """Every method: setting, tokens per pass of the base, speed and sameness on each domain, and what it costs."""
     report = load("peers_trained")
     rows = []
     for name in next(iter(report["domains"].values())):
@@ -27,7 +27,7 @@ def trained_peers() -> str:
                 [
                     name,
                     report["best"][name],
-                    *(_cell(name, ways[name]) for ways in report["domains"].values() if name in ways),
+                    *(_cell(name, methods[name]) for methods in report["domains"].values() if name in methods),
                     _same(report, name),
                     f"{training['parameters'] / 1e6:.1f}M" if training else "–",
                     f"{training['minutes']:.1f}" if "minutes" in training else "–",
@@ -45,17 +45,17 @@ def _cell(name: str, row: dict) -> str:
 
 
 def _same(report: dict, name: str) -> str:
-    found = [ways[name] for ways in report["domains"].values() if name in ways]
+    found = [methods[name] for methods in report["domains"].values() if name in methods]
     return f"{sum(row['identical'] for row in found)}/{sum(row['prompts'] for row in found)}"
 
 
 def _memory(memory: dict[str, float | None], name: str) -> str:
-    known = [memory.get(way) for way in ("plain", name)]
+    known = [memory.get(method) for method in ("plain", name)]
     return "–" if None in known else f"{known[1] - known[0]:+.0f} MiB"
 
 
 def _note(report: dict) -> str:
-    prompts = max(len(ways["plain"]["speedups"]) for ways in report["domains"].values())
+    prompts = max(len(methods["plain"]["speedups"]) for methods in report["domains"].values())
     kind = "busy" if max(report["load"]) > report["processors"] + 0.5 else "quiet"
     busy = f"a {kind} machine (load {report['load'][0]:g} to {report['load'][1]:g}, {report['processors']} processors)"
     return (

@@ -12,7 +12,7 @@ def greedy() -> str:
         [
             NAMES[domain],
             strategy,
-            f"{row['tokens_per_step']:.2f}",
+            f"{row['tokens_per_pass']:.2f}",
             f"{row['speedup']:.2f}x",
             f"{row['identical']}/{row['prompts']}",
             f"{row['repeated_4grams']:.2f}",
@@ -21,7 +21,7 @@ def greedy() -> str:
         for strategy, row in result.items()
         if strategy in ("quadratic", "linear")
     ]
-    head = ["domain", "strategy", "tokens per step", "wall-clock against plain", "identical", "repeated 4-grams"]
+    head = ["domain", "strategy", "tokens per pass", "wall-clock against plain", "identical", "repeated 4-grams"]
     return table(head, rows) + f"\n{machine(report)}.\n"
 
 
@@ -54,22 +54,22 @@ def training() -> str:
 
 
 def decoding() -> str:
-    """Speed of every exact way to decode, compared with plain decoding."""
+    """Speed of every exact decoding method, compared with plain decoding."""
     report = load("decoding")
     rows = []
     for domain, result in report["domains"].items():
         chance = f"T = {result['temperature']}" if result["do_sample"] else "greedy"
-        rows += decoding_rows(f"{NAMES[domain]}, {chance}", result["ways"], report)
+        rows += decoding_rows(f"{NAMES[domain]}, {chance}", result["methods"], report)
     rows += decoding_rows("maths, T = 1", report["temperature 1"], report)
     rows += decoding_rows("maths, untrained adapter", report["untrained"], report)
-    for size, ways in report["batches"].items():
-        rows += decoding_rows(f"maths, batch of {size}", ways, report)
+    for size, methods in report["batches"].items():
+        rows += decoding_rows(f"maths, batch of {size}", methods, report)
     head = ["text", "method", "speed", "tokens per pass", "identical to plain"]
     return table(head, rows) + f"\n{machine(report)}. k={report['arguments']['k']}, r={report['arguments']['r']}.\n"
 
 
-def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[str]]:
-    """A row for each way except plain decoding, whose speed is 1."""
+def decoding_rows(title: str, methods: dict[str, dict], report: dict) -> list[list[str]]:
+    """A row for each method except plain decoding, whose speed is 1."""
     sampled = title.count("T =")
     return [
         [
@@ -77,9 +77,9 @@ def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[
             name,
             f"{row['speedup']:.2f}x",
             f"{row['tokens_per_pass']:.2f}",
-            "sampled" if sampled else ("all" if row["identical"] == ways["plain"]["identical"] else "NOT ALL"),
+            "sampled" if sampled else ("all" if row["identical"] == methods["plain"]["identical"] else "NOT ALL"),
         ]
-        for name, row in ways.items()
+        for name, row in methods.items()
         if name != "plain"
     ]
 
@@ -87,18 +87,18 @@ def decoding_rows(title: str, ways: dict[str, dict], report: dict) -> list[list[
 def sampling() -> str:
     """Rejection sampling against noise that drafting and verification share."""
     report = load("sampling")
-    found = {(row["temperature"], row["mask"], row["way"]): row["rate"] for row in report["rates"]}
-    ways = list(dict.fromkeys(row["way"] for row in report["rates"]))
+    found = {(row["temperature"], row["mask"], row["method"]): row["rate"] for row in report["rates"]}
+    methods = list(dict.fromkeys(row["method"] for row in report["rates"]))
     places = sorted({(temperature, mask) for temperature, mask, _ in found})
     head = ["", *(f"T = {temperature}, mask {mask}" for temperature, mask in places)]
-    rows = [[_counted(way), *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
+    rows = [[_counted(method), *(f"{found[(*place, method)]:.3f}" for place in places)] for method in methods]
     note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
     return table(head, rows) + note
 
 
-def _counted(way: str) -> str:
+def _counted(method: str) -> str:
     """`1 candidate` and `2 candidates` instead of `1 candidate(s)` and `2 candidate(s)`."""
-    return way.replace(" 1 candidate(s)", " 1 candidate").replace("(s)", "s")
+    return method.replace(" 1 candidate(s)", " 1 candidate").replace("(s)", "s")
 
 
 def rounding() -> str:
@@ -135,14 +135,14 @@ def revisions() -> str:
     report = load("revisions")
     rows = [
         [
-            way,
+            method,
             f"{row['seconds_before']:.2f} s",
             f"{row['seconds_now']:.2f} s",
             f"{row['faster']:.2f}x",
             f"{row['lowest']:.2f} to {row['highest']:.2f}",
             f"{row['identical']}/{row['prompts']}",
         ]
-        for way, row in report["ways"].items()
+        for method, row in report["methods"].items()
     ]
     head = ["method", "before", "now", "before / now", "range", "same text"]
     return table(head, rows) + f"\n{machine(report)}; {report['dtype']}.\n"
@@ -154,7 +154,7 @@ def ablation() -> str:
     rows = [
         [
             f"{run['group']}: {run['name']}" if run["group"] != run["name"] else f"**{run['name']}**",
-            *(f"{run['tokens_per_step'][domain]:.2f}" for domain in NAMES),
+            *(f"{run['tokens_per_pass'][domain]:.2f}" for domain in NAMES),
             f"{run['cpu_seconds']:.0f}",
             f"{run['masks_trained'] / 1000:.0f}k",
             f"{run['trainable_parameters'] / 1e6:.2f}M",
@@ -186,7 +186,7 @@ def recipes() -> str:
         rows.append(
             [
                 name,
-                *(f"{result['tokens_per_step']:.2f}" for result in results),
+                *(f"{result['tokens_per_pass']:.2f}" for result in results),
                 *(f"{result['tokens_per_block']:.2f}" for result in results),
                 f"{training['steps']:,}",
                 f"{training['masks_trained'] / 1e6:.2f}M",
@@ -199,12 +199,12 @@ def recipes() -> str:
 
 
 def foreseen() -> str:
-    """Tokens per step that an evaluation predicts for the base's own answers, and those of decoding them."""
+    """Tokens per pass that an evaluation predicts for the base's own answers, and those of decoding them."""
     report = load("recipe_now")
     rows = []
     for domain, name in NAMES.items():
         row = report["domains"][domain]["quadratic"]
-        told, took = row["foreseen_tokens_per_step"], row["tokens_per_step"]
+        told, took = row["foreseen_tokens_per_pass"], row["tokens_per_pass"]
         rows.append(
             [
                 name,

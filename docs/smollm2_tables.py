@@ -14,8 +14,8 @@ def smollm2() -> str:
     """The first screen: `auto` against plain decoding and against the fastest baseline."""
     report = load("smollm2")
     rows = []
-    for domain, ways in report["domains"].items():
-        auto, bitwise, (other, best) = ways["auto"], ways["auto, bitwise"], best_peer(ways)
+    for domain, methods in report["domains"].items():
+        auto, bitwise, (other, best) = methods["auto"], methods["auto, bitwise"], best_peer(methods)
         rows.append(
             [
                 NAMES[domain],
@@ -30,15 +30,15 @@ def smollm2() -> str:
     return table([*head, "bit for bit: speedup, same text"], rows) + note(report)
 
 
-def best_peer(ways: dict[str, dict]) -> tuple[str, dict]:
-    """The fastest way that is not ours, and its numbers."""
-    peers = {name: row for name, row in ways.items() if name not in OURS}
+def best_peer(methods: dict[str, dict]) -> tuple[str, dict]:
+    """The fastest method that is not ours, and its numbers."""
+    peers = {name: row for name, row in methods.items() if name not in OURS}
     name = max(peers, key=lambda name: peers[name]["speedup"])
     return name, peers[name]
 
 
 def over(row: dict, other: dict) -> float:
-    """How many times as fast one way is as another: the median over the prompts that both decoded."""
+    """How many times as fast one method is as another: the median over the prompts that both decoded."""
     pairs = zip(row["speedups"], other["speedups"], strict=False)
     return statistics.median(own / theirs for own, theirs in pairs)
 
@@ -50,12 +50,12 @@ def same(row: dict) -> str:
 
 def note(report: dict, what: str = "prompts of each kind") -> str:
     """What was measured on which machine."""
-    prompts = max(len(ways["plain"]["speedups"]) for ways in report["domains"].values())
+    prompts = max(len(methods["plain"]["speedups"]) for methods in report["domains"].values())
     return f"\n{prompts} {what}, {report['new_tokens']} new tokens, {report['dtype']}; {machine(report)}.\n"
 
 
-def smollm2_ways() -> str:
-    """Every way on every domain."""
+def smollm2_methods() -> str:
+    """Every method on every domain."""
     report = load("smollm2")
     rows = [
         [
@@ -65,8 +65,8 @@ def smollm2_ways() -> str:
             "–" if name == "early exit" else f"{row['tokens_per_pass']:.2f}",
             same(row),
         ]
-        for domain, ways in report["domains"].items()
-        for name, row in ways.items()
+        for domain, methods in report["domains"].items()
+        for name, row in methods.items()
         if not name.startswith("plain")
     ]
     return table(["text", "method", "speed", "tokens per pass", "same text as plain"], rows) + note(report)
@@ -86,7 +86,7 @@ def divergences() -> str:
 
 
 def gaps_of(rows: list[dict]) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """By way: the gaps of all texts that differ, 0 where one text is the start of the other; and how many texts."""
+    """By method: the gaps of all texts that differ, 0 where one text is the start of the other; and how many texts."""
     gaps: dict[str, list[float]] = {}
     texts: dict[str, int] = {}
     for row in rows:
@@ -101,8 +101,8 @@ def peers() -> str:
     report = load("peers")
     rows = []
     for family, best in report["best"].items():
-        tried = sum(name.startswith(f"{family}: ") for name in report["ways"])
-        speeds = (ways[f"{family}: {best}"]["speedup"] for ways in report["domains"].values())
+        tried = sum(name.startswith(f"{family}: ") for name in report["methods"])
+        speeds = (methods[f"{family}: {best}"]["speedup"] for methods in report["domains"].values())
         rows.append([family, best, str(tried), *(f"{speed:.2f}x" for speed in speeds)])
     head = ["method", "best setting", "settings tried", *(NAMES[domain] for domain in report["domains"])]
     return table(head, rows) + note(report)
@@ -112,9 +112,9 @@ def by_k() -> str:
     """The paper's table on the real model: tokens per pass, and speed by the wall clock."""
     report = load("by_k")
     rows = []
-    for kind, ways in report["domains"].items():
+    for kind, methods in report["domains"].items():
         for strategy in STRATEGIES:
-            found = [ways[f"{strategy}, k={k}"] for k in K]
+            found = [methods[f"{strategy}, k={k}"] for k in K]
             rows.append([kind, strategy, *(f"{row['tokens_per_pass']:.2f}, {row['speedup']:.2f}x" for row in found)])
     return table(["text", "strategy", *(f"k = {k}" for k in K)], rows) + note(report)
 
@@ -123,8 +123,13 @@ def batches() -> str:
     """Batches, decoded by `auto` and plainly."""
     report = load("batches")
     rows = [
-        [name, f"{ways['auto']['speedup']:.2f}x", f"{ways['auto']['tokens_per_pass']:.2f}", same(ways["auto"])]
-        for name, ways in report["domains"].items()
+        [
+            name,
+            f"{methods['auto']['speedup']:.2f}x",
+            f"{methods['auto']['tokens_per_pass']:.2f}",
+            same(methods["auto"]),
+        ]
+        for name, methods in report["domains"].items()
     ]
     head = ["", "speed of `auto` against plain batches", "tokens per pass, all rows", "same text as plain"]
     return table(head, rows) + note(report, "batches of each size")
@@ -134,10 +139,10 @@ def temperatures() -> str:
     """What sampling keeps of greedy decoding's tokens per pass."""
     report = load("temperatures")
     rows = []
-    for domain, ways in report["domains"].items():
-        for strategy in dict.fromkeys(name.rpartition(", ")[0] for name in ways):
-            greedy = ways[f"{strategy}, greedy"]["tokens_per_pass"]
-            found = [ways[f"{strategy}, T = {t}"]["tokens_per_pass"] for t in (0.7, 1.0)]
+    for domain, methods in report["domains"].items():
+        for strategy in dict.fromkeys(name.rpartition(", ")[0] for name in methods):
+            greedy = methods[f"{strategy}, greedy"]["tokens_per_pass"]
+            found = [methods[f"{strategy}, T = {t}"]["tokens_per_pass"] for t in (0.7, 1.0)]
             cells = (f"{tokens:.2f} ({tokens / greedy:.2f})" for tokens in found)
             rows.append([NAMES[domain], strategy, f"{greedy:.2f}", *cells])
     head = ["text", "strategy", "greedy", "T = 0.7 (over greedy)", "T = 1.0 (over greedy)"]
@@ -150,11 +155,11 @@ def quadratic_tokens() -> str:
     rows = [
         [
             NAMES[domain],
-            f"{ways['quadratic']['tokens_per_pass']:.2f}",
-            aim(f"{aims[domain]}", ways["quadratic"]["tokens_per_pass"] >= aims[domain]),
-            f"{ways['quadratic']['repeated_4grams']:.2f}",
+            f"{methods['quadratic']['tokens_per_pass']:.2f}",
+            aim(f"{aims[domain]}", methods["quadratic"]["tokens_per_pass"] >= aims[domain]),
+            f"{methods['quadratic']['repeated_4grams']:.2f}",
         ]
-        for domain, ways in report["domains"].items()
+        for domain, methods in report["domains"].items()
     ]
     return table(["text", "tokens per pass", "target", "repeated 4-grams"], rows) + note(report)
 
@@ -163,8 +168,8 @@ def in_float32() -> str:
     """How many texts are those of plain decoding in float32."""
     report = load("float32")
     rows = [
-        [NAMES[domain], same(ways["auto"]), f"{ways['auto']['speedup']:.2f}x"]
-        for domain, ways in report["domains"].items()
+        [NAMES[domain], same(methods["auto"]), f"{methods['auto']['speedup']:.2f}x"]
+        for domain, methods in report["domains"].items()
     ]
     return (
         table(["text", "same text as plain", "speed of `auto` against plain"], rows)
@@ -176,9 +181,9 @@ def columns() -> str:
     """What several kinds of drafts bring at several costs of passes."""
     report = load("columns")
     rows = [
-        [costs, way, *(_replayed_cell(report["domains"][domain][costs][way]) for domain in NAMES)]
+        [costs, method, *(_replayed_cell(report["domains"][domain][costs][method]) for domain in NAMES)]
         for costs in report["costs"]
-        for way in next(iter(report["domains"].values()))[costs]
+        for method in next(iter(report["domains"].values()))[costs]
     ]
     prompts = next(iter(report["domains"].values()))["prompts"]
     about = (
@@ -198,7 +203,7 @@ def smollm2_recipe() -> str:
     rows = [
         [
             f"**{name}**" if number == 0 else name,
-            *(f"{rate:.2f}" for rate in run["tokens_per_step"].values()),
+            *(f"{rate:.2f}" for rate in run["tokens_per_pass"].values()),
             str(run["steps"]),
             f"{run['masks_trained'] / 1000:.0f}k",
             f"{run['trainable_parameters'] / 1e6:.1f}M",
@@ -213,12 +218,12 @@ def smollm2_recipe() -> str:
 def smollm2_layers() -> str:
     """What an adapter loses without the LoRA of some layers."""
     report = load("layers")
-    whole = report["left_out"]["nothing"]["tokens_per_step"]
+    whole = report["left_out"]["nothing"]["tokens_per_pass"]
     rows = [
         [
             group,
             str(found["layers"]),
-            *(f"{rate:.2f} ({rate / whole[name] - 1:+.0%})" for name, rate in found["tokens_per_step"].items()),
+            *(f"{rate:.2f} ({rate / whole[name] - 1:+.0%})" for name, rate in found["tokens_per_pass"].items()),
         ]
         for group, found in report["left_out"].items()
     ]

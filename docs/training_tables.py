@@ -17,13 +17,13 @@ def training_cost() -> str:
     report = load("training")
     rows = [
         [
-            row["way"],
+            row["method"],
             f"{row['positions_per_step']:,.0f}",
             f"{row['seconds_per_step']:.2f} s",
             f"{1000 * row['seconds_per_1000_positions']:.0f} ms",
             f"{row['memory_mib']:,} MiB",
         ]
-        for row in report["ways"]
+        for row in report["methods"]
     ]
     head = ["method", "trained positions per step", "a step", "1,000 positions", "peak memory"]
     return table(head, rows) + f"\n{machine(report)}.\n"

@@ -29,3 +29,20 @@ def _same_verbosity():
     yield
     logging.set_verbosity(verbosity)
     (logging.enable_progress_bar if has_bars else logging.disable_progress_bar)()
+
+
+@pytest.fixture(scope="module")
+def server(adapter):
+    """A running server of the `adapter` of a test module."""
+    from tiny_server import served  # here, because most modules need no server
+
+    with served(adapter) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """A client of the server."""
+    import openai
+
+    return openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)

@@ -107,7 +107,7 @@ def upgrade(base):
 
     config = GatedLoraConfig(k=3, r=4, recipe="default", train_datasets=["openai/gsm8k", "notes"])
     config.tokenizer_fingerprint = tokenizer_fingerprint(AutoTokenizer.from_pretrained("me/base"))
-    config.tokens_per_step = {"maths": 3.456}
+    config.tokens_per_pass = {"maths": 3.456}
     return get_peft_model(base, config)
 
 

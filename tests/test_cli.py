@@ -132,12 +132,12 @@ SHORT = ("--max-new-tokens", "6", "--limit", "1")
 
 def test_verify_ends_with_zero_where_all_is_equal(saved, prompts, tmp_path):
     base, adapter = saved
-    options = ("--prompts", prompts, "--dtype", "float32,float64", "--json", str(tmp_path / "out.json"), *SHORT)
+    options = ("--suite", prompts, "--dtype", "float32,float64", "--json", str(tmp_path / "out.json"), *SHORT)
     output = run("verify", base, "--adapter", adapter, *options).stdout
     assert output.count("2 of 2 answers equal") == 12 and "DIFFERENT" not in output
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["equal"] and [one["dtype"] for one in report["reports"]] == ["float32", "float64"]
-    alone = run("verify", base, "--adapter", adapter, "--greedy-only", "--prompts", prompts, "--json", "-", *SHORT)
+    alone = run("verify", base, "--adapter", adapter, "--greedy-only", "--suite", prompts, "--json", "-", *SHORT)
     assert json.loads(alone.stdout)["equal"] and "answers equal" in alone.stderr
 
 
@@ -145,7 +145,7 @@ def test_verify_ends_with_one_and_shows_both_tokens_where_something_differs(save
     monkeypatch.setattr(
         "hf_mtp.decoding.verification.chosen_tokens", lambda score_xV, noise_xV: score_xV.argmin(dim=-1)
     )
-    options = ("--prompts", prompts, "--strategy", "quadratic", "--json", str(tmp_path / "out.json"), *SHORT)
+    options = ("--suite", prompts, "--strategies", "quadratic", "--json", str(tmp_path / "out.json"), *SHORT)
     output = run("verify", saved[1], "--greedy-only", *options, code=1).stdout
     assert "0 of 2 answers equal" in output and output.rstrip().endswith("DIFFERENT")
     assert "units of rounding apart, NO tie" in output and "1, new token 0: plain 'w" in output
@@ -161,8 +161,8 @@ def test_verify_ends_with_one_and_shows_both_tokens_where_something_differs(save
         (["{adapter}", "--adapter", "{adapter}"], "is an adapter, not a base model"),
         (["{base}", "--adapter", "{base}"], "is not an adapter: it has no adapter_config.json"),
         (["{other}", "--adapter", "{adapter}"], "trained for a base of hidden size 32.*has 48"),
-        (["{adapter}", "--prompts", "nowhere.jsonl"], "Unknown suite 'nowhere.jsonl'"),
-        (["{adapter}", "--strategy", "cubic"], "`strategies` must be one or more of"),
+        (["{adapter}", "--suite", "nowhere.jsonl"], "Unknown suite 'nowhere.jsonl'"),
+        (["{adapter}", "--strategies", "cubic"], "`strategies` must be one or more of"),
         (["{adapter}", "--k", "9"], "`k` must be between 1 and 3"),
         (["{adapter}", "--k", "0"], "`k` must be between 1 and 3"),
         (["{adapter}", "--dtype", "auto,int8"], "must be 'auto' or one of torch's floating-point types.* got 'int8'"),
@@ -189,14 +189,14 @@ def test_verify_keeps_the_report_of_each_dtype(saved, prompts, tmp_path, monkeyp
 
     monkeypatch.setattr(pretrained, "load_upgraded", out_of_memory_in_the_second)
     file = tmp_path / "verify.json"
-    options = ("--dtype", "float64,float32", "--prompts", prompts, "--json", str(file), *SHORT)
+    options = ("--dtype", "float64,float32", "--suite", prompts, "--json", str(file), *SHORT)
     assert "simulated" in run("verify", saved[1], "--greedy-only", *options, code=2).stderr
     assert [report["dtype"] for report in json.loads(file.read_text())["reports"]] == ["float64"]
 
 
 def test_verify_makes_the_folder_of_its_report(saved, prompts, tmp_path):
     file = tmp_path / "new" / "out.json"
-    run("verify", saved[1], "--greedy-only", "--prompts", prompts, "--strategy", "linear", "--json", str(file), *SHORT)
+    run("verify", saved[1], "--greedy-only", "--suite", prompts, "--strategies", "linear", "--json", str(file), *SHORT)
     assert json.loads(file.read_text())["equal"]
 
 

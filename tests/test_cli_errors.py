@@ -109,7 +109,7 @@ def refuse(*_):
 
 
 def test_verify_reads_the_prompts_before_the_model():
-    assert "Unknown suite 'nowhere.jsonl'" in error_of("verify", "nowhere", "--prompts", "nowhere.jsonl", code=2)
+    assert "Unknown suite 'nowhere.jsonl'" in error_of("verify", "nowhere", "--suite", "nowhere.jsonl", code=2)
 
 
 def test_train_does_not_replace_an_adapter(folders, tmp_path):

@@ -93,7 +93,7 @@ def losses_of(trainer: MTPTrainer) -> list[float]:
 def measures_of(trainer: MTPTrainer) -> dict[str, float]:
     """Of an evaluation of all rows, whichever process has them, and of the training before."""
     measures = trainer.evaluate()
-    return {name: measures[f"eval_{name}"] for name in ("loss", "tokens_per_step", "accuracy_1", "num_tokens")}
+    return {name: measures[f"eval_{name}"] for name in ("loss", "tokens_per_pass", "accuracy_1", "num_tokens")}
 
 
 def train_save_resume(rank: int, config: str, folder: Path) -> None:

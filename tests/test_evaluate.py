@@ -415,7 +415,7 @@ def test_the_card_gets_one_section_that_is_replaced(model, results, tmp_path):
     assert write_card_section(results, tmp_path).read_text() == first
     assert first.count("## Evaluation") == 1 and "| a |" in first
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert len(config["tokens_per_step"]) == 3 and "Not measured" not in first
+    assert len(config["tokens_per_pass"]) == 3 and "Not measured" not in first
 
 
 def test_a_card_written_by_hand_keeps_its_text(model, results, tmp_path):

@@ -138,7 +138,7 @@ def test_statistics(right, strategy, k, new_tokens, monkeypatch):
     for position in range(max(drafted for drafted, _ in steps)):
         assert statistics.drafted_per_position[position] == sum(drafted > position for drafted, _ in steps)
         assert statistics.accepted_per_position[position] == sum(accepted > position for _, accepted in steps)
-    assert statistics.tokens_per_step == new_tokens / len(steps)
+    assert statistics.tokens_per_pass == new_tokens / len(steps)
 
 
 def test_right_drafts_give_k_plus_one_tokens_per_pass(monkeypatch):

@@ -381,10 +381,10 @@ def test_a_card_without_measurements_says_so(folder):
 
 def test_a_card_has_a_table_of_what_was_measured(folder):
     config = GatedLoraConfig.from_pretrained(folder / "adapter")
-    config.tokens_per_step = {"maths": 3.0, "code": 2.352}
+    config.tokens_per_pass = {"maths": 3.0, "code": 2.352}
     write_model_card(config, folder / "adapter", repo="me/named")
     card = card_of(folder)
-    assert "| domain | tokens per step |\n|---|---|\n| maths | 3.00 |\n| code | 2.35 |" in card
+    assert "| domain | tokens per pass |\n|---|---|\n| maths | 3.00 |\n| code | 2.35 |" in card
     assert 'from_pretrained("me/named")' in card
 
 

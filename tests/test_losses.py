@@ -13,7 +13,7 @@ from hf_mtp.objective import losses
 from hf_mtp.objective.compute import multi_token_objective
 from hf_mtp.objective.recipe import Recipe, get_recipe
 from hf_mtp.objective.request import ObjectiveRequest
-from hf_mtp.objective.simulation import mean_tokens_per_step
+from hf_mtp.objective.simulation import mean_tokens_per_pass
 
 ROWS, SIZE = 23, 8
 
@@ -203,7 +203,7 @@ def slow_objective(model, input_ids, labels, layout, recipe) -> tuple[torch.Tens
         of_step = [block[step] for block in right.values() if step in block]
         measures[f"accuracy_{step}"] = sum(of_step) / max(1, len(of_step))
     accepted = [[block.get(step, False) for step in range(1, k + 1)] for block in right.values()]
-    measures["tokens_per_step"] = mean_tokens_per_step(torch.tensor(accepted)).item()
+    measures["tokens_per_pass"] = mean_tokens_per_pass(torch.tensor(accepted)).item()
     return loss, measures
 
 

@@ -224,7 +224,7 @@ def run(tmp_path, monkeypatch):
     get_peft_model(base, GatedLoraConfig(k=8, r=2)).save_pretrained(tmp_path / "shipped")
 
     same_tokenizer = property(lambda models: {"assistant_model": models.small_draft})
-    monkeypatch.setattr(script("ways").Models, "small_draft_options", same_tokenizer)
+    monkeypatch.setattr(script("methods").Models, "small_draft_options", same_tokenizer)
 
     def run(*arguments: str) -> dict:
         files = [tmp_path / "answers.jsonl", tmp_path, tmp_path / "report.json"]
@@ -248,11 +248,11 @@ def test_the_script_trains_measures_and_measures_again(run, monkeypatch):
     for name, record in report["trained"].items():
         assert record["parameters"] > 0
         assert name == "shipped" or record["steps"] > 0
-    for ways in report["domains"].values():
-        assert {*memory} == {*ways}
-        for name, row in ways.items():
+    for methods in report["domains"].values():
+        assert {*memory} == {*methods}
+        for name, row in methods.items():
             assert row["identical"] == row["prompts"] == 1, name
-        assert ways["plain"]["tokens_per_pass"] == 1.0
+        assert methods["plain"]["tokens_per_pass"] == 1.0
     assert all(answer != "runs" for answer in report["refused"].values())
     monkeypatch.setattr(script("peers"), "train_missing", None)  # would raise if it were called
     assert run("--measure-only")["best"] == report["best"]
@@ -260,7 +260,7 @@ def test_the_script_trains_measures_and_measures_again(run, monkeypatch):
 
 
 def assert_table(report: dict, memory: dict, folder: Path, monkeypatch) -> None:
-    """The page's table has every way."""
+    """The page's table has every method."""
     monkeypatch.setattr(script("tables"), "RESULTS", folder)
     (folder / "peers_trained.json").write_text(json.dumps(report | {"memory_mib": memory}))
     lines = script("peer_tables").trained_peers().splitlines()[2:-2]

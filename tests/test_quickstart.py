@@ -83,8 +83,8 @@ def test_results_say_that_every_answer_is_the_same(finished):
     for domain, row in report["domains"].items():
         assert row["identical"] == row["prompts"] == 1
         for record in report["per_prompt"][domain]:
-            assert sum(record["steps"]) == record["new_tokens"] == record["forward_passes_plain"]
-            assert len(record["steps"]) == record["forward_passes_mtp"]
+            assert sum(record["mtp"]["steps"]) == len(record["mtp"]["rows"][0]) == record["plain"]["forward_passes"]
+            assert len(record["mtp"]["steps"]) == record["mtp"]["forward_passes"]
 
 
 def test_it_saves_an_adapter_with_a_card_and_no_checkpoints(finished):

@@ -139,7 +139,7 @@ ALLOWED = {
         "The target was 0.8 of the greedy tokens per pass": TARGET,
         "The target for 17 columns was 1.2 times": TARGET,
         "The data is 13 % maths, 13 % instructions and 74 % Python": SETTING,
-        "The targets for this run: 2.5 tokens per step": TARGET,
+        "The targets for this run: 2.5 tokens per pass": TARGET,
         "1.8 on held-out text for chat": TARGET,
         "The more ambitious target of 3.5 for maths": TARGET,
         "should be 1.3x the fastest baseline": TARGET,

@@ -1,4 +1,4 @@
-"""`examples/scenarios` on the small base that ships, with an untrained adapter: every way writes the same text."""
+"""`examples/scenarios` on the small base that ships, with an untrained adapter: every method writes the same text."""
 
 import json
 import runpy
@@ -41,7 +41,7 @@ def run(adapter, monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_scenario_prints_its_text_and_what_every_way_took(script, run, capsys):
+def test_a_scenario_prints_its_text_and_what_every_method_took(script, run, capsys):
     run(script, "--dtype", "float32", "--new-tokens", "24")
     printed = capsys.readouterr().out
     count = {"long_form": 1, "chat": 3, "data_generation": 8}.get(script, 2)

@@ -9,23 +9,33 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import openai
 import pytest
 import torch
-from peft import get_peft_model
-from prometheus_client.parser import text_string_to_metric_families
-from tiny_models import randomised, tiny_base
+from tiny_models import tiny_base
+from tiny_server import (
+    CONTEXT,
+    NEW_TOKENS,
+    SlowEngine,
+    as_prompt,
+    byte_tokenizer,
+    collected,
+    complete,
+    counts,
+    expected,
+    messages,
+    random_adapter,
+    served,
+    streamed,
+    wait_until,
+)
 from tiny_text import words
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
-from hf_mtp import GatedLoraConfig
 from hf_mtp.cli.app import app as command
 from hf_mtp.decoding.batch import Batch
 from hf_mtp.serving import manager
-from hf_mtp.serving.limits import Limits
 from hf_mtp.serving.serial import SerialRequest
 from hf_mtp.serving.server import Server, ServerSettings
 from hf_mtp.serving.text import StopStrings, TextStream
@@ -35,105 +45,12 @@ try:  # as the installed openai does
 except ImportError:
     import httpx
 
-K, CONTEXT, NEW_TOKENS = 3, 256, 24
-LIMITS = Limits(body_bytes=20_000, new_tokens=64)
-TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}"
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, so that most characters beyond ASCII are several tokens; id 0 ends a text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<eos>": 0} | {byte: index + 1 for index, byte in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE)
-
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> str:
     """A random adapter on a random base, in float64 and with a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("serving")
-    vocabulary = 257
-    base = tiny_base("llama", torch.float64, vocab_size=vocabulary, max_position_embeddings=CONTEXT)
-    base.save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).save_pretrained(folder / "adapter")
-    return str(folder / "adapter")
-
-
-@contextmanager
-def served(adapter: str, **settings):
-    """A running server."""
-    server = Server(ServerSettings(adapter, port=0, limits=LIMITS, shutdown_seconds=5, **settings))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: httpx.get(server.url.removesuffix("/v1") + "/health").status_code == 200)
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def server(adapter):
-    with served(adapter) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server, adapter):
-    return openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
-
-
-def wait_until(holds, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
-
-
-def messages(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def expected(
-    server, text: str | list[int], stop: str | None = None, rows: int = 1, seed=None, **settings
-) -> list[str]:
-    """What plain `generate` makes of a prompt; of sampling, what the decode loop makes of it alone."""
-    tokenizer, model = server.tokenizer, server.model
-    inputs = tokenizer(text, return_tensors="pt")
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": seed is not None, **settings}
-    if seed is not None:
-        settings |= {"mtp": True, "mtp_strategy": "linear", "generator": torch.Generator().manual_seed(seed)}
-    output = model.generate(**inputs, num_return_sequences=rows, **settings)
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def as_prompt(text: str) -> str:
-    return f"user: {text}\n"
-
-
-def complete(client, adapter, text: str, **settings):
-    settings = {"temperature": 0, "max_tokens": NEW_TOKENS, **settings}
-    return client.chat.completions.create(model=adapter, messages=messages(text), **settings)
-
-
-def streamed(client, adapter, text: str, **settings) -> str:
-    stream = complete(client, adapter, text, stream=True, **settings)
-    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-
-
-def counts(server) -> dict[str, float]:
-    families = text_string_to_metric_families(server.metrics.text().decode())
-    return {
-        sample.name + "".join(sample.labels.values()): sample.value for family in families for sample in family.samples
-    }
+    base = tiny_base("llama", torch.float64, vocab_size=257, max_position_embeddings=CONTEXT)
+    return random_adapter(tmp_path_factory.mktemp("serving"), base, byte_tokenizer())
 
 
 # ---------------------------------------------------------------- what clients get
@@ -211,16 +128,6 @@ def test_several_choices_are_the_rows_of_generate(client, server, adapter):
     assert [choice.message.content for choice in response.choices] == rows and len(set(rows)) == 3
     assert [choice.index for choice in response.choices] == [0, 1, 2]
     assert response.usage.completion_tokens == 3 * NEW_TOKENS
-
-
-def collected(stream) -> tuple[dict[int, str], dict[int, str], list]:
-    """Texts and finish reasons of the choices of a stream, and all of its chunks."""
-    chunks, contents, reasons = list(stream), {}, {}
-    for choice in (choice for chunk in chunks for choice in chunk.choices):
-        delta = choice.text if hasattr(choice, "text") else choice.delta.content
-        contents[choice.index] = contents.get(choice.index, "") + (delta or "")
-        reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
-    return contents, reasons, chunks
 
 
 def test_streamed_choices_are_the_rows_of_generate(client, server, adapter):
@@ -414,20 +321,6 @@ def test_a_client_that_goes_away_leaves_the_batch(client, server, adapter):
     wait_until(lambda: counts(server)["hf_mtp_running_requests"] == 0)
     ended = {key: counts(server).get(key, 0) - before.get(key, 0) for key in (name, "hf_mtp_requests_totalfinished")}
     assert ended["hf_mtp_requests_totalfinished"] >= 1 and sum(ended.values()) == 2
-
-
-class SlowEngine:
-    """Makes passes slow enough that a request is still running when its client leaves."""
-
-    def __init__(self, server, seconds: float = 0.05):
-        self.loop, self.seconds = server.state.manager._engine.loop, seconds
-
-    def __enter__(self):
-        step = self.loop.step
-        self.loop.step = lambda batch: (time.sleep(self.seconds), step(batch))[1]
-
-    def __exit__(self, *_):
-        del self.loop.step
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -745,11 +638,7 @@ def test_a_base_is_no_adapter(adapter):
 
 
 def test_a_model_that_allows_no_batch_is_served_one_after_the_other(tmp_path):
-    tiny_base("bloom", torch.float64, vocab_size=257).save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).save_pretrained(tmp_path / "adapter")
-    adapter = str(tmp_path / "adapter")
+    adapter = random_adapter(tmp_path, tiny_base("bloom", torch.float64, vocab_size=257), byte_tokenizer())
     with served(adapter) as server:
         client = openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
         assert complete(client, adapter, "hello").choices[0].message.content == expected(server, as_prompt("hello"))[0]
@@ -768,11 +657,11 @@ def _counts_what_happened(client, server, adapter) -> None:
     expected(server, as_prompt("hello"), mtp=True)
     alone = server.model.mtp_statistics
     assert after["hf_mtp_generated_tokens_total"] == alone.tokens == NEW_TOKENS
-    assert after["hf_mtp_row_passes_total"] == alone.row_steps
+    assert after["hf_mtp_row_passes_total"] == alone.row_passes
     assert after["hf_mtp_forward_passes_total"] == alone.forward_passes
     assert (after["hf_mtp_drafts_total"], after["hf_mtp_accepted_drafts_total"]) == (alone.drafted, alone.accepted)
     assert after["hf_mtp_first_token_seconds_count"] == after["hf_mtp_queue_seconds_count"] == 1
-    assert after["hf_mtp_tokens_per_pass_sum"] == pytest.approx(NEW_TOKENS / alone.row_steps)
+    assert after["hf_mtp_tokens_per_pass_sum"] == pytest.approx(NEW_TOKENS / alone.row_passes)
 
 
 def test_a_request_that_decodes_plainly_or_is_cut_off_knows_its_passes():

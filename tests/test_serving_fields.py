@@ -8,15 +8,12 @@ import time
 import openai
 import pytest
 import torch
-from peft import get_peft_model
-from test_serving import TEMPLATE, K, as_prompt, byte_tokenizer, complete, counts, served, wait_until
-from test_serving import expected as plain_text
-from tiny_models import randomised, tiny_base
-from transformers import AutoModelForCausalLM
+from tiny_models import tiny_base
+from tiny_server import TEMPLATE, as_prompt, byte_tokenizer, complete, counts, random_adapter, wait_until
+from tiny_server import expected as plain_text
 from transformers.cli.serving.utils import ToolCall, get_response_template
 from transformers.utils.chat_parsing import ResponseParser
 
-from hf_mtp import GatedLoraConfig
 from hf_mtp.serving.fields import FieldStream, fits
 
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
@@ -26,25 +23,10 @@ MOST = 14  # tokens before a forced one that it depends on
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> str:
     """A random adapter on a Qwen3, whose responses transformers looks through for tool calls and thoughts."""
-    folder = tmp_path_factory.mktemp("fields")
-    tiny_base("qwen3", torch.float64, vocab_size=257, max_position_embeddings=512).save_pretrained(folder / "base")
+    base = tiny_base("qwen3", torch.float64, vocab_size=257, max_position_embeddings=512)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE + "{{ '<|im_start|>assistant\n' }}"
-    tokenizer.save_pretrained(folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).save_pretrained(folder / "adapter")
-    return str(folder / "adapter")
-
-
-@pytest.fixture(scope="module")
-def server(adapter):
-    with served(adapter) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+    return random_adapter(tmp_path_factory.mktemp("fields"), base, tokenizer)
 
 
 def saying(server, text: str) -> dict:

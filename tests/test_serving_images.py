@@ -10,11 +10,10 @@ import numpy as np
 import openai
 import pytest
 import torch
-from peft import get_peft_model
 from PIL import Image
 from test_prompts import IMAGE_MODELS, image_model
-from test_serving import SlowEngine, byte_tokenizer, collected, counts, served
-from tiny_models import randomised, upgraded
+from tiny_models import upgraded
+from tiny_server import SlowEngine, byte_tokenizer, collected, counts, random_adapter
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -24,7 +23,6 @@ from transformers import (
     LlavaProcessor,
 )
 
-from hf_mtp import GatedLoraConfig
 from hf_mtp.pretrained import load_model
 from hf_mtp.serving.engine import Engine
 from hf_mtp.serving.request import Request, row_of
@@ -39,7 +37,6 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> str:
     """A random adapter on a random LLaVA, in float64, with a processor."""
-    folder = tmp_path_factory.mktemp("images")
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [MARK]})
     sides = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -60,7 +57,6 @@ def adapter(tmp_path_factory) -> str:
         for layer in base.modules():  # so that the likeliest token depends on the text, and on the image
             if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
                 layer.weight.normal_(0, 2 * layer.weight.shape[-1] ** -0.5)
-    base.save_pretrained(folder / "base")
     processor = LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}),
         tokenizer,
@@ -69,21 +65,7 @@ def adapter(tmp_path_factory) -> str:
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
-    processor.save_pretrained(folder / "base")
-    base = AutoModelForImageTextToText.from_pretrained(folder / "base")
-    randomised(get_peft_model(base, GatedLoraConfig(k=3, r=4, lora_alpha=8))).save_pretrained(folder / "adapter")
-    return str(folder / "adapter")
-
-
-@pytest.fixture(scope="module")
-def server(adapter):
-    with served(adapter) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+    return random_adapter(tmp_path_factory.mktemp("images"), base, processor)
 
 
 def picture(seed: int) -> Image.Image:

@@ -7,10 +7,10 @@ from tiny_models import VOCAB, generate, prompt, upgraded
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.layout.blocks import IGNORE
 from hf_mtp.objective.request import ObjectiveRequest
-from hf_mtp.objective.simulation import SimulatedDecoding, mean_tokens_per_step, simulate_decoding
+from hf_mtp.objective.simulation import SimulatedDecoding, mean_tokens_per_pass, simulate_decoding
 
 
-def test_mean_tokens_per_step():
+def test_mean_tokens_per_pass():
     accepted = torch.rand(50, 4) < 0.7
     total = 0
     for block in accepted.tolist():
@@ -19,9 +19,9 @@ def test_mean_tokens_per_step():
             if not draft:
                 break
             total += 1
-    torch.testing.assert_close(mean_tokens_per_step(accepted), torch.tensor(total / 50))
-    assert mean_tokens_per_step(torch.ones(3, 4, dtype=torch.bool)) == 5
-    assert mean_tokens_per_step(torch.zeros(3, 4, dtype=torch.bool)) == 1
+    torch.testing.assert_close(mean_tokens_per_pass(accepted), torch.tensor(total / 50))
+    assert mean_tokens_per_pass(torch.ones(3, 4, dtype=torch.bool)) == 5
+    assert mean_tokens_per_pass(torch.zeros(3, 4, dtype=torch.bool)) == 1
 
 
 def test_a_walk_by_hand():

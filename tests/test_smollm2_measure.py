@@ -1,4 +1,4 @@
-"""`examples/smollm2/measure.py`: every way on the same prompts in turn, and tables from what it writes."""
+"""`examples/smollm2/measure.py`: every method on the same prompts in turn, and tables from what it writes."""
 
 import json
 import sys
@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from scripts import importable
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.evaluation.run import adapter_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE, DOCS = ROOT / "examples" / "smollm2", ROOT / "docs"
@@ -68,24 +69,24 @@ def run(data, adapter, monkeypatch):
 # ---------------------------------------------------------------- what is measured
 
 
-def test_every_way_decodes_the_same_prompts_and_gives_the_same_text(run, data, monkeypatch):
+def test_every_method_decodes_the_same_prompts_and_gives_the_same_text(run, data, monkeypatch):
     measure = script("measure")
     (data / "peers.json").write_text(json.dumps({"best": BEST}))
-    speed = measure.Experiment(measure.speed_ways, measure.held_out, prompts=2, dtype="float32")
+    speed = measure.Experiment(measure.speed_methods, measure.held_out, prompts=2, dtype="float32")
     monkeypatch.setitem(measure.EXPERIMENTS, "speed", speed)
     # The small draft model is the base of these tests, so transformers refuses a second tokenizer.
     options = property(lambda models: {"assistant_model": models.small_draft})
     monkeypatch.setattr(measure.Models, "small_draft_options", options)
     report = run("speed", "--peers", str(data / "peers.json"), "--rare", "1", "--new-tokens", "8")
     assert {*report["domains"]} == {"maths", "code", "chat"} and report["dtype"] == "float32"
-    for ways in report["domains"].values():
-        assert {name: row["prompts"] for name, row in ways.items()} == {
+    for methods in report["domains"].values():
+        assert {name: row["prompts"] for name, row in methods.items()} == {
             **dict.fromkeys(("plain", "auto", "auto, bitwise", "prompt lookup"), 2),
             **dict.fromkeys(("quadratic", "linear", "early exit", "small draft"), 1),
             **dict.fromkeys(("auto, untrained adapter", "plain, in a batch"), 1),
         }
-        assert all(row["identical"] == row["prompts"] == len(row["speedups"]) for row in ways.values())
-        assert ways["plain"]["tokens_per_pass"] == 1
+        assert all(row["identical"] == row["prompts"] == len(row["speedups"]) for row in methods.values())
+        assert methods["plain"]["tokens_per_pass"] == 1
 
 
 def test_batches_hold_different_prompts_and_end_separately(run, monkeypatch):
@@ -93,39 +94,46 @@ def test_batches_hold_different_prompts_and_end_separately(run, monkeypatch):
     batches = measure.Experiment(measure.just(auto=measure.mtp()), measure.batches, prompts=1, dtype="float32")
     monkeypatch.setitem(measure.EXPERIMENTS, "batches", batches)
     report = run("batches", "--new-tokens", "6")
-    assert {name: ways["auto"]["prompts"] for name, ways in report["domains"].items()} == {
+    assert {name: methods["auto"]["prompts"] for name, methods in report["domains"].items()} == {
         "batch of 4": 4,
         "batch of 8": 8,
     }
-    assert all(ways["auto"]["identical"] == ways["auto"]["prompts"] for ways in report["domains"].values())
+    assert all(methods["auto"]["identical"] == methods["auto"]["prompts"] for methods in report["domains"].values())
+
+
+def test_a_report_names_the_adapter_as_an_evaluation_does(run, adapter):
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float64)
+    assert run("tokens", "--small")["adapter"] == adapter_fingerprint(PeftModel.from_pretrained(base, adapter))
 
 
 def test_sampling_is_compared_with_greedy_decoding(run):
     report = run("temperatures", "--small")
-    for ways in report["domains"].values():
-        assert len(ways) == 9 and all(row["tokens_per_pass"] >= 1 and "identical" not in row for row in ways.values())
-    assert report["ways"]["auto, T = 0.7"]["temperature"] == 0.7 and report["ways"]["auto, T = 0.7"]["do_sample"]
+    for methods in report["domains"].values():
+        assert len(methods) == 9 and all(
+            row["tokens_per_pass"] >= 1 and "identical" not in row for row in methods.values()
+        )
+    assert report["methods"]["auto, T = 0.7"]["temperature"] == 0.7 and report["methods"]["auto, T = 0.7"]["do_sample"]
 
 
 def test_assumed_costs_are_never_measured(adapter):
-    ways = script("ways")
-    model = ways.Models(str(BASE), adapter, "float32").free_columns
+    methods = script("methods")
+    model = methods.Models(str(BASE), adapter, "float32").free_columns
     inputs = {"input_ids": torch.arange(12)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
     model.generate(**inputs, mtp=True, do_sample=False, max_new_tokens=12)
     (key,) = model.base_model.schedules._known
     schedule = model.base_model.schedules.borrow(key, make=None)
-    assert schedule.costs == ways.NEARLY_FREE and schedule.mask_acceptance.counts.offered[0] > 2
+    assert schedule.costs == methods.NEARLY_FREE and schedule.mask_acceptance.counts.offered[0] > 2
 
 
 def test_what_was_measured_is_not_measured_again(run, data, monkeypatch):
     paired = script("paired")
     done, one_turn = [], paired.one_turn
 
-    def interrupted(models, ways, texts, turn, new_tokens):
+    def interrupted(models, methods, texts, turn, new_tokens):
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(texts)
-        return one_turn(models, ways, texts, turn, new_tokens)
+        return one_turn(models, methods, texts, turn, new_tokens)
 
     monkeypatch.setattr(paired, "one_turn", interrupted)
     arguments = ("tokens", "--prompts", "2", "--new-tokens", "4")
@@ -160,8 +168,8 @@ def test_the_clock_ends_a_measurement_between_turns(run, data, monkeypatch):
     assert (data / ".tokens.json.part").exists()  # a later call can go on
 
 
-def test_ways_take_turns_in_coming_first():
-    paired, ways = (script(name) for name in ("paired", "ways"))
+def test_methods_take_turns_in_coming_first():
+    paired, methods = (script(name) for name in ("paired", "methods"))
     order = []
 
     class Models:
@@ -170,11 +178,11 @@ def test_ways_take_turns_in_coming_first():
         def tokenizer(self):
             return None
 
-        def decode(self, way, inputs, new_tokens):
-            order.append(way.options["name"])
+        def decode(self, method, inputs, new_tokens):
+            order.append(method.options["name"])
             return [[1, 2]], 2, 0.5
 
-    some = {name: ways.Way(options={"name": name}) for name in ("plain", "a", "b")}
+    some = {name: methods.Method(options={"name": name}) for name in ("plain", "a", "b")}
     paired.encoded = lambda texts, models: {}
     for turn in range(3):
         paired.one_turn(Models(), some, ["text"], turn, 2)
@@ -242,28 +250,30 @@ def test_errors_are_one_paragraph(run, data, tmp_path):
 # ---------------------------------------------------------------- tables
 
 
-def report_of(ways: dict[str, float], domains=("maths", "code", "chat")) -> dict:
-    """A report in which ways have these speeds, and as many tokens per pass."""
+def report_of(methods: dict[str, float], domains=("maths", "code", "chat")) -> dict:
+    """A report in which methods have these speeds, and as many tokens per pass."""
     machine = {"processor": "Some CPU", "threads": 2, "python": "3.12"}
     machine["versions"] = dict.fromkeys(("torch", "transformers", "peft", "trl"), "1.0")
     rows = {
         name: {"prompts": 2, "identical": 1, "speedup": speed, "speedups": [speed, speed], "tokens_per_pass": speed}
-        for name, speed in ways.items()
+        for name, speed in methods.items()
     }
-    answers = {name: {"rows": 2, "gaps": [1.0 if name == "auto" else 0.5]} for name in ways}
+    answers = {name: {"rows": 2, "gaps": [1.0 if name == "auto" else 0.5]} for name in methods}
     return {
         "machine": machine,
         "dtype": "bfloat16",
         "new_tokens": 128,
-        "ways": dict.fromkeys(ways),
+        "methods": dict.fromkeys(methods),
         "domains": dict.fromkeys(domains, rows),
         "rows": [{"domain": domain, "turn": 0, "answers": answers} for domain in domains],
     }
 
 
 def by_k_report() -> dict:
-    ways = {f"{s}, k={k}": 1 + i + k / 10 for i, s in enumerate(("linear", "quadratic", "auto")) for k in (1, 2, 4, 8)}
-    return report_of({"plain": 1.0, **ways}, ("knowledge", "maths", "code", "chat", "safety"))
+    methods = {
+        f"{s}, k={k}": 1 + i + k / 10 for i, s in enumerate(("linear", "quadratic", "auto")) for k in (1, 2, 4, 8)
+    }
+    return report_of({"plain": 1.0, **methods}, ("knowledge", "maths", "code", "chat", "safety"))
 
 
 SPEEDS = {
@@ -290,7 +300,7 @@ WARM = {f"{s}, {t}": 2.0 if t == "greedy" else 1.5
             report_of(SPEEDS),
             "| chat | 2.00 | **2.00x** | 1.25x (prompt lookup) | 1/2, 1/2 | 1.75x, 1/2 |",
         ),
-        ("smollm2_ways", "smollm2", report_of(SPEEDS), "| chat | early exit | 0.50x | – | 1/2 |"),
+        ("smollm2_methods", "smollm2", report_of(SPEEDS), "| chat | early exit | 0.50x | – | 1/2 |"),
         ("divergences", "smollm2", report_of(SPEEDS), "| auto | 3 of 6 | 1.0 |"),
         (
             "peers",

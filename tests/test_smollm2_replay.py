@@ -38,12 +38,12 @@ def text(replay):
 
 def test_drafts_pay_where_columns_are_free_and_not_where_they_are_dear(replay, text):
     texts = [text] * 5
-    ways = {name: replay.replay(texts, FREE, K, **options) for name, options in
+    methods = {name: replay.replay(texts, FREE, K, **options) for name, options in
             {"all": {}, "chain": {"siblings": 0}, "ngrams": {"masks": False}}.items()}  # fmt: skip
-    assert {found.tokens for found in ways.values()} == {5 * (LENGTH - PROMPT)}
-    assert ways["ngrams"].passes == 5 * (LENGTH - PROMPT)
-    assert ways["all"].passes < ways["chain"].passes < 0.8 * ways["ngrams"].passes
-    assert ways["all"].trees > 10 and not ways["chain"].trees
+    assert {found.tokens for found in methods.values()} == {5 * (LENGTH - PROMPT)}
+    assert methods["ngrams"].passes == 5 * (LENGTH - PROMPT)
+    assert methods["all"].passes < methods["chain"].passes < 0.8 * methods["ngrams"].passes
+    assert methods["all"].trees > 10 and not methods["chain"].trees
     dear = replay.replay(texts, DEAR, K)
     assert dear.with_masks < 30  # those of the first trial
 

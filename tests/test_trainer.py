@@ -24,7 +24,7 @@ MEASURES = {
     "loss_sampler",
     "loss_lcm",
     "loss_auxiliary",
-    "tokens_per_step",
+    "tokens_per_pass",
     "mask_tokens",
     *(f"accuracy_{step}" for step in range(1, K + 1)),
 }
@@ -106,7 +106,7 @@ def test_every_measure_is_logged_in_training_and_evaluation(tmp_path):
     assert MEASURES <= train.keys()
     assert {f"eval_{name}" for name in MEASURES} | {"eval_loss"} <= evaluation.keys()
     for entry, prefix in ((train, ""), (evaluation, "eval_")):
-        assert 1 <= entry[prefix + "tokens_per_step"] <= K + 1
+        assert 1 <= entry[prefix + "tokens_per_pass"] <= K + 1
         assert all(0 <= entry[f"{prefix}accuracy_{step}"] <= 1 for step in range(1, K + 1))
         terms = {"base": 1.0, "sampler": 1.0, "lcm": 1.0, "auxiliary": 0.5}
         weighted = sum(weight * entry[f"{prefix}loss_{name}"] for name, weight in terms.items())
@@ -124,8 +124,8 @@ def test_a_loss_of_no_weight_is_not_computed(tmp_path):
 def test_evaluation_draws_the_same_masks_every_time(tmp_path):
     made = trainer(tmp_path, eval_dataset=texts(6), anchors_per_sequence=2)
     first, second = made.evaluate(), made.evaluate()
-    assert {name: first[name] for name in ("eval_loss", "eval_tokens_per_step")} == {
-        name: second[name] for name in ("eval_loss", "eval_tokens_per_step")
+    assert {name: first[name] for name in ("eval_loss", "eval_tokens_per_pass")} == {
+        name: second[name] for name in ("eval_loss", "eval_tokens_per_pass")
     }
 
 

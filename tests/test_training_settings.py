@@ -118,7 +118,7 @@ def test_a_best_model_by_a_measure_of_the_base_is_refused(metric, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metric", "greater"), [("loss_base", False), ("eval_loss_lcm", False), ("loss", False), ("tokens_per_step", True)]
+    ("metric", "greater"), [("loss_base", False), ("eval_loss_lcm", False), ("loss", False), ("tokens_per_pass", True)]
 )
 def test_the_best_is_the_lowest_loss_or_the_most_tokens(metric, greater, tmp_path):
     assert MTPConfig(**options(tmp_path, metric_for_best_model=metric)).greater_is_better is greater
@@ -187,7 +187,7 @@ def test_compute_metrics_sees_the_bases_logits(tmp_path):
     rows = trained.train_dataset.select(range(8))
     trained.compute_metrics = lambda found: seen.append(found) or {"own": 0.5}
     metrics = trained.evaluate(rows)
-    assert metrics["eval_own"] == 0.5 and 1 <= metrics["eval_tokens_per_step"] <= K + 1
+    assert metrics["eval_own"] == 0.5 and 1 <= metrics["eval_tokens_per_pass"] <= K + 1
     (found,) = seen
     labels = torch.tensor(rows[0]["labels"])
     logits = model.get_base_model()(torch.tensor([rows[0]["input_ids"]])).logits[0]
@@ -216,7 +216,7 @@ def test_predict_returns_logits(tmp_path):
     made = trainer(tmp_path)
     output = made.predict(made.train_dataset.select(range(2)))
     assert output.predictions.shape[0] == 2 and output.predictions.shape[2] == 97
-    assert {"test_loss", "test_tokens_per_step"} <= output.metrics.keys()
+    assert {"test_loss", "test_tokens_per_pass"} <= output.metrics.keys()
 
 
 def test_an_evaluation_is_not_of_what_was_predicted_before(tmp_path):
@@ -236,7 +236,7 @@ def test_several_evaluation_datasets_have_measures_of_their_own(tmp_path):
     together = made.evaluate(rows)
     for name in rows:
         alone = made.evaluate(rows[name], metric_key_prefix="eval")
-        for measure in ("tokens_per_step", "loss_sampler", "accuracy_1", "loss"):
+        for measure in ("tokens_per_pass", "loss_sampler", "accuracy_1", "loss"):
             assert together[f"eval_{name}_{measure}"] == pytest.approx(alone[f"eval_{measure}"])
 
 

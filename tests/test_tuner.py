@@ -107,12 +107,19 @@ def test_saving_in_half_precision(tmp_path):
 
 
 def test_config_round_trip(tmp_path):
-    config = GatedLoraConfig(k=5, r=6, sampler_residual=False, tokens_per_step={"maths": 2.5}, train_datasets=["a/b"])
+    config = GatedLoraConfig(k=5, r=6, sampler_residual=False, tokens_per_pass={"maths": 2.5}, train_datasets=["a/b"])
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is GatedLoraConfig
     assert loaded.to_dict() == config.to_dict()
     assert loaded.peft_type == "GATED_LORA" != "LORA"
+
+
+def test_a_config_saved_by_an_earlier_version_keeps_its_measured_numbers(tmp_path):
+    GatedLoraConfig(k=5, tokens_per_pass={"maths": 2.5}).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace("tokens_per_pass", "tokens_per_step"))
+    assert GatedLoraConfig.from_pretrained(tmp_path).tokens_per_pass == {"maths": 2.5}
 
 
 def test_card_says_how_to_use_the_adapter(saved):

@@ -20,7 +20,7 @@ from hf_mtp.training.callbacks.progress import MTPProgressCallback
 K = 3
 PROMPTS = [words(5), [{"role": "user", "content": words(4, 7)}]]
 DECODED = {
-    f"eval_decoding/{name}" for name in ("tokens_per_step", "tokens_per_second", "speedup", "identical", "sample")
+    f"eval_decoding/{name}" for name in ("tokens_per_pass", "tokens_per_second", "speedup", "identical", "sample")
 }
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
 
@@ -52,21 +52,20 @@ def test_every_evaluation_logs_what_decoding_gives(tmp_path):
     assert all(DECODED <= entry.keys() for entry in entries)
     assert all(entry["eval_decoding/identical"] == 1 and entry["eval_decoding/speedup"] > 0 for entry in entries)
     tokenizer = made.processing_class
-    ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
-    (record,) = decode_both_ways(made.model.eval(), [ids], 8)
-    assert entries[-1]["eval_decoding/sample"] == tokenizer.decode(record.ids)
+    (found,) = decode_both_ways(made.model.eval(), [tokenizer(PROMPTS[0])["input_ids"]], 8)
+    assert entries[-1]["eval_decoding/sample"] == tokenizer.decode(found.mtp.rows[0])
 
 
-def test_tokens_per_step_is_of_all_prompts_and_of_the_arguments_given(tmp_path):
+def test_tokens_per_pass_is_of_all_prompts_and_of_the_arguments_given(tmp_path):
     made = trained_with(tmp_path, decoding(mtp_k=1, mtp_strategy="quadratic"))
-    assert 1 <= logged(made, "eval_decoding/tokens_per_step")[-1] <= 2
+    assert 1 <= logged(made, "eval_decoding/tokens_per_pass")[-1] <= 2
     made.args.eval_strategy = "no"
     asked = [made.processing_class(PROMPTS[0])["input_ids"]]
     asked.append(made.processing_class.apply_chat_template(PROMPTS[1], add_generation_prompt=True)["input_ids"])
     options = {"mtp_k": 1, "mtp_strategy": "quadratic"}
-    records = decode_both_ways(made.model.eval(), [torch.tensor([ids]) for ids in asked], 8, **options)
-    expected = sum(record.new_tokens for record in records) / sum(record.forward_passes_mtp for record in records)
-    assert logged(made, "eval_decoding/tokens_per_step")[-1] == expected
+    found = [each.mtp for each in decode_both_ways(made.model.eval(), asked, 8, **options)]
+    expected = sum(each.tokens for each in found) / sum(each.forward_passes for each in found)
+    assert logged(made, "eval_decoding/tokens_per_pass")[-1] == expected
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -100,9 +99,9 @@ def test_the_best_checkpoint_may_be_chosen_by_it(tmp_path):
         save_strategy="steps",
         save_steps=2,
         load_best_model_at_end=True,
-        metric_for_best_model="decoding/tokens_per_step",
+        metric_for_best_model="decoding/tokens_per_pass",
     )
-    assert made.state.best_metric == max(logged(made, "eval_decoding/tokens_per_step"))
+    assert made.state.best_metric == max(logged(made, "eval_decoding/tokens_per_pass"))
 
 
 def test_several_evaluation_datasets_are_decoded_for_once(tmp_path):
@@ -116,11 +115,11 @@ def test_other_processes_wait_and_log_the_same(tmp_path, monkeypatch):
     made = trainer(tmp_path, eval_dataset=texts(4), callbacks=[decoding()])
     monkeypatch.setattr(type(made), "is_world_process_zero", lambda self: False)
     monkeypatch.setattr(made.state, "is_world_process_zero", False)
-    sent = {"eval_decoding/tokens_per_step": 1.5, "eval_decoding/sample": "w9"}
+    sent = {"eval_decoding/tokens_per_pass": 1.5, "eval_decoding/sample": "w9"}
     monkeypatch.setattr(decoding_callback, "broadcast_object_list", lambda found: [sent] if found == [None] else 1 / 0)
     metrics = {}
     made.callback_handler.on_evaluate(made.args, made.state, made.control, metrics)
-    assert metrics == {"eval_decoding/tokens_per_step": 1.5}
+    assert metrics == {"eval_decoding/tokens_per_pass": 1.5}
     assert logged(made, "eval_decoding/sample") == ["w9"]
 
 
@@ -162,9 +161,9 @@ def shown(monkeypatch, terminal: io.StringIO, folder) -> str:
     return terminal.getvalue()
 
 
-def test_the_bar_has_the_losses_and_tokens_per_step(tmp_path, monkeypatch):
+def test_the_bar_has_the_losses_and_tokens_per_pass(tmp_path, monkeypatch):
     text = shown(monkeypatch, Terminal(), tmp_path)
-    assert "tokens/step 1" in text
+    assert "tokens/pass 1" in text
     for name in ("loss", "base", "sampler", "lcm", "auxiliary"):
         assert f", {name} " in text
     assert "{'loss'" not in text
@@ -173,7 +172,7 @@ def test_the_bar_has_the_losses_and_tokens_per_step(tmp_path, monkeypatch):
 
 def test_output_to_a_file_has_all_lines(tmp_path, monkeypatch):
     text = shown(monkeypatch, io.StringIO(), tmp_path)
-    assert text.count("{'loss'") == 4 and "tokens/step 1" in text
+    assert text.count("{'loss'") == 4 and "tokens/pass 1" in text
 
 
 def kinds(made) -> list[type]:
@@ -230,12 +229,12 @@ def test_the_picture_has_all_measures(tmp_path, monkeypatch):
     losses, steps, accuracies = figures[-1].axes
     texts_of = lambda axes: [text.get_text() for text in axes.texts]  # noqa: E731
     assert {"base", "sampler", "latent", "auxiliary"} <= {*texts_of(losses)}
-    assert f"{logged(made, 'tokens_per_step')[-1]:.2f}" in texts_of(steps)
+    assert f"{logged(made, 'tokens_per_pass')[-1]:.2f}" in texts_of(steps)
     assert {f"mask {position}" for position in range(1, K + 1)} <= {*texts_of(accuracies)}
     decoded, line, evaluations = steps.lines[0], *steps.lines[2:]  # a dashed one between them
-    assert [*decoded.get_ydata()] == logged(made, "eval_decoding/tokens_per_step")
-    assert [*line.get_ydata()] == logged(made, "tokens_per_step")
-    assert [*evaluations.get_ydata()] == logged(made, "eval_tokens_per_step")
+    assert [*decoded.get_ydata()] == logged(made, "eval_decoding/tokens_per_pass")
+    assert [*line.get_ydata()] == logged(made, "tokens_per_pass")
+    assert [*evaluations.get_ydata()] == logged(made, "eval_tokens_per_pass")
     assert [*evaluations.get_xdata()] == [2, 4]
 
 

@@ -32,19 +32,19 @@ def in_rows(runs: list[dict]) -> list[tuple[str, dict | None]]:
 
 def draw_domain(axes: Axes, rows: list[tuple[str, dict | None]], runs: list[dict], domain: str) -> None:
     """One panel: a dot for each run, and a band for the differences between seeds."""
-    by_chance = [run["tokens_per_step"][domain] for run in runs if run["group"] in (REFERENCE, SEEDS)]
+    by_chance = [run["tokens_per_pass"][domain] for run in runs if run["group"] in (REFERENCE, SEEDS)]
     axes.axvspan(min(by_chance), max(by_chance), color="#e9eef5", zorder=0)
-    middle = next(run["tokens_per_step"][domain] for run in runs if run["group"] == REFERENCE)
+    middle = next(run["tokens_per_pass"][domain] for run in runs if run["group"] == REFERENCE)
     axes.axvline(middle, color=GREY, linewidth=1, zorder=1)
     for height, (_, run) in enumerate(rows):
         if run is None:
             continue
-        value = run["tokens_per_step"][domain]
+        value = run["tokens_per_pass"][domain]
         colour = GREY if run["group"] == REFERENCE else COLOURS[0] if value >= middle else COLOURS[1]
         axes.plot([middle, value], [height, height], color=colour, linewidth=1.5, zorder=2)
         axes.plot(value, height, marker="o", markersize=5, color=colour, zorder=3)
     axes.set_title(DOMAINS[domain], loc="left", fontweight="bold")
-    axes.set_xlabel("tokens per step")
+    axes.set_xlabel("tokens per pass")
     axes.grid(axis="y", color="#f0f0f0", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -18,11 +18,11 @@ K = (1, 2, 4, 8)
 NUMBERS = {"tokens_per_pass": "tokens per pass", "speedup": "speedup over plain"}
 
 
-def draw_panel(axes: Axes, ways: dict[str, dict], number: str) -> None:
+def draw_panel(axes: Axes, methods: dict[str, dict], number: str) -> None:
     """One line for each strategy."""
     axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     for strategy, colour in zip(STRATEGIES, COLOURS, strict=False):
-        values = [ways[f"{strategy}, k={k}"][number] for k in K]
+        values = [methods[f"{strategy}, k={k}"][number] for k in K]
         axes.plot(range(len(K)), values, color=colour, marker="o", markersize=4, linewidth=2, label=strategy)
     axes.set_xticks(range(len(K)), [str(k) for k in K])
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
@@ -35,8 +35,8 @@ def main(folder: Path, results: Path = HERE.parent / "results") -> None:
     figure = Figure(figsize=(2.1 * len(kinds), 4.6), dpi=130, layout="constrained")
     panels = figure.subplots(len(NUMBERS), len(kinds), sharex=True, sharey="row", squeeze=False)
     for (number, label), row in zip(NUMBERS.items(), panels, strict=True):
-        for (kind, ways), axes in zip(kinds.items(), row, strict=True):
-            draw_panel(axes, ways, number)
+        for (kind, methods), axes in zip(kinds.items(), row, strict=True):
+            draw_panel(axes, methods, number)
             axes.set_title(kind if number == "tokens_per_pass" else "", loc="left", fontweight="bold")
         row[0].set_ylabel(label)
     for axes in panels[-1]:

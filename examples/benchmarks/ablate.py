@@ -4,7 +4,7 @@
     python examples/benchmarks/ablate.py --base BASE --data DATA --output docs/results/ablation.json
 
 Every run starts from the settings `START`, and has the same number of steps, data and seed, in a process of its own.
-Tokens per step are those of a walk through held-out text, the base's own argmax being the truth. Runs that the output
+Tokens per pass are those of a walk through held-out text, the base's own argmax being the truth. Runs that the output
 file has already, made with the same arguments, are kept. The last line printed is one JSON document.
 """
 
@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.base.machine import describe_machine
-from hf_mtp.evaluation.compare import decode_all, tokens_per_step
+from hf_mtp.evaluation.decoded import decode_rows
+from hf_mtp.evaluation.measures import tokens_per_pass
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ def run(variant: Variant, args: argparse.Namespace, tokenizer, texts: dict[str, 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         model.eval()
         result = {
-            "tokens_per_step": {
-                domain: simulated(model, tokenizer, rows, Path(folder))["tokens_per_step"]
+            "tokens_per_pass": {
+                domain: simulated(model, tokenizer, rows, Path(folder))["tokens_per_pass"]
                 for domain, rows in held_out.items()
             }
         }
@@ -180,12 +181,18 @@ def run(variant: Variant, args: argparse.Namespace, tokenizer, texts: dict[str, 
         "base_loss_after": after,
     }
     if variant.decodes:
-        prompts = [tokenizer(row["prompt"], return_tensors="pt").input_ids for row in held_out["maths"]]
-        result["decoded_tokens_per_step"] = {
-            strategy: tokens_per_step(decode_all(model, prompts, 96, mtp=True, mtp_strategy=strategy))
-            for strategy in ("quadratic", "linear")
+        prompts = [tokenizer(row["prompt"]).input_ids for row in held_out["maths"]]
+        result["decoded_tokens_per_pass"] = {
+            strategy: decoded(model, prompts, strategy) for strategy in ("quadratic", "linear")
         }
     return result
+
+
+def decoded(model, prompts: list[list[int]], strategy: str) -> float:
+    """Tokens per pass over all prompts."""
+    answers = [decode_rows(model, [ids], 96, mtp=True, mtp_strategy=strategy) for ids in prompts]
+    passes = [answer.forward_passes for answer in answers]
+    return tokens_per_pass([answer.tokens for answer in answers], passes)["tokens_per_pass"]
 
 
 def main() -> None:
@@ -207,7 +214,7 @@ def main() -> None:
         result = in_a_process(partial(run, variant, args, tokenizer, texts))
         report["runs"].append({"group": group, "name": name, **result})
         report["runs"].sort(key=lambda run: [*VARIANTS].index((run["group"], run["name"])))
-        print(group, name, result["tokens_per_step"], result["cpu_seconds"], flush=True)
+        print(group, name, result["tokens_per_pass"], result["cpu_seconds"], flush=True)
         args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     finish(report, args.output)
 

@@ -5,9 +5,9 @@
     python examples/benchmarks/compare_revisions.py PROMPTS --before ../before --base BASE --adapter ADAPTER \\
         --output docs/results/revisions.json
 
-PROMPTS is a JSON Lines file of conversations (`prompt`). Every way decodes each prompt once per revision, right after
-each other, and the revisions take turns in coming first. Quotes the median of the ratios. Outputs that differ are
-counted: in half precision a near-tie may flip. Prints a table; the last line is one JSON document.
+PROMPTS is a JSON Lines file of conversations (`prompt`). Every method decodes each prompt once per revision, one
+right after the other, and the revisions take turns in coming first. Quotes the median of the ratios. Outputs that
+differ are counted: in half precision a near-tie may flip. Prints a table; the last line is one JSON document.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from report import finish
 
-WAYS = {
+METHODS = {
     "plain": {},
     "auto": {"mtp": True},
     "quadratic": {"mtp": True, "mtp_strategy": "quadratic"},
@@ -63,7 +63,7 @@ def work(args: argparse.Namespace) -> None:
             asked["prompt"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         start = time.perf_counter()
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=args.new_tokens, **WAYS[asked["way"]])
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=args.new_tokens, **METHODS[asked["method"]])
         seconds = time.perf_counter() - start
         ids = output[0, inputs["input_ids"].shape[1] :].tolist()
         print(json.dumps({"seconds": seconds, "ids": ids}), flush=True)
@@ -79,9 +79,9 @@ class Revision:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def decode(self, prompt: list[dict], way: str) -> dict:
+    def decode(self, prompt: list[dict], method: str) -> dict:
         """Ids and seconds of one answer."""
-        self.process.stdin.write(json.dumps({"prompt": prompt, "way": way}) + "\n")
+        self.process.stdin.write(json.dumps({"prompt": prompt, "method": method}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -95,17 +95,17 @@ def main() -> None:
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
     revisions = {"before": Revision(args.before), "now": Revision(Path(__file__).parents[2])}
     for revision in revisions.values():
-        for way in WAYS:
-            revision.decode(prompts[-1], way)  # warms up
-    rows = {way: [] for way in WAYS}
+        for method in METHODS:
+            revision.decode(prompts[-1], method)  # warms up
+    rows = {method: [] for method in METHODS}
     for number, prompt in enumerate(prompts[: args.count]):
-        for way, found in rows.items():
+        for method, found in rows.items():
             order = list(revisions) if number % 2 == 0 else list(revisions)[::-1]
-            found.append({name: revisions[name].decode(prompt, way) for name in order})
-    report = {"machine": describe_machine(), "dtype": args.dtype, "new_tokens": args.new_tokens, "ways": {}}
-    for way, found in rows.items():
+            found.append({name: revisions[name].decode(prompt, method) for name in order})
+    report = {"machine": describe_machine(), "dtype": args.dtype, "new_tokens": args.new_tokens, "methods": {}}
+    for method, found in rows.items():
         ratios = [row["before"]["seconds"] / row["now"]["seconds"] for row in found]
-        report["ways"][way] = row = {
+        report["methods"][method] = row = {
             "seconds_before": statistics.median(row["before"]["seconds"] for row in found),
             "seconds_now": statistics.median(row["now"]["seconds"] for row in found),
             "faster": statistics.median(ratios),
@@ -114,7 +114,7 @@ def main() -> None:
             "identical": sum(row["before"]["ids"] == row["now"]["ids"] for row in found),
             "prompts": len(found),
         }
-        print(f"{way:10} {row['faster']:.2f}x as fast as before ({row['lowest']:.2f} to {row['highest']:.2f})")
+        print(f"{method:10} {row['faster']:.2f}x as fast as before ({row['lowest']:.2f} to {row['highest']:.2f})")
     finish(report, args.output)
 
 

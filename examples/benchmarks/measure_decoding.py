@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time `generate(mtp=True)` against the other exact ways to decode: same prompts, same run, whole generations.
+"""Time `generate(mtp=True)` against the other exact decoding methods: same prompts, same run, whole generations.
 
     python examples/benchmarks/measure_decoding.py --base BASE --draft DRAFT --data DATA --adapter out/reference \\
         --output docs/results/decoding.json
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Timing:
-    """Seconds, tokens and forward passes of one way to decode."""
+    """Seconds, tokens and forward passes of one decoding method."""
 
     def __init__(self):
         self.seconds, self.tokens, self.passes, self.identical = [], [], [], 0
@@ -72,16 +72,16 @@ class Timing:
         }
 
 
-def compare(ways: dict, batches: list[dict], **arguments) -> dict[str, dict]:
-    """Decodes every batch every way, in turns, and sums up. `ways` are (model, arguments), the first one plain."""
-    timings = {name: Timing() for name in ways}
-    names = list(ways)
+def compare(methods: dict, batches: list[dict], **arguments) -> dict[str, dict]:
+    """Decodes every batch with every method, in turns, and sums up. `methods` are (model, arguments), plain first."""
+    timings = {name: Timing() for name in methods}
+    names = list(methods)
     warm_up = batches[:WARM_UP]
     for index, inputs in enumerate(tqdm(warm_up + batches, leave=False)):
         done = {}
         for name in names[index % len(names) :] + names[: index % len(names)]:
             torch.manual_seed(index)
-            model, own = ways[name]
+            model, own = methods[name]
             done[name] = timed_generate(model, **inputs, **{**arguments, **own})
         if index < len(warm_up):
             continue
@@ -103,7 +103,7 @@ def main() -> None:
     fresh = GatedLoraConfig(k=config.k, r=config.r, lora_alpha=config.lora_alpha)
     untrained = get_peft_model(same_weights(base), fresh).eval()
     common = {"max_new_tokens": args.new_tokens, "pad_token_id": tokenizer.pad_token_id, "top_k": 0}
-    ways = {
+    methods = {
         "plain": (base, {}),
         "prompt lookup": (base, {"prompt_lookup_num_tokens": 10}),
         "assistant model": (base, {"assistant_model": draft}),
@@ -129,26 +129,26 @@ def main() -> None:
 
     for domain, sampling in DOMAINS.items():
         batches = [tokenized([text]) for text in prompts[domain][: args.prompts]]
-        report["domains"][domain] = {**sampling, "ways": compare(ways, batches, **common, **sampling)}
-        print_rows(domain, report["domains"][domain]["ways"], len(batches))
+        report["domains"][domain] = {**sampling, "methods": compare(methods, batches, **common, **sampling)}
+        print_rows(domain, report["domains"][domain]["methods"], len(batches))
 
     maths = [tokenized([text]) for text in prompts["maths"][: args.prompts]]
-    report["untrained"] = compare({"plain": ways["plain"], "auto": (untrained, {"mtp": True})}, maths, **common)
+    report["untrained"] = compare({"plain": methods["plain"], "auto": (untrained, {"mtp": True})}, maths, **common)
     print_rows("untrained adapter", report["untrained"], len(maths))
-    hot = {"plain": (base, {}), "quadratic": ways["quadratic"]}
+    hot = {"plain": (base, {}), "quadratic": methods["quadratic"]}
     maths += [tokenized([text]) for text in prompts["maths"][args.prompts : 2 * args.prompts]]  # chance needs more
     report["temperature 1"] = compare(hot, maths, **common, do_sample=True)
     print_rows("maths, T = 1", report["temperature 1"], len(maths))
     for size in (4, 16):
         batches = [tokenized(prompts["maths"][start : start + size]) for start in range(0, IN_BATCHES, size)]
-        pair = {name: ways[name] for name in ("plain", "auto")}
+        pair = {name: methods[name] for name in ("plain", "auto")}
         report["batches"][str(size)] = compare(pair, batches, **common)
         print_rows(f"maths, batch {size}", report["batches"][str(size)], len(batches))
     finish(report, args.output)
 
 
-def print_rows(title: str, ways: dict[str, dict], batches: int) -> None:
-    for name, row in ways.items():
+def print_rows(title: str, methods: dict[str, dict], batches: int) -> None:
+    for name, row in methods.items():
         print(
             f"{title:18} {name:16} {row['speedup']:.2f}x plain ({row['speedup_in_total']:.2f}x in total), "
             f"{row['tokens_per_pass']:.2f} tokens per pass, {row['identical']}/{batches} identical",

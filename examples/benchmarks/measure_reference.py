@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the reference adapter: correctness first, then tokens per step, on held-out text of three domains.
+"""Measure the reference adapter: correctness first, then tokens per pass, on held-out text of three domains.
 
     python examples/benchmarks/measure_reference.py --base BASE --data DATA --adapter out/reference \\
         --output docs/results/reference.json
@@ -12,7 +12,6 @@ document.
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def simulated(model: PeftModel, tokenizer, dataset, folder: Path) -> dict[str, float]:
-    """Tokens per step and per block, and accuracy per position, on held-out text, a block on every token."""
+    """Tokens per pass and per block, and accuracy per position, on held-out text, a block on every token."""
     trainer = MTPTrainer(
         model=model,
         args=MTPConfig(
@@ -67,20 +66,17 @@ def simulated(model: PeftModel, tokenizer, dataset, folder: Path) -> dict[str, f
 
 def decoded(model: PeftModel, tokenizer, dataset, args: argparse.Namespace) -> dict[str, dict]:
     """Both strategies over the prompts of a dataset."""
-    prompts = [tokenizer(row["prompt"], return_tensors="pt").input_ids for row in dataset]
+    prompts = [tokenizer(row["prompt"]).input_ids for row in dataset]
     results = {}
-    for strategy in STRATEGIES:
-        with tqdm(total=len(prompts), desc=strategy, leave=False) as bar:
-            records = decode_both_ways(
-                model, prompts, args.new_tokens, on_prompt=partial(bar.update, 1), mtp_strategy=strategy
-            )
+    for strategy in tqdm(STRATEGIES, leave=False):
+        pairs = decode_both_ways(model, prompts, args.new_tokens, mtp_strategy=strategy)
         results[strategy] = {
-            name: round(value, 4) if isinstance(value, float) else value for name, value in summarize(records).items()
+            name: round(value, 4) if isinstance(value, float) else value for name, value in summarize(pairs).items()
         }
         if strategy == "quadratic":
-            texts = [(prompt_1T[0].tolist(), record.ids) for prompt_1T, record in zip(prompts, records, strict=True)]
+            texts = [(ids, each.mtp.rows[0]) for ids, each in zip(prompts, pairs, strict=True)]
             simulated = simulated_decoding(model, texts)
-            results[strategy]["foreseen_tokens_per_step"] = round(simulated.tokens_per_step, 4)
+            results[strategy]["foreseen_tokens_per_pass"] = round(simulated.tokens_per_pass, 4)
     return results
 
 
@@ -109,12 +105,12 @@ def main() -> None:
 
 
 def print_rows(domain: str, result: dict) -> None:
-    print(f"{domain:8} simulated on held-out text: {result['simulated']['tokens_per_step']:.2f} tokens per step")
+    print(f"{domain:8} simulated on held-out text: {result['simulated']['tokens_per_pass']:.2f} tokens per pass")
     for strategy in STRATEGIES:
         if strategy in result:
             row = result[strategy]
             print(
-                f"{domain:8} {strategy:9} {row['tokens_per_step']:.2f} tokens per step, {row['speedup']:.2f}x plain's "
+                f"{domain:8} {strategy:9} {row['tokens_per_pass']:.2f} tokens per pass, {row['speedup']:.2f}x plain's "
                 f"speed, {row['identical']}/{row['prompts']} identical, repeated 4-grams {row['repeated_4grams']:.2f}"
             )
 

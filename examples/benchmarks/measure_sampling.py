@@ -22,8 +22,8 @@ from peft import PeftModel
 from report import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_mtp.adapter.sampler import SHORTLIST
 from hf_mtp.base.machine import describe_machine
-from hf_mtp.decoding.drafters.masks import SHORTLIST
 from hf_mtp.decoding.noise import PositionNoise
 from hf_mtp.layout.blocks import IGNORE, segments, training_layout
 from hf_mtp.objective.compute import drafted_features
@@ -61,21 +61,21 @@ def logits_of(model: PeftModel, ids_1T: torch.LongTensor, start: int, anchors: i
 
 
 def rates(base_AV: torch.Tensor, draft_AV: torch.Tensor, temperature: float, seed: int) -> dict[str, torch.Tensor]:
-    """How likely a draft is accepted at each token, `(A,)`, by each way."""
+    """How likely a draft is accepted at each token, `(A,)`, by each method."""
     p_AV, q_AV = (logits / temperature for logits in (base_AV, draft_AV))
     found = {"rejection sampling": torch.minimum(p_AV.softmax(-1), q_AV.softmax(-1)).sum(-1)}
     noise = PositionNoise(seed, 0, p_AV.shape[1], p_AV.device)
-    ways = {f"shared noise, {count} candidate(s)": (1.0, count) for count in CANDIDATES}
-    ways |= {f"shared noise, 1 candidate, q to the power of {power}": (power, 1) for power in POWERS}
+    methods = {f"shared noise, {count} candidate(s)": (1.0, count) for count in CANDIDATES}
+    methods |= {f"shared noise, 1 candidate, q to the power of {power}": (power, 1) for power in POWERS}
     shortlist = q_AV.topk(SHORTLIST, dim=-1)
-    hits = {way: torch.zeros(len(p_AV)) for way in ways}
+    hits = {method: torch.zeros(len(p_AV)) for method in methods}
     for draw in range(DRAWS):
         noise_V = noise.at(draw)
         noise.forget_before(draw + 1)
         chosen_A1 = (p_AV + noise_V).argmax(dim=-1, keepdim=True)
-        for way, (power, count) in ways.items():
+        for method, (power, count) in methods.items():
             best_AC = (power * shortlist.values + noise_V[shortlist.indices]).topk(count, dim=-1).indices
-            hits[way] += (shortlist.indices.gather(1, best_AC) == chosen_A1).any(dim=-1) / DRAWS
+            hits[method] += (shortlist.indices.gather(1, best_AC) == chosen_A1).any(dim=-1) / DRAWS
     return found | hits
 
 
@@ -95,14 +95,19 @@ def main() -> None:
             continue
         for place, base_AV, draft_AV in logits_of(model, ids_1T, start, args.anchors, generator):
             for temperature in TEMPERATURES:
-                for way, rate_A in rates(base_AV, draft_AV, temperature, seed=number).items():
-                    found.setdefault((temperature, place, way), []).append(rate_A)
+                for method, rate_A in rates(base_AV, draft_AV, temperature, seed=number).items():
+                    found.setdefault((temperature, place, method), []).append(rate_A)
     table = [
-        {"temperature": temperature, "mask": place, "way": way, "rate": round(torch.cat(values).mean().item(), 4)}
-        for (temperature, place, way), values in sorted(found.items())
+        {
+            "temperature": temperature,
+            "mask": place,
+            "method": method,
+            "rate": round(torch.cat(values).mean().item(), 4),
+        }
+        for (temperature, place, method), values in sorted(found.items())
     ]
     for row in table:
-        print(f"T={row['temperature']}  mask {row['mask']}  {row['way']:32} {row['rate']:.3f}")
+        print(f"T={row['temperature']}  mask {row['mask']}  {row['method']:32} {row['rate']:.3f}")
     tokens = sum(len(values) for values in found[TEMPERATURES[0], 1, "rejection sampling"])
     finish({"machine": describe_machine(), "texts": len(rows), "tokens": tokens, "rates": table}, args.output)
 

@@ -3,7 +3,7 @@
 
     python examples/benchmarks/measure_training.py --base BASE --data DATA --output docs/results/training.json
 
-One context length, blocks on a quarter of the positions. Every way trains in a process of its own, a few steps at a
+One context length, blocks on a quarter of the positions. Every method trains in a process of its own, a few steps at a
 time, in turns, so that whatever else the machine does hits all alike; medians over all steps but the first. A trained
 position is a token of the loss for TRL and a mask with a target for us. Memory is the peak of the resident set above
 what it was before training. Then memory alone: of longer texts, and of more blocks, with and without parts; and the
@@ -43,7 +43,7 @@ COMMON = {
     "bf16": True,
     "disable_tqdm": True,
 }
-WAYS = {
+METHODS = {
     "hf_mtp": {},
     "TRL, its defaults (gradient checkpointing)": {"gradient_checkpointing": True},
     "TRL, without gradient checkpointing": {"gradient_checkpointing": False},
@@ -93,7 +93,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path, help="folder with the text")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     parser.add_argument("--context", type=int, default=384, help="tokens per row, all inside the loss")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each way takes its turn")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each method takes its turn")
     parser.add_argument("--steps", type=int, default=6, help="steps per turn, the first of which is not counted")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     return parser.parse_args()
@@ -122,17 +122,17 @@ class StepSeconds(TrainerCallback):
         self.processor_seconds.append(time.process_time() - self.start[1])
 
 
-def train(way: str, args: argparse.Namespace, tokenizer, dataset: Dataset, **settings) -> dict:
+def train(method: str, args: argparse.Namespace, tokenizer, dataset: Dataset, **settings) -> dict:
     """A few steps: seconds of each, positions trained per step, and memory."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     memory, steps = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, StepSeconds()
     length = len(dataset[0]["input_ids"])
-    options = {**COMMON, "max_length": length, "max_steps": args.steps, **WAYS[way], **settings}
+    options = {**COMMON, "max_length": length, "max_steps": args.steps, **METHODS[method], **settings}
     arguments = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [steps]}
     with tempfile.TemporaryDirectory() as folder:
-        if way == "hf_mtp":
+        if method == "hf_mtp":
             options = {"anchors_per_sequence": length // 4, "training_curves": False, **options}
             model = get_peft_model(base, GatedLoraConfig(k=K, r=RANK, lora_alpha=2 * RANK))
             trainer = MTPTrainer(model=model, args=MTPConfig(output_dir=folder, **options), **arguments)
@@ -144,22 +144,28 @@ def train(way: str, args: argparse.Namespace, tokenizer, dataset: Dataset, **set
     return {
         "seconds": steps.seconds[1:],
         "processor_seconds": steps.processor_seconds[1:],
-        "positions": log["mask_tokens"] if way == "hf_mtp" else options["per_device_train_batch_size"] * (length - 1),
+        "positions": log["mask_tokens"]
+        if method == "hf_mtp"
+        else options["per_device_train_batch_size"] * (length - 1),
         "memory_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024 / MIB,
     }
 
 
 def compare(args: argparse.Namespace, tokenizer, dataset: Dataset) -> list[dict]:
-    """All ways, in turns."""
-    turns = {way: [] for way in WAYS}
+    """All methods, in turns."""
+    turns = {method: [] for method in METHODS}
     for number in range(args.rounds):
-        for way in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
-            turns[way].append(in_a_process(partial(train, way, args, tokenizer, dataset)))
-            print(way, turns[way][-1], flush=True)
+        for method in list(METHODS)[:: 1 if number % 2 == 0 else -1]:
+            turns[method].append(in_a_process(partial(train, method, args, tokenizer, dataset)))
+            print(method, turns[method][-1], flush=True)
     rows = []
-    for way, results in turns.items():
+    for method, results in turns.items():
         positions = results[0]["positions"]
-        row = {"way": way, "positions_per_step": positions, "memory_mib": round(max(r["memory_mib"] for r in results))}
+        row = {
+            "method": method,
+            "positions_per_step": positions,
+            "memory_mib": round(max(r["memory_mib"] for r in results)),
+        }
         for name in ("seconds", "processor_seconds"):
             middle = statistics.median(seconds for result in results for seconds in result[name])
             row |= {f"{name}_per_step": round(middle, 4), f"{name}_per_1000_positions": 1000 * middle / positions}
@@ -264,7 +270,7 @@ def main() -> None:
         "batch": BATCH,
         "adapters": in_a_process(adapter_sizes),
         "on_paper": in_a_process(on_paper),
-        "ways": compare(args, tokenizer, dataset),
+        "methods": compare(args, tokenizer, dataset),
         "memory": memory_of_long_texts(args, tokenizer),
     }
     finish(report, args.output)

@@ -31,7 +31,7 @@ SIZES = {
     "block_size": 32,
     "disable_log_stats": False,
 }
-WAYS = ("plain", "linear", "auto")
+METHODS = ("plain", "linear", "auto")
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,7 +80,7 @@ def own_decoding(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 
 def in_vllm(args: argparse.Namespace, task: dict) -> dict:
-    """The outcomes of [`engines`], by way, from a process with vLLM."""
+    """The outcomes of [`engines`], by method, from a process with vLLM."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "task.json"
         path.write_text(json.dumps(task))
@@ -97,15 +97,15 @@ def main() -> None:
 
     args = parse_args()
     rows, adapter = own_decoding(args)
-    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
+    runs: dict[str, list[dict]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         export_vllm(args.adapter, Path(folder) / "adapter", args.base)
         task = {"base": args.base, "folder": f"{folder}/adapter", "new_tokens": args.new_tokens}
         for number in range(args.rounds):
             prompts = [row["prompt"] for row in rows] if number == 0 else []
-            for way, outcome in in_vllm(args, {**task, "prompts": prompts}).items():
-                runs[way].append(outcome)
-                print(f"vLLM, round {number + 1}, {way}: started in {outcome['seconds']:.1f} s", flush=True)
+            for method, outcome in in_vllm(args, {**task, "prompts": prompts}).items():
+                runs[method].append(outcome)
+                print(f"vLLM, round {number + 1}, {method}: started in {outcome['seconds']:.1f} s", flush=True)
             report = {"adapter": adapter, **report_of(args, rows, runs)}
             save(report, args.output)
     finish(report, args.output)
@@ -115,7 +115,7 @@ def report_of(args: argparse.Namespace, rows: list[dict], runs: dict[str, list[d
     """What was measured so far. Only the first engines decoded the prompts."""
     from hf_mtp.base.machine import describe_machine
 
-    plain, linear, auto = (runs[way][0] for way in WAYS)
+    plain, linear, auto = (runs[method][0] for method in METHODS)
     pairs = {
         "vLLM without hf_mtp": (linear, plain["tokens"]),
         "hf_mtp, plain": (linear, [row["plain"] for row in rows]),
@@ -134,8 +134,8 @@ def report_of(args: argparse.Namespace, rows: list[dict], runs: dict[str, list[d
         },
         "passes": {"vLLM": sum(linear["passes"].values()), "hf_mtp": sum(len(row["steps"]) for row in rows)},
         "start": {
-            way: {clock: min(run[clock] for run in of_way) for clock in ("seconds", "processor_seconds")}
-            for way, of_way in runs.items()
+            method: {clock: min(run[clock] for run in of_method) for clock in ("seconds", "processor_seconds")}
+            for method, of_method in runs.items()
         },
         "rounds": len(runs["plain"]),
         "costs": auto["costs"],
@@ -175,31 +175,31 @@ def code_lines(folder: Path) -> int:
 
 
 def engines(path: Path) -> None:
-    """Runs an engine of each way in a copy of this process, because vLLM keeps state that is process-wide.
+    """Runs an engine of each method in a copy of this process, because vLLM keeps state that is process-wide.
 
-    Writes the outcomes over the task, by way.
+    Writes the outcomes over the task, by method.
     """
     import vllm  # noqa: F401 - once for all
 
     task, outcomes = json.loads(path.read_text()), {}
-    for way in WAYS:
-        child = multiprocessing.get_context("fork").Process(target=engine, args=(task, way, path))
+    for method in METHODS:
+        child = multiprocessing.get_context("fork").Process(target=engine, args=(task, method, path))
         child.start()
         child.join()
         if child.exitcode:
-            sys.exit(f"The engine of the way {way!r} ended with {child.exitcode}; its output is above.")
-        outcomes[way] = json.loads(path.read_text())
+            sys.exit(f"The engine of the method {method!r} ended with {child.exitcode}; its output is above.")
+        outcomes[method] = json.loads(path.read_text())
     path.write_text(json.dumps(outcomes))
 
 
-def engine(task: dict, way: str, path: Path) -> None:
+def engine(task: dict, method: str, path: Path) -> None:
     """Runs an engine, and writes its outcome."""
     import vllm
 
     from hf_mtp.serving.vllm.arguments import engine_arguments
 
-    masked = way != "plain"
-    own = engine_arguments(task["folder"], strategy=way) if masked else {}
+    masked = method != "plain"
+    own = engine_arguments(task["folder"], strategy=method) if masked else {}
     start, processor = time.perf_counter(), time.process_time()
     llm = vllm.LLM(**{**own, **SIZES, "model": task["base"]})
     outcome = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}

@@ -1,4 +1,4 @@
-"""Peak memory of a process that decodes one way: each way gets a process of its own, whose peak begins after loading.
+"""Peak memory of a process that decodes with one method. Each has its own process, whose peak begins after loading.
 
 Linux only, because other systems cannot begin a new peak; there it is `None`.
 """
@@ -8,20 +8,20 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from methods import PLAIN
 from paired import encoded
-from peer_ways import PeerModels, families
-from ways import PLAIN
+from peer_methods import PeerModels, families
 
 QUESTION, NEW_TOKENS = "Write a short story about a lighthouse.", 48
 STATUS, NEW_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(where: tuple, name: str) -> float | None:
-    """MiB of a process that decodes the way `name` once loaded and warm, libraries and weights included.
+    """MiB of a process that decodes with the method `name` once loaded and warm, libraries and weights included.
 
     Args:
         where (`tuple`): Arguments of [`PeerModels`].
-        name (`str`): A family of ways, whose last setting decodes, or `"plain"`.
+        name (`str`): A family of methods, whose last setting decodes, or `"plain"`.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -34,10 +34,10 @@ def measured_here(where: tuple, name: str, threads: int = 1) -> float | None:
         return None
     torch.set_num_threads(threads)
     models = PeerModels(*where)
-    way = PLAIN if name == "plain" else [*families(models)[name].values()][-1]
+    method = PLAIN if name == "plain" else [*families(models)[name].values()][-1]
     inputs = encoded([QUESTION], models)
-    models.decode(way, inputs, 8)
+    models.decode(method, inputs, 8)
     NEW_PEAK.write_text("5")
-    models.decode(way, inputs, NEW_TOKENS)
+    models.decode(method, inputs, NEW_TOKENS)
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return round(int(line.split()[1]) / 1024, 1)

@@ -79,7 +79,7 @@ def train_ours(name: str, base: str, rows: list[dict], folder: Path, minutes: fl
     trainer.train()
     passed = clock.passed()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).save_pretrained(folder / "adapter")
-    log = [entry for entry in trainer.state.log_history if "tokens_per_step" in entry]
+    log = [entry for entry in trainer.state.log_history if "tokens_per_pass" in entry]
     return {"parameters": trainable(model), "steps": trainer.state.global_step, **passed, "log": log}
 
 

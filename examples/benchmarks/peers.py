@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Other ways to draft, trained for the same minutes as our adapter, in one run on SmolLM2.
+"""Other drafters, trained for the same minutes as our adapter, in one run on SmolLM2.
 
     PYTHONPATH=examples/smollm2 python examples/benchmarks/peers.py answers.jsonl DATA \\
         docs/results/peers_trained.json --base smollm2 --trained out/peers --minutes 8
 
 Trains what `--trained` does not hold yet: a small gated LoRA, Medusa-style heads and an EAGLE-style head, each from
 the same answers of the model itself (`hf-mtp regenerate` writes them) for the same processor time. Then decodes
-held-out prompts every way in turn: plainly, with the ways of transformers that run with this model, and with all
-peers. The setting of each peer is the fastest one on prompts that no result is reported for; it is kept in
-`--trained`, as is the memory of each way. An interrupted measurement goes on where it stopped.
+held-out prompts with every method in turn: plainly, with the methods of transformers that run with this model, and
+with all peers. The setting of each peer is the fastest one on prompts that no result is reported for; it is kept in
+`--trained`, as is the memory of each method. An interrupted measurement goes on where it stopped.
 
 `--prepare-only` trains and measures memory, which needs no quiet machine. `--measure-only` does the rest, in about
 five minutes on a quiet one. `--dtype float32` shows whether the texts are those of plain decoding where rounding
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 from held_out import held_out_questions
+from methods import PLAIN, Method
 from paired import Record, fastest_setting, measure, one_by_one, summarize
 from peer_memory import peak_memory
+from peer_methods import OURS, PeerModels, families, refused_generators
 from peer_training import TRAINED, train_missing
-from peer_ways import OURS, PeerModels, families, refused_generators
-from ways import PLAIN, Way
 
 from hf_mtp.base.machine import describe_machine
 
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
                         help="folder of the adapter that ships (%(default)s)")  # fmt: skip
     parser.add_argument("--trained", type=Path, required=True, help="folder for what is trained and chosen")
     parser.add_argument("--best", type=Path, default=ROOT / "docs/results/peers.json",
-                        help="report with the best settings of transformers' ways (%(default)s)")  # fmt: skip
+                        help="report with the best settings of transformers' methods (%(default)s)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8, help="processor time of each training (%(default)s)")
     phase = parser.add_mutually_exclusive_group()
     phase.add_argument("--prepare-only", action="store_true", help="train, and measure memory only")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure_memory(args: argparse.Namespace) -> None:
-    """Peak memory of a process that decodes one way, for each way, unless it is known."""
+    """Peak memory of a process that decodes with one method, for each method, unless it is known."""
     kept, where = args.trained / "memory.json", (args.base, args.adapter, args.trained)
     if not kept.is_file():
         found = {name: peak_memory(where, name) for name in ("plain", *families(PeerModels(*where)))}
@@ -82,10 +82,10 @@ def measure_all(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.trained} lacks {', '.join(missing)}. Run without --measure-only to train them.")
     models = PeerModels(args.base, args.adapter, args.trained, args.dtype)
     best = chosen_settings(models, args)
-    print_table(run(models, {"plain": PLAIN} | chosen_ways(models, best), best, args))
+    print_table(run(models, {"plain": PLAIN} | chosen_methods(models, best), best, args))
 
 
-def run(models: PeerModels, ways: dict[str, Way], best: dict[str, str], args: argparse.Namespace) -> dict:
+def run(models: PeerModels, methods: dict[str, Method], best: dict[str, str], args: argparse.Namespace) -> dict:
     """Decodes all prompts, and writes the report."""
     groups = one_by_one(held_out_questions(args.data, args.prompts))
     settings = {
@@ -98,7 +98,7 @@ def run(models: PeerModels, ways: dict[str, Way], best: dict[str, str], args: ar
         "prompts": groups,
     }
     record, load = Record(args.output, settings), os.getloadavg()[0]
-    measure(models, ways, groups, record, args.new_tokens, rare_turns=1)
+    measure(models, methods, groups, record, args.new_tokens, rare_turns=1)
     about = {name: value for name, value in settings.items() if name != "prompts"}
     about |= {
         "processors": os.cpu_count(),
@@ -112,15 +112,15 @@ def run(models: PeerModels, ways: dict[str, Way], best: dict[str, str], args: ar
 
 
 def chosen_settings(models: PeerModels, args: argparse.Namespace) -> dict[str, str]:
-    """Family to its fastest setting: known ones of transformers' ways, and for the peers a measurement, kept."""
+    """Family to its fastest setting: known ones of transformers' methods, and for the peers a measurement, kept."""
     kept = args.trained / "settings.json"
     known = json.loads(args.best.read_text(encoding="utf-8"))["best"]
     if not kept.is_file():
         groups = one_by_one(held_out_questions(args.data, 1, for_settings=True))
         tried = {
-            f"{family}: {setting}": way
+            f"{family}: {setting}": method
             for family, settings in families(models).items()
-            for setting, way in settings.items()
+            for setting, method in settings.items()
             if family not in known and len(settings) > 1
         }
         record = Record(kept, {"tried": [*tried]})
@@ -143,7 +143,7 @@ def best_settings(models: PeerModels, known: dict[str, str], domains: dict[str, 
     return best
 
 
-def chosen_ways(models: PeerModels, best: dict[str, str]) -> dict[str, Way]:
+def chosen_methods(models: PeerModels, best: dict[str, str]) -> dict[str, Method]:
     """Each family with its best setting."""
     return {family: settings[best[family]] for family, settings in families(models).items()}
 
@@ -164,8 +164,8 @@ def known_memory(args: argparse.Namespace) -> dict[str, float | None]:
 
 
 def print_table(report: dict) -> None:
-    for domain, ways in report["domains"].items():
-        for name, row in ways.items():
+    for domain, methods in report["domains"].items():
+        for name, row in methods.items():
             same = f"{row['identical']} of {row['prompts']} texts as plain"
             mark = "*" if name in OURS else " "
             print(f"{domain:8}{mark}{name:32} {row['speedup']:.2f}x, {row['tokens_per_pass']:.2f} per pass, {same}")

@@ -83,7 +83,7 @@ def train(
     before = time.process_time()
     result = trainer.train()
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # what follows is not in bfloat16
-    logs = [entry for entry in trainer.state.log_history if "tokens_per_step" in entry]
+    logs = [entry for entry in trainer.state.log_history if "tokens_per_pass" in entry]
     return {
         "machine": describe_machine(),
         "threads": torch.get_num_threads(),

@@ -86,7 +86,7 @@ def print_results(console: Console, title: str, summaries: dict[str, dict]) -> N
     for name, row in summaries.items():
         table.add_row(
             name,
-            f"{row['tokens_per_step']:.2f}",
+            f"{row['tokens_per_pass']:.2f}",
             f"{row['seconds_plain']:.1f} -> {row['seconds_mtp']:.1f}",
             f"{row['speedup_in_total']:.2f}x",
             f"{row['identical']}/{row['prompts']}",

@@ -15,7 +15,8 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from hf_mtp.evaluation.compare import Decoded, Record, compare, decode
+from hf_mtp.evaluation.compare import PairedAnswers
+from hf_mtp.evaluation.decoded import DecodedRows, decode_rows
 
 SECONDS_BETWEEN = 0.15  # between two drawings, so that drawing costs hardly any of the time that is shown
 
@@ -51,10 +52,9 @@ class Column(BaseStreamer):
         """The answer so far."""
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)
 
-    def finish(self, answer: Decoded) -> None:
+    def finish(self, answer: DecodedRows) -> None:
         """Says above the text what it took."""
-        tokens = len(answer.ids)
-        self.note = f"{answer.seconds:.1f} s, {tokens / answer.forward_passes:.2f} tokens per pass"
+        self.note = f"{answer.seconds:.1f} s, {answer.tokens / answer.forward_passes:.2f} tokens per pass"
 
 
 def answer_side_by_side(
@@ -64,7 +64,7 @@ def answer_side_by_side(
     prompt: str,
     max_new_tokens: int,
     console: Console,
-) -> Record:
+) -> PairedAnswers:
     """Answers a prompt plainly, then with `mtp=True` and the default strategy, and shows both.
 
     Args:
@@ -75,25 +75,25 @@ def answer_side_by_side(
         max_new_tokens (`int`): Most new tokens.
         console ([`~rich.console.Console`]): Where to show it.
     """
-    prompt_1T = encoded(tokenizer, prompt)
+    ids = encoded(tokenizer, prompt)
     with Live(console=console, auto_refresh=False) as live:
 
         def draw() -> None:
             live.update(two_columns(prompt, columns), refresh=console.is_terminal)
 
         columns = [Column(title, tokenizer, draw) for title in ("plain", "mtp=True")]
-        plain = decode(base, prompt_1T, max_new_tokens, streamer=columns[0])
+        plain = decode_rows(base, [ids], max_new_tokens, streamer=columns[0])
         columns[0].finish(plain)
-        fast = decode(model, prompt_1T, max_new_tokens, streamer=columns[1], mtp=True)
+        fast = decode_rows(model, [ids], max_new_tokens, streamer=columns[1], mtp=True)
         columns[1].finish(fast)
         live.update(two_columns(prompt, columns))
     console.print()
-    return compare(plain, fast)
+    return PairedAnswers(plain, fast)
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.LongTensor:
-    """A conversation that begins with this prompt, as token ids, `(1, T)`."""
-    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The token ids of a conversation that begins with this prompt."""
+    options = {"add_generation_prompt": True, "return_dict": True}
     return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)["input_ids"]
 
 

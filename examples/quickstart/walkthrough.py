@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.base.machine import bfloat16_is_faster, describe_machine
-from hf_mtp.evaluation.compare import Record, compare, decode, same_weights, summarize
+from hf_mtp.evaluation.compare import PairedAnswers, same_weights, summarize
+from hf_mtp.evaluation.decoded import decode_rows
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "base"
@@ -111,7 +112,7 @@ def show_real_model(args: argparse.Namespace, console: Console) -> dict:
         warm_up(base, model, tokenizer)
     dtype = "bfloat16" if is_fast else "float32, because this CPU multiplies bfloat16 matrices no faster"
     console.print(f"\nSmolLM2-135M-Instruct in {dtype}; {torch.get_num_threads()} threads, greedy.\n", soft_wrap=True)
-    records: dict[str, list[Record]] = {kind: [] for kind in KINDS}
+    records: dict[str, list[PairedAnswers]] = {kind: [] for kind in KINDS}
     rows = [json.loads(line) for line in (SMOLLM2 / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows:
         if row["domain"] in records and len(records[row["domain"]]) < args.prompts:
@@ -129,14 +130,14 @@ def show_real_model(args: argparse.Namespace, console: Console) -> dict:
 
 
 def show_summaries(
-    base: PreTrainedModel, records: dict[str, list[Record]], title: str, console: Console
+    base: PreTrainedModel, records: dict[str, list[PairedAnswers]], title: str, console: Console
 ) -> dict[str, dict]:
     """Prints a table, and the reason if `mtp=True` was slower anywhere. Returns what the table shows."""
     summaries = {kind: summarize(found) for kind, found in records.items()}
     print_results(console, title, summaries)
     slow = [row for row in summaries.values() if row["speedup_in_total"] < 1]
     if slow:
-        tokens_per_pass = statistics.fmean(row["tokens_per_step"] for row in slow)
+        tokens_per_pass = statistics.fmean(row["tokens_per_pass"] for row in slow)
         print_why(console, why_slower(time_of_pass(base, 9) / time_of_pass(base, 1), tokens_per_pass))
     return summaries
 
@@ -159,9 +160,9 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def warm_up(base: PreTrainedModel, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Decodes a little both ways, so that nothing that happens once is timed."""
-    prompt_1T = encoded(tokenizer, "What is 2 + 3?")
-    decode(base, prompt_1T, 4)
-    decode(model, prompt_1T, WARM_UP_TOKENS, mtp=True)
+    ids = encoded(tokenizer, "What is 2 + 3?")
+    decode_rows(base, [ids], 4)
+    decode_rows(model, [ids], WARM_UP_TOKENS, mtp=True)
 
 
 # ---------------------------------------------------------------- training
@@ -187,7 +188,7 @@ def train_and_save(args: argparse.Namespace, console: Console) -> dict:
         report = Report(
             trainer,
             lambda share, logs: bar.show(
-                share, f"loss {logs['loss']:.2f}, {logs['tokens_per_step']:.2f} tokens per pass" if logs else ""
+                share, f"loss {logs['loss']:.2f}, {logs['tokens_per_pass']:.2f} tokens per pass" if logs else ""
             ),
         )
         trainer.add_callback(report)
@@ -213,7 +214,7 @@ def show_trained(args: argparse.Namespace, console: Console, is_stand_in: bool) 
     model = PeftModel.from_pretrained(same_weights(base), args.output).eval()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     warm_up(base, model, tokenizer)
-    records: dict[str, list[Record]] = {}
+    records: dict[str, list[PairedAnswers]] = {}
     for domain in SOURCES:
         prompts = [row["prompt"][-1]["content"] for row in read_rows(domain, "test")[: args.prompts]]
         if is_stand_in:
@@ -224,14 +225,15 @@ def show_trained(args: argparse.Namespace, console: Console, is_stand_in: bool) 
     title = f"The small base with the new adapter, plain decoding against mtp=True, up to {args.new_tokens} new tokens"
     summaries = show_summaries(base, records, title, console)
     config = model.peft_config["default"]
-    config.tokens_per_step = {domain: round(row["tokens_per_step"], 2) for domain, row in summaries.items()}
+    config.tokens_per_pass = {domain: round(row["tokens_per_pass"], 2) for domain, row in summaries.items()}
     model.save_pretrained(args.output)  # the model card has these numbers, too
     return {"dtype": "float32", "domains": summaries, "per_prompt": as_dicts(records)}
 
 
-def answer(base: PreTrainedModel, model: PeftModel, prompt_1T: torch.LongTensor, max_new_tokens: int) -> Record:
-    """One prompt both ways."""
-    return compare(decode(base, prompt_1T, max_new_tokens), decode(model, prompt_1T, max_new_tokens, mtp=True))
+def answer(base: PreTrainedModel, model: PeftModel, ids: list[int], max_new_tokens: int) -> PairedAnswers:
+    """One prompt, answered plainly and by `mtp=True`."""
+    plain, fast = decode_rows(base, [ids], max_new_tokens), decode_rows(model, [ids], max_new_tokens, mtp=True)
+    return PairedAnswers(plain, fast)
 
 
 # ---------------------------------------------------------------- the end
@@ -252,7 +254,7 @@ def closing_words(results: dict, console: Console) -> int:
     return 0
 
 
-def as_dicts(records: dict[str, list[Record]]) -> dict[str, list[dict]]:
+def as_dicts(records: dict[str, list[PairedAnswers]]) -> dict[str, list[dict]]:
     """The numbers of every prompt."""
     return {kind: [dataclasses.asdict(record) for record in found] for kind, found in records.items()}
 

@@ -39,7 +39,7 @@ class FirstToken(BaseStreamer):
         pass
 
 
-def talk(model, tokenizer, new_tokens: int, **way) -> Answers:
+def talk(model, tokenizer, new_tokens: int, **method) -> Answers:
     """Answers one turn after the other."""
     answers, messages, read, cache = Answers(TURNS, []), [], [], DynamicCache(config=model.config)
     name = cache_name(signature(model.get_base_model().forward).parameters)  # `cache` since transformers 5.24
@@ -49,7 +49,7 @@ def talk(model, tokenizer, new_tokens: int, **way) -> Answers:
         prompt = inputs["input_ids"][0].tolist()
         if surplus := len(read) - count_matching(read, prompt[:-1]):  # the template may write an answer otherwise
             cache.crop(-surplus)
-        options = {"do_sample": False, "max_new_tokens": new_tokens, "streamer": first, name: cache, **way}
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "streamer": first, name: cache, **method}
         ids = model.generate(**inputs, **options)[0].tolist()
         read = ids[:-1]  # nothing follows the last token yet, so the model has not read it
         answers.ids.append(ids[len(prompt) :])

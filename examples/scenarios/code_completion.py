@@ -14,14 +14,14 @@ ASK = "Complete this Python code.\n\n"
 FENCE = "```python\n"
 
 
-def complete(model, tokenizer, new_tokens: int, **way) -> Answers:
+def complete(model, tokenizer, new_tokens: int, **method) -> Answers:
     """Completes one piece of code after the other. The answer begins with it, in a block that the stop string ends."""
     answers = Answers(BEGINNINGS, [])
     for beginning in BEGINNINGS:
         text = chat_text(tokenizer, ASK + beginning) + FENCE + beginning
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
         options = {"do_sample": False, "max_new_tokens": new_tokens, "stop_strings": ["\n```"], "tokenizer": tokenizer}
-        output = model.generate(**inputs, **options, **way)
+        output = model.generate(**inputs, **options, **method)
         answers.ids.append(output[0, inputs["input_ids"].shape[1] :].tolist())
     return answers
 

@@ -9,10 +9,10 @@ from scenario import Answers, Scenario, asked
 TASK = "Write an article about the history of lighthouses: how they were built, who kept them, and how they changed."
 
 
-def write(model, tokenizer, new_tokens: int, **way) -> Answers:
+def write(model, tokenizer, new_tokens: int, **method) -> Answers:
     """Writes the text."""
     inputs = asked(tokenizer, TASK).to(model.device)
-    output = model.generate(**inputs, do_sample=False, repetition_penalty=1.1, max_new_tokens=new_tokens, **way)
+    output = model.generate(**inputs, do_sample=False, repetition_penalty=1.1, max_new_tokens=new_tokens, **method)
     return Answers([TASK], [output[0, inputs["input_ids"].shape[1] :].tolist()])
 
 

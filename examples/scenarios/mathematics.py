@@ -13,12 +13,12 @@ PROBLEMS = [
 ]
 
 
-def solve(model, tokenizer, new_tokens: int, **way) -> Answers:
+def solve(model, tokenizer, new_tokens: int, **method) -> Answers:
     """Solves one problem after the other."""
     answers = Answers(PROBLEMS, [])
     for problem in PROBLEMS:
         inputs = asked(tokenizer, f"{problem} Think step by step.").to(model.device)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, **way)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, **method)
         answers.ids.append(output[0, inputs["input_ids"].shape[1] :].tolist())
     return answers
 

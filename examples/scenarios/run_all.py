@@ -18,7 +18,7 @@ import data_generation
 import long_form
 import mathematics
 import torch
-from scenario import WAYS, Scenario, add_options, load, show
+from scenario import METHODS, Scenario, add_options, load, show
 
 from hf_mtp.base.machine import describe_machine
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="file for the report")
     add_options(parser)
-    parser.add_argument("--quick", action="store_true", help="shorter, and in fewer ways")
+    parser.add_argument("--quick", action="store_true", help="shorter, and with fewer methods")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     everything = {"machine": describe_machine(), "load_average": os.getloadavg()[0], "scenarios": []}
@@ -44,8 +44,10 @@ def main() -> None:
 
 def report_of(scenario: Scenario, model, tokenizer, args: argparse.Namespace) -> dict:
     """The report of one scenario, which is also printed."""
-    new_tokens, ways = (scenario.new_tokens // 3, ("plain", "mtp")) if args.quick else (scenario.new_tokens, WAYS)
-    report = scenario.report(model, tokenizer, new_tokens, args.repeats, ways)
+    new_tokens, methods = (
+        (scenario.new_tokens // 3, ("plain", "mtp")) if args.quick else (scenario.new_tokens, METHODS)
+    )
+    report = scenario.report(model, tokenizer, new_tokens, args.repeats, methods)
     print(f"\n{scenario.name}, {report['dtype']}\n")
     show(report)
     return report

@@ -1,6 +1,6 @@
-"""What the five scenarios share: they load a model, answer in every way, and report what each way took.
+"""What the five scenarios share: they load a model, answer with every method, and report what each method took.
 
-A scenario is a function that answers with ordinary calls of `generate`. It passes on the arguments by which the ways
+A scenario is a function that answers with ordinary calls of `generate`. It passes on the arguments by which methods
 differ: none for plain decoding, `mtp=True`, and `mtp_bitwise=True` besides.
 """
 
@@ -22,7 +22,7 @@ from hf_mtp.base.padding import end_tokens, up_to_end
 from hf_mtp.evaluation.decoded import counted_forward_passes
 
 ADAPTER = Path(__file__).resolve().parents[1] / "smollm2" / "adapter"
-WAYS = {"plain": {}, "mtp": {"mtp": True}, "bit for bit": {"mtp": True, "mtp_bitwise": True}}
+METHODS = {"plain": {}, "mtp": {"mtp": True}, "bit for bit": {"mtp": True, "mtp_bitwise": True}}
 WARM_UP = 12  # new tokens before anything is timed: the first call measures what passes cost
 
 
@@ -45,7 +45,7 @@ class Answers:
 
 @dataclass
 class Run:
-    """All answers in one way.
+    """All answers with one method.
 
     Args:
         seconds (`float`): By the clock, of the fastest of several runs.
@@ -83,7 +83,7 @@ class Scenario:
     bitwise: bool = True
 
     def main(self, about: str) -> None:
-        """Runs the scenario as a command: prints its answers, and what every way took.
+        """Runs the scenario as a command: prints its answers, and what every method took.
 
         Args:
             about (`str`): Help of the command.
@@ -102,19 +102,19 @@ class Scenario:
         tokenizer: PreTrainedTokenizerBase,
         new_tokens: int,
         repeats: int,
-        ways: Iterable[str] = tuple(WAYS),
+        methods: Iterable[str] = tuple(METHODS),
     ) -> dict:
-        """The answers, and what every way took.
+        """The answers, and what every method took.
 
         Args:
             model ([`~peft.PeftModel`]): An upgraded model.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
             new_tokens (`int`): Maximum number of new tokens per answer.
-            repeats (`int`): Runs of each way, of which the fastest counts.
-            ways (`Iterable[str]`, *optional*, defaults to all): The ways to decode, plain decoding among them.
+            repeats (`int`): Runs of each method, of which the fastest counts.
+            methods (`Iterable[str]`, *optional*, defaults to all): The decoding methods, plain decoding among them.
         """
         is_half = model.dtype.itemsize < 4  # otherwise the text is the same anyhow
-        names = [name for name in ways if name != "bit for bit" or self.bitwise and is_half]
+        names = [name for name in methods if name != "bit for bit" or self.bitwise and is_half]
         answers, runs = race(self.answer, model, tokenizer, new_tokens, names, repeats)
         return {
             "scenario": self.name,
@@ -132,7 +132,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, default=Path("out/smollm2"), help="folder of the base (%(default)s)")
     parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of its adapter (that of SmolLM2)")
     parser.add_argument("--dtype", default="auto", help="of the base's weights (as they are stored)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each way; the fastest counts (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each method; the fastest counts (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (%(default)s)")
 
 
@@ -157,19 +157,19 @@ def race(
     names: list[str],
     repeats: int,
 ) -> tuple[Answers, dict[str, Run]]:
-    """Answers in all ways in turn, after a warm-up, so that a busy moment of the machine hits none of them alone.
+    """Answers with all methods in turn, after a warm-up, so that a busy moment of the machine hits none of them alone.
 
     Returns:
-        `tuple`: The answers by `mtp=True`, and the run of each way.
+        `tuple`: The answers by `mtp=True`, and the run of each method.
     """
     for name in names:
-        answer(model, tokenizer, min(WARM_UP, new_tokens), **WAYS[name])
+        answer(model, tokenizer, min(WARM_UP, new_tokens), **METHODS[name])
     answers, clocks, passes = {}, {name: [] for name in names}, {}
     for _ in range(repeats):
         for name in names:
             with counted_forward_passes(model) as count:
                 start = time.perf_counter(), time.process_time()
-                answers[name] = answer(model, tokenizer, new_tokens, **WAYS[name])
+                answers[name] = answer(model, tokenizer, new_tokens, **METHODS[name])
                 clocks[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
                 passes[name] = count()
     for found in answers.values():  # in a batch, padding follows the end of an answer
@@ -179,7 +179,7 @@ def race(
 
 
 def sum_up(answers: Answers, plain: list[list[int]], clocks: list[tuple[float, float]], passes: int) -> Run:
-    """The run of a way, compared with the answers of plain decoding."""
+    """The run of a method, compared with the answers of plain decoding."""
     tokens, same = sum(map(len, answers.ids)), sum(map(list.__eq__, answers.ids, plain))
     row_passes = tokens if answers.ids is plain else answers.row_passes or passes
     wait = statistics.median(answers.waits) if answers.waits else None

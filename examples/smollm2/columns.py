@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from held_out import held_out_questions
+from methods import NEARLY_FREE
 from peft import PeftModel
 from replay import Text, hindsight, replay
 from transformers import (
@@ -27,7 +28,6 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
-from ways import NEARLY_FREE
 
 from hf_mtp.base.machine import describe_machine
 from hf_mtp.cache.rollback import RollbackCache
@@ -42,7 +42,7 @@ from hf_mtp.layout.blocks import IGNORE, segments, training_layout
 from hf_mtp.passes.decoding_pass import DecodingPass
 from hf_mtp.passes.training_pass import training_pass
 
-WAYS = {
+METHODS = {
     "n-grams": {"masks": False},
     "masks": {"ngrams": False, "siblings": 0},
     "both": {"siblings": 0},
@@ -103,17 +103,17 @@ def encoded(question: str, tokenizer) -> torch.LongTensor:
 
 
 def results(texts: list[Text], costs: PassCosts, k: int) -> dict[str, dict]:
-    """What each way brings, and what hindsight would."""
-    ways = {way: vars(replay(texts, costs, k, **options)) for way, options in WAYS.items()}
+    """What each method brings, and what hindsight would."""
+    methods = {method: vars(replay(texts, costs, k, **options)) for method, options in METHODS.items()}
     tokens, best = hindsight(texts, costs, k)
-    return {**ways, "hindsight": {"tokens": tokens, "cost": best}}
+    return {**methods, "hindsight": {"tokens": tokens, "cost": best}}
 
 
 def print_rows(domain: str, found: dict, costs: dict[str, PassCosts]) -> None:
     for name in costs:
-        for way, row in found[name].items():
+        for method, row in found[name].items():
             counts = f", {row['tokens'] / row['passes']:.2f} tokens per pass" if "passes" in row else ""
-            print(f"{domain:6} {name:24} {way:15} {row['tokens'] / row['cost']:.2f}x{counts}", flush=True)
+            print(f"{domain:6} {name:24} {method:15} {row['tokens'] / row['cost']:.2f}x{counts}", flush=True)
 
 
 # ---------------------------------------------------------------- what the model says

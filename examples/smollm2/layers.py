@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from measure import fingerprint
 from peft import PeftModel
 from recipe import held_out_answers
 from train import BATCHES, SETTINGS, load_base, make_trainer
 
 from hf_mtp.base.machine import describe_machine
+from hf_mtp.evaluation.run import adapter_fingerprint
 
 BLOCK = re.compile(r"layers\.(\d+)\.")
 
@@ -66,11 +66,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    about = {"machine": describe_machine(), "adapter": fingerprint(args.adapter), "prompts": args.prompts}
     found = json.loads(args.output.read_text(encoding="utf-8"))["left_out"] if args.output.is_file() else {}
     held_out = held_out_answers(args)
     base, tokenizer = load_base(args.base)
     model = PeftModel.from_pretrained(base, args.adapter, is_trainable=True)  # which the trainer wants
+    about = {"machine": describe_machine(), "adapter": adapter_fingerprint(model), "prompts": args.prompts}
     settings = SETTINGS | BATCHES["cpu"] | {"disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
         texts = next(iter(held_out.values()))
@@ -82,8 +82,8 @@ def main() -> None:
                 if not layers and found:  # the adapter has none of these
                     continue
                 metrics = trainer.evaluate()
-            rates = {name: round(metrics[f"eval_{name}_tokens_per_step"], 3) for name in held_out}
-            found[group] = {"layers": layers, "tokens_per_step": rates}
+            rates = {name: round(metrics[f"eval_{name}_tokens_per_pass"], 3) for name in held_out}
+            found[group] = {"layers": layers, "tokens_per_pass": rates}
             print(group, found[group], flush=True)
             args.output.write_text(json.dumps({**about, "left_out": found}, indent=1) + "\n", encoding="utf-8")
 

@@ -3,12 +3,12 @@
 
     python examples/smollm2/measure.py speed DATA docs/results/smollm2.json --base smollm2
 
-Every prompt is decoded every way in turn; the base, with and without adapters, is one set of weights. An interrupted
-measurement goes on where it stopped. Timings need a machine on which nothing else computes. On two cores with bfloat16
-instructions a prompt of 128 new tokens takes 3 to 6 seconds per way, and one of 64 tokens half of that.
+Every prompt is decoded with every method in turn; the base, with and without adapters, is one set of weights. An
+interrupted measurement goes on where it stopped. Timings need a machine on which nothing else computes. On two cores
+with bfloat16 instructions, 128 new tokens take 3 to 6 seconds per method, and 64 tokens half of that.
 
   peers         which settings of prompt lookup, early exit and a small draft are best, on prompts of their own
-  speed         plain decoding, `auto` and prompt lookup; further ways on the first --rare prompts
+  speed         plain decoding, `auto` and prompt lookup; further methods on the first --rare prompts
   by_k          the paper's table: k = 1, 2, 4, 8 on five kinds of text, linear, quadratic and `auto`
   batches       batches of 4 and 8 rows, plain and `auto`
   tokens        tokens per pass of quadratic decoding; needs no quiet machine
@@ -17,7 +17,6 @@ instructions a prompt of 128 new tokens takes 3 to 6 seconds per way, and one of
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -26,12 +25,13 @@ from pathlib import Path
 
 import torch
 from held_out import held_out_questions, own_questions
+from methods import PEERS, PLAIN, PLAIN_IN_A_BATCH, Method, Models, mtp, sampled
 from paired import Record, fastest_setting, measure, one_by_one, summarize
-from ways import PEERS, PLAIN, PLAIN_IN_A_BATCH, Models, Way, mtp, sampled
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.card import write_model_card
 from hf_mtp.base.machine import describe_machine
+from hf_mtp.evaluation.run import adapter_fingerprint
 
 HERE = Path(__file__).resolve().parent
 BATCHES = (4, 8)
@@ -46,21 +46,21 @@ class Experiment:
     """What is measured.
 
     Args:
-        ways (`Callable`): From the command line to the ways to decode.
+        methods (`Callable`): From the command line to the decoding methods.
         groups (`Callable`): From the command line to the prompts of each domain, in groups that are decoded together.
         prompts (`int`): Groups of each domain, unless the command line says otherwise.
         new_tokens (`int`): Length of an answer at most, likewise.
         dtype (`str`): What the base computes in; `"auto"` is what it is stored in.
     """
 
-    ways: Callable[[argparse.Namespace], dict[str, Way]]
+    methods: Callable[[argparse.Namespace], dict[str, Method]]
     groups: Callable[[argparse.Namespace], dict[str, list[list[str]]]]
     prompts: int
     new_tokens: int = 128
     dtype: str = "auto"
 
 
-def speed_ways(args: argparse.Namespace) -> dict[str, Way]:
+def speed_methods(args: argparse.Namespace) -> dict[str, Method]:
     """Ours, and every peer with its best setting."""
     peers = {family: PEERS[family][setting] for family, setting in best_peers(args.peers).items()}
     ours = {strategy: mtp(strategy, is_rare=strategy != "auto") for strategy in ("auto", "quadratic", "linear")}
@@ -76,19 +76,19 @@ def best_peers(path: Path) -> dict[str, str]:
     return json.loads(path.read_text(encoding="utf-8"))["best"]
 
 
-def peer_ways(args: argparse.Namespace) -> dict[str, Way]:
+def peer_methods(args: argparse.Namespace) -> dict[str, Method]:
     """Every setting of every peer."""
-    settings = {(family, name): way for family, ways in PEERS.items() for name, way in ways.items()}
-    return {"plain": PLAIN, **{f"{family}: {name}": way for (family, name), way in settings.items()}}
+    settings = {(family, name): method for family, methods in PEERS.items() for name, method in methods.items()}
+    return {"plain": PLAIN, **{f"{family}: {name}": method for (family, name), method in settings.items()}}
 
 
-def strategies_by_k(args: argparse.Namespace) -> dict[str, Way]:
+def strategies_by_k(args: argparse.Namespace) -> dict[str, Method]:
     """Every strategy with every k."""
     strategies = ("linear", "quadratic", "auto")
     return {"plain": PLAIN, **{f"{strategy}, k={k}": mtp(strategy, k) for strategy in strategies for k in K}}
 
 
-def temperatures(args: argparse.Namespace) -> dict[str, Way]:
+def temperatures(args: argparse.Namespace) -> dict[str, Method]:
     """Greedily and by sampling, also as if columns were nearly free."""
     models = {"quadratic": ("quadratic", "adapter"), "auto": ("auto", "adapter"), FREE: ("auto", "free_columns")}
     return {
@@ -125,14 +125,14 @@ def batches(args: argparse.Namespace) -> dict[str, list[list[str]]]:
     }
 
 
-def just(**ways: Way) -> Callable[[argparse.Namespace], dict[str, Way]]:
-    """These ways and plain decoding, whatever the command line says."""
-    return lambda args: {"plain": PLAIN, **ways}
+def just(**methods: Method) -> Callable[[argparse.Namespace], dict[str, Method]]:
+    """These methods and plain decoding, whatever the command line says."""
+    return lambda args: {"plain": PLAIN, **methods}
 
 
 EXPERIMENTS = {
-    "peers": Experiment(peer_ways, for_settings, prompts=2, new_tokens=64),
-    "speed": Experiment(speed_ways, held_out, prompts=40),
+    "peers": Experiment(peer_methods, for_settings, prompts=2, new_tokens=64),
+    "speed": Experiment(speed_methods, held_out, prompts=40),
     "by_k": Experiment(strategies_by_k, five_kinds, prompts=4, new_tokens=64),
     "batches": Experiment(just(auto=mtp()), batches, prompts=4),
     "tokens": Experiment(just(quadratic=mtp("quadratic")), held_out, prompts=20),
@@ -151,7 +151,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=HERE.parents[1] / "docs/results/peers.json",
                         help="report of `peers`, for the best settings of others (%(default)s)")  # fmt: skip
     parser.add_argument("--prompts", type=int, help="prompts of each domain; for `batches`, batches of each size")
-    parser.add_argument("--rare", type=int, default=3, help="prompts a domain of the further ways (%(default)s)")
+    parser.add_argument("--rare", type=int, default=3, help="prompts a domain of the further methods (%(default)s)")
     parser.add_argument("--new-tokens", type=int, help="length of an answer at most")
     parser.add_argument("--minutes", type=float, help="no prompt is begun after so much time")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
@@ -172,23 +172,26 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     experiment = EXPERIMENTS[args.experiment]
-    ways, groups = experiment.ways(args), experiment.groups(args)
+    methods, groups = experiment.methods(args), experiment.groups(args)
     try:
         models = Models(args.base, args.adapter, experiment.dtype)
+        fingerprint = adapter_fingerprint(models.adapter)
     except (OSError, ValueError) as error:  # no such folder, or an adapter of another base
         sys.exit(f"{type(error).__name__}: {error}")
     settings = {
         "experiment": args.experiment,
         "machine": describe_machine(),
-        "adapter": fingerprint(args.adapter),
+        "adapter": fingerprint,
         "dtype": str(models.base.dtype).removeprefix("torch."),
         "new_tokens": args.new_tokens,
         "rare": args.rare,
-        "ways": {name: way.options | {"assistant_tokens": way.assistant_tokens} for name, way in ways.items()},
+        "methods": {
+            name: method.options | {"assistant_tokens": method.assistant_tokens} for name, method in methods.items()
+        },
         "prompts": groups,
     }
     record = Record(args.output, settings)
-    measure(models, ways, groups, record, args.new_tokens, args.rare, args.minutes)
+    measure(models, methods, groups, record, args.new_tokens, args.rare, args.minutes)
     domains = summarize(record.rows)
     about = {name: value for name, value in settings.items() if name != "prompts"}
     report = about | {"domains": domains} | best_of(args.experiment, domains) | {"rows": record.rows}
@@ -196,11 +199,6 @@ def main() -> None:
     print_table(domains)
     if args.card:
         write_card(args.adapter, domains)
-
-
-def fingerprint(adapter: Path) -> str:
-    """The start of the SHA-256 of an adapter's weights."""
-    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def best_of(experiment: str, domains: dict[str, dict[str, dict]]) -> dict[str, dict[str, str]]:
@@ -211,8 +209,8 @@ def best_of(experiment: str, domains: dict[str, dict[str, dict]]) -> dict[str, d
 
 
 def print_table(domains: dict[str, dict[str, dict]]) -> None:
-    for domain, ways in domains.items():
-        for name, row in ways.items():
+    for domain, methods in domains.items():
+        for name, row in methods.items():
             speed = f"{row['speedup']:.2f}x, " if "speedup" in row else ""
             same = f", {row['identical']} of {row['prompts']} texts as plain" if "identical" in row else ""
             print(f"{domain:12} {name:36} {speed}{row['tokens_per_pass']:.2f} tokens per pass{same}")
@@ -221,8 +219,8 @@ def print_table(domains: dict[str, dict[str, dict]]) -> None:
 def write_card(adapter: Path, domains: dict[str, dict[str, dict]]) -> None:
     """Puts the tokens per pass of quadratic decoding into the adapter's config and model card."""
     config = GatedLoraConfig.from_pretrained(adapter)
-    config.tokens_per_step = {
-        DOMAINS[name]: round(ways["quadratic"]["tokens_per_pass"], 2) for name, ways in domains.items()
+    config.tokens_per_pass = {
+        DOMAINS[name]: round(methods["quadratic"]["tokens_per_pass"], 2) for name, methods in domains.items()
     }
     config.save_pretrained(adapter)
     write_model_card(config, adapter)

@@ -1,7 +1,7 @@
-"""Decodes every prompt every way, in turn, and sums up.
+"""Decodes every prompt with every method, in turn, and sums up.
 
-The ways take turns in coming first, and a prompt's ways are compared with each other, so that a machine that is slower
-for a while is so for all of them. Knows nothing of what is measured and why.
+The methods take turns in coming first, and each prompt is compared with itself, so that a machine that is slower for a
+while is so for all of them. Knows nothing of what is measured and why.
 """
 
 import json
@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from methods import Method, Models
 from tqdm import tqdm
-from ways import Models, Way
 
 from hf_mtp.evaluation.exactness.divergence import divergence_at
 from hf_mtp.evaluation.measures import first_difference, repeated_share
@@ -66,7 +66,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def measure(
     models: Models,
-    ways: dict[str, Way],
+    methods: dict[str, Method],
     groups: dict[str, list[list[str]]],
     record: Record,
     new_tokens: int,
@@ -77,21 +77,21 @@ def measure(
 
     Args:
         models ([`Models`]): What decodes.
-        ways (`dict[str, Way]`): The ways by name. `"plain"` is what the others are compared with.
+        methods (`dict[str, Method]`): The methods by name. `"plain"` is what the others are compared with.
         groups (`dict[str, list[list[str]]]`): Domain to prompts, in groups that are decoded as one batch.
         record ([`Record`]): Gets the rows.
         new_tokens (`int`): Most new tokens.
-        rare_turns (`int`): Groups of each domain that rare ways decode.
+        rare_turns (`int`): Groups of each domain that rare methods decode.
         minutes (`float`, *optional*): After so much time no further turn begins. A turn is a group of each domain.
     """
-    warm_up(models, ways, groups)
+    warm_up(models, methods, groups)
     start, turns = time.monotonic(), max(map(len, groups.values()))
     with tqdm(total=sum(map(len, groups.values()))) as bar:
         for turn in range(turns):
             if minutes is not None and time.monotonic() - start > 60 * minutes:
                 tqdm.write(f"{minutes} minutes are over: {turn} of {turns} turns are measured.")
                 break
-            present = {name: way for name, way in ways.items() if turn < rare_turns or not way.is_rare}
+            present = {name: method for name, method in methods.items() if turn < rare_turns or not method.is_rare}
             for domain, texts in groups.items():
                 if turn < len(texts) and not record.has(domain, turn):
                     answers = one_turn(models, present, texts[turn], turn, new_tokens)
@@ -104,25 +104,27 @@ def one_by_one(questions: dict[str, list[str]]) -> dict[str, list[list[str]]]:
     return {domain: [[text] for text in texts] for domain, texts in questions.items()}
 
 
-def warm_up(models: Models, ways: dict[str, Way], groups: dict[str, list[list[str]]]) -> None:
-    """Lets every way decode a little with every size of group, so that nothing that happens once is timed."""
+def warm_up(models: Models, methods: dict[str, Method], groups: dict[str, list[list[str]]]) -> None:
+    """Lets every method decode a little with every size of group, so that nothing that happens once is timed."""
     for size in {len(texts) for domain in groups.values() for texts in domain}:
         inputs = encoded(["What is 2 + 3?"] * size, models)
-        for way in tqdm(ways.values(), desc="warm-up", leave=False):
-            models.decode(way, inputs, WARM_UP_TOKENS)
+        for method in tqdm(methods.values(), desc="warm-up", leave=False):
+            models.decode(method, inputs, WARM_UP_TOKENS)
 
 
-def one_turn(models: Models, ways: dict[str, Way], texts: list[str], turn: int, new_tokens: int) -> dict[str, dict]:
-    """What each way took for the same prompts, and how its answers compare with plain decoding's."""
+def one_turn(
+    models: Models, methods: dict[str, Method], texts: list[str], turn: int, new_tokens: int
+) -> dict[str, dict]:
+    """What each method took for the same prompts, and how its answers compare with plain decoding's."""
     inputs = encoded(texts, models)
-    names = [*ways]
+    names = [*methods]
     names = names[turn % len(names) :] + names[: turn % len(names)]
     found = {}
     for name in names:
         torch.manual_seed(turn)
-        found[name] = models.decode(ways[name], inputs, new_tokens)
+        found[name] = models.decode(methods[name], inputs, new_tokens)
     answers = {}
-    for name in ways:
+    for name in methods:
         rows, passes, seconds = found[name]
         answers[name] = {
             "rows": len(rows),
@@ -131,7 +133,7 @@ def one_turn(models: Models, ways: dict[str, Way], texts: list[str], turn: int, 
             "seconds": round(seconds, 4),
             "repeated_4grams": round(statistics.fmean(map(repeated_share, rows)), 4),
         }
-        if "plain" in found and ways[name].is_greedy:
+        if "plain" in found and methods[name].is_greedy:
             answers[name] |= compared(models, inputs, found["plain"][0], rows)
     return answers
 
@@ -163,7 +165,7 @@ def gap(base, prompt_T: torch.LongTensor, plain: list[int], other: list[int]) ->
 
 
 def summarize(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """Domain to way to numbers, from the rows of a record."""
+    """Domain to method to numbers, from the rows of a record."""
     domains: dict[str, dict[str, dict]] = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
         turns = [row["answers"] for row in rows if row["domain"] == domain]
@@ -173,7 +175,7 @@ def summarize(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def summary(turns: list[dict], name: str) -> dict:
-    """One way on one domain. A speedup is the median of the turns' own ratios of seconds per token."""
+    """One method on one domain. A speedup is the median of the turns' own ratios of seconds per token."""
     own = [answers[name] for answers in turns]
     result = {
         "prompts": sum(answer["rows"] for answer in own),
@@ -191,16 +193,16 @@ def summary(turns: list[dict], name: str) -> dict:
 
 
 def fastest_setting(domains: dict[str, dict[str, dict]], family: str, settings: Iterable[str]) -> str:
-    """The setting of a family of ways with the largest speedup, as the geometric mean over domains.
+    """The setting of a family of methods with the largest speedup, as the geometric mean over domains.
 
     Args:
-        domains (`dict`): Made by [`summarize`]. The ways have the names `FAMILY: SETTING`.
+        domains (`dict`): Made by [`summarize`]. The methods have the names `FAMILY: SETTING`.
         family (`str`): The family.
         settings (`Iterable[str]`): Its settings.
     """
 
     def mean_speedup(setting: str) -> float:
-        return statistics.geometric_mean(ways[f"{family}: {setting}"]["speedup"] for ways in domains.values())
+        return statistics.geometric_mean(methods[f"{family}: {setting}"]["speedup"] for methods in domains.values())
 
     return max(settings, key=mean_speedup)
 

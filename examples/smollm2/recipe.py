@@ -149,7 +149,7 @@ def run(variant: Variant, texts: Dataset, held_out: dict[str, Dataset], args: ar
         "steps": trainer.state.global_step,
         "masks_trained": round(sum(entry["mask_tokens"] for entry in log)),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "tokens_per_step": {name: round(metrics[f"eval_{name}_tokens_per_step"], 3) for name in held_out},
+        "tokens_per_pass": {name: round(metrics[f"eval_{name}_tokens_per_pass"], 3) for name in held_out},
     }
     del trainer, model
     gc.collect()

@@ -151,7 +151,7 @@ def resume(trainer: MTPTrainer, output: Path) -> None:
 def save(trainer: MTPTrainer, output: Path, settings: dict) -> None:
     """Writes the adapter, and how it came about."""
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).save_pretrained(output / "adapter")
-    log = [entry for entry in trainer.state.log_history if "tokens_per_step" in entry]
+    log = [entry for entry in trainer.state.log_history if "tokens_per_pass" in entry]
     seconds = sum(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
     record = {
         "date": time.strftime("%Y-%m-%d"),

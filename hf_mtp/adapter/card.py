@@ -40,7 +40,7 @@ import hf_mtp
 tokenizer = AutoTokenizer.from_pretrained("{base}")
 inputs = tokenizer("Your prompt", return_tensors="pt")
 output = model.generate(**inputs, mtp=True, do_sample=False, max_new_tokens=128)
-print(tokenizer.decode(output[0]), model.mtp_statistics.tokens_per_step)
+print(tokenizer.decode(output[0]), model.mtp_statistics.tokens_per_pass)
 ```
 {without_import}
 | | |
@@ -170,16 +170,16 @@ def render_model_card(
             sampler="yes" if config.sampler else "no",
             recipe=config.recipe or "not recorded",
             data=", ".join(config.train_datasets) or "not recorded",
-            measured=_measured(config.tokens_per_step),
+            measured=_measured(config.tokens_per_pass),
         )
     )
 
 
-def _measured(tokens_per_step: dict[str, float]) -> str:
-    if not tokens_per_step:
+def _measured(tokens_per_pass: dict[str, float]) -> str:
+    if not tokens_per_pass:
         return "Not measured."
-    rows = "\n".join(f"| {domain} | {value:.2f} |" for domain, value in tokens_per_step.items())
-    return f"| domain | tokens per step |\n|---|---|\n{rows}"
+    rows = "\n".join(f"| {domain} | {value:.2f} |" for domain, value in tokens_per_pass.items())
+    return f"| domain | tokens per pass |\n|---|---|\n{rows}"
 
 
 def is_on_hub(base: str) -> bool:

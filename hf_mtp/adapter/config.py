@@ -69,7 +69,7 @@ class GatedLoraConfig(LoraConfig):
             raises an error.
         recipe (`str`, *optional*), train_datasets (`list[str]`, *optional*):
             Filled in by [`MTPTrainer`], for the model card.
-        tokens_per_step (`dict[str, float]`, *optional*):
+        tokens_per_pass (`dict[str, float]`, *optional*):
             Measured tokens per forward pass, by domain, for the model card. Set it before saving.
 
     Attributes:
@@ -124,9 +124,16 @@ class GatedLoraConfig(LoraConfig):
     tokenizer_size: int | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
     recipe: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
     train_datasets: list[str] = field(default_factory=list, metadata={"help": "Filled in by MTPTrainer."})
-    tokens_per_step: dict[str, float] = field(
+    tokens_per_pass: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Measured tokens per forward pass, by domain, for the model card."}
     )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs):
+        """Accepts the earlier name of a field in a saved config. PEFT passes what it read."""
+        if "tokens_per_step" in kwargs:
+            kwargs["tokens_per_pass"] = kwargs.pop("tokens_per_step")
+        return super().check_kwargs(**kwargs)
 
     def __post_init__(self):
         _require_positive_int("r", self.r, "the rank of the LoRA matrices")  # before PEFT computes with it

@@ -11,6 +11,10 @@ from torch import nn
 
 from ..base.autocast import concatenate
 
+# Most likely tokens of a mask that a decoder chooses a draft from. With masks trained, the right one is among the
+# first ten (Samragh et al., arXiv 2507.11851, fig. 2).
+SHORTLIST = 32
+
 
 class SamplerHead(nn.Module):
     """Two blocks of Linear -> SiLU -> LayerNorm over [embedding of the previous token ; hidden state of the mask].

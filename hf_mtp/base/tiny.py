@@ -36,16 +36,13 @@ _OPEN = {
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-def tiny_model(
-    config: PreTrainedConfig, seed: int = 0, model_class: type[PreTrainedModel] | None = None
-) -> PreTrainedModel:
+def tiny_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """A tiny random model of the kind that a config describes, in evaluation mode and, if its code allows, float64.
 
     The weights are large enough that one token is clearly the most likely, and which one depends on the input.
 
     Args:
         config ([`~transformers.PreTrainedConfig`]): The config, which is not changed.
-        seed (`int`, *optional*, defaults to 0): Seed of the weights.
         model_class (`type`, *optional*): The model class; if `None`, the one of `AutoModelForCausalLM`.
 
     Raises:
@@ -55,7 +52,7 @@ def tiny_model(
     # Some models do not run in float64.
     for dtype, fill, of_each_kind in itertools.product((torch.float64, torch.float32), (False, True), (1, 2)):
         try:
-            model = _random_model(tiny_config(config, fill, of_each_kind), dtype, seed, model_class)
+            model = _random_model(tiny_config(config, fill, of_each_kind), dtype, model_class)
             model(input_ids=torch.tensor([[1, 2, 3]]))
             return model
         except Exception as error:  # a config may lead to any error of its model's code
@@ -74,15 +71,13 @@ def tiny_config(config: PreTrainedConfig, fill: bool = False, of_each_kind: int 
     return type(config).from_dict(_shrunk(config, SmallSizes(config), fill, of_each_kind))
 
 
-def _random_model(
-    config: PreTrainedConfig, dtype: torch.dtype, seed: int, model_class: type | None
-) -> PreTrainedModel:
+def _random_model(config: PreTrainedConfig, dtype: torch.dtype, model_class: type | None) -> PreTrainedModel:
     make = AutoModelForCausalLM.from_config if model_class is None else model_class._from_config
     with torch.device("meta"):
         size = sum(p.numel() for p in make(config, dtype=None).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"it would have {size:,} parameters: some of its sizes are unknown")
-    with own_randomness(seed), torch.no_grad():
+    with own_randomness(seed=0), torch.no_grad():
         # `dtype=...` would change the default dtype of the whole process for a moment.
         model = make(config, dtype=None, experts_implementation="eager").to(dtype).eval()
         for module in model.modules():

@@ -22,8 +22,8 @@ DIFFERENT, ERROR = 1, 2
 def verify(
     model: Annotated[str, Argument(help="Hub id or folder of a base model, or of an adapter.")],
     adapter: Annotated[str | None, Option(help="Hub id or folder of the adapter, if the model is a base.")] = None,
-    prompts: Annotated[str, Option(help="A file of prompts, or the name of a suite.")] = "quick",
-    strategy: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
+    suite: Annotated[str, Option(help="A file of prompts, or the name of a suite.")] = "quick",
+    strategies: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
     dtype: Annotated[
         str, Option(help="Dtypes of the base, separated by commas; auto is that of the checkpoint.")
     ] = "auto",
@@ -57,15 +57,15 @@ def verify(
         raise typer.BadParameter(f"--dtype takes at least one dtype, such as auto, but got {dtype!r}.")
     for name in dtypes:
         refuse_dtype(name)
-    suite, reports, tokenizer = load_suite(prompts), [], None
+    prompts, reports, tokenizer = load_suite(suite), [], None
     for name in dtypes:
         loaded, tokenizer = load_upgraded(model, adapter, name)
         reports.append(
             run(
                 loaded,
                 tokenizer,
-                suite,
-                strategies=words(strategy),
+                prompts,
+                strategies=words(strategies),
                 k=k,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,

@@ -21,7 +21,7 @@ class MTPStatistics:
         drafted_per_position, accepted_per_position (`list[int]`): The same for the first, second ... token after a
             step's pending token.
         steps (`list[int]`): New tokens of each forward pass, in order, all rows together.
-        row_steps (`int`): Forward passes, counted once for each row of the batch that had not ended.
+        row_passes (`int`): Forward passes, counted once for each row of the batch that had not ended.
     """
 
     forward_passes: int = 0
@@ -32,12 +32,12 @@ class MTPStatistics:
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    row_steps: int = 0
+    row_passes: int = 0
 
     @property
-    def tokens_per_step(self) -> float:
+    def tokens_per_pass(self) -> float:
         """New tokens per forward pass and row of the batch. Plain decoding has 1."""
-        return self.tokens / self.row_steps if self.row_steps else 0.0
+        return self.tokens / self.row_passes if self.row_passes else 0.0
 
     def count_pass(self, outcome: Outcome) -> None:
         """Counts one pass of decoding."""
@@ -53,7 +53,7 @@ class MTPStatistics:
 
     def _count_row(self, tokens: int, places: list[int], accepted: int) -> None:
         """Counts a row's pass: its new tokens, the place of each of its drafts, and how many of these were right."""
-        self.row_steps += 1
+        self.row_passes += 1
         self.tokens += tokens
         self.drafted += len(places)
         self.accepted += accepted

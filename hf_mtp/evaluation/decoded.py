@@ -138,7 +138,7 @@ def decode_rows(
     return DecodedRows(
         rows,
         passes,
-        passes if len(rows) == 1 else counts.row_steps,
+        passes if len(rows) == 1 else counts.row_passes,
         seconds,
         counts.steps,
         counts.drafted_per_position,

@@ -122,14 +122,13 @@ def agreement(predictions: Sequence[Sequence], references: Sequence[Sequence]) -
     return {"identical": places.count(None) / len(places), "common_prefix": statistics.fmean(shared)}
 
 
-def repeated_share(ids: Sequence[int], n: int = 4) -> float:
-    """The share of n-grams that repeat an earlier one of the answer. A text that loops is easy to predict.
+def repeated_share(ids: Sequence[int]) -> float:
+    """The share of 4-grams that repeat an earlier one of the answer. A text that loops is easy to predict.
 
     Args:
         ids (`Sequence[int]`): Token ids of the answer.
-        n (`int`, *optional*, defaults to 4): Length of an n-gram.
     """
-    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    grams = [tuple(ids[start : start + 4]) for start in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -21,7 +21,7 @@ from .chunked_backward import ChunkedBackward, can_go_backward_in_chunks
 from .losses import at_least_float32, cross_entropy, feature_consistency, latent_consistency, likeliest_tokens
 from .recipe import Recipe
 from .request import ObjectiveRequest
-from .simulation import SimulatedDecoding, mean_tokens_per_step, simulate_decoding
+from .simulation import SimulatedDecoding, mean_tokens_per_pass, simulate_decoding
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Objective(ModelOutput):
     Args:
         loss (`torch.Tensor`): Weighted sum of the losses, a scalar with gradient. Zero if no mask had a target.
         metrics (`dict[str, torch.Tensor]`): Detached scalars: each loss, the accuracy of each mask position
-            (`accuracy_1` ...) and `tokens_per_step`, the mean over steps from random tokens. With `simulated`, this
-            mean is `tokens_per_block`, and `tokens_per_step` comes from the simulation. Empty if no mask had a target.
+            (`accuracy_1` ...) and `tokens_per_pass`, the mean over steps from random tokens. With `simulated`, this
+            mean is `tokens_per_block`, and `tokens_per_pass` comes from the simulation. Empty if no mask had a target.
         rows (`int`): R, the number of supervised masks.
         simulated ([`SimulatedDecoding`], *optional*): Simulated decoding of the text, if gradients are off and every
             token has a block.
@@ -182,8 +182,8 @@ def multi_token_objective(
     if torch.is_grad_enabled() or layout.weight_B is not None:
         return Objective(loss, metrics, rows)
     simulated = simulate_decoding(layout.anchor_BM, accepted_BM, supervised_BM, k)
-    metrics["tokens_per_block"] = metrics["tokens_per_step"]
-    metrics["tokens_per_step"] = torch.tensor(simulated.tokens_per_step, device=accepted_BM.device)
+    metrics["tokens_per_block"] = metrics["tokens_per_pass"]
+    metrics["tokens_per_pass"] = torch.tensor(simulated.tokens_per_pass, device=accepted_BM.device)
     return Objective(loss, metrics, rows, simulated)
 
 
@@ -264,8 +264,8 @@ def _base_choices(
 
 @torch.compiler.disable
 def _draft_quality(accepted_CK: torch.BoolTensor, supervised_CK: torch.BoolTensor) -> dict[str, torch.Tensor]:
-    """Accuracy of each mask position and mean tokens per step, measured against the base's own choice."""
+    """Accuracy of each mask position and mean tokens per pass, measured against the base's own choice."""
     accuracy_K = accepted_CK.sum(dim=0) / supervised_CK.sum(dim=0).clamp(min=1)
     metrics = {f"accuracy_{step}": accuracy for step, accuracy in enumerate(accuracy_K, start=1)}
-    metrics["tokens_per_step"] = mean_tokens_per_step(accepted_CK[supervised_CK.any(dim=1)])
+    metrics["tokens_per_pass"] = mean_tokens_per_pass(accepted_CK[supervised_CK.any(dim=1)])
     return metrics

@@ -45,7 +45,7 @@ class Recipe:
 RECIPES = {
     # Samragh et al. weight both cross-entropies and latent consistency equally. They have no fourth term.
     "paper": Recipe(base=1.0, sampler=1.0, lcm=1.0, auxiliary=0.0, targets="data", position_decay=1.0),
-    # The most tokens per step in docs/benchmarks.md.
+    # The most tokens per pass in docs/benchmarks.md.
     "default": Recipe(),
 }
 

@@ -21,7 +21,7 @@ class SimulatedDecoding:
     passes: int = 0
 
     @property
-    def tokens_per_step(self) -> float:
+    def tokens_per_pass(self) -> float:
         """Tokens per forward pass. Plain decoding has 1."""
         return self.tokens / self.passes if self.passes else 0.0
 
@@ -29,10 +29,10 @@ class SimulatedDecoding:
         return SimulatedDecoding(self.tokens + other.tokens, self.passes + other.passes)
 
 
-def mean_tokens_per_step(accepted_CK: torch.BoolTensor) -> torch.Tensor:
+def mean_tokens_per_pass(accepted_CK: torch.BoolTensor) -> torch.Tensor:
     """1 + sum_i prod_{j<=i} accept_j, averaged over blocks: the tokens that a step from a random token returns.
 
-    Real decoding gets fewer tokens per step, because it takes more steps in hard stretches than in easy ones. See
+    Real decoding gets fewer tokens per pass, because it takes more steps in hard stretches than in easy ones. See
     [`simulate_decoding`].
 
     Args:

@@ -51,7 +51,7 @@ class Metrics:
         """
         self.running.set(rows)
         self.passes.inc(statistics.forward_passes)
-        self.row_passes.inc(statistics.row_steps)
+        self.row_passes.inc(statistics.row_passes)
         self.tokens.inc(statistics.tokens)
         self.drafts.inc(statistics.drafted)
         self.accepted.inc(statistics.accepted)

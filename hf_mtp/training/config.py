@@ -63,7 +63,7 @@ class MTPConfig(SFTConfig):
             `None` for all tokens inside the loss. Blocks of longer sequences get larger weights, so that every token
             counts the same.
         eval_anchors_per_sequence (`int`, *optional*):
-            The same in evaluation. With `None`, every token gets a block, and `eval_tokens_per_step` is the value that
+            The same in evaluation. With `None`, every token gets a block, and `eval_tokens_per_pass` is the value that
             decoding the evaluated texts would give. Models that cannot process branches then use
             `anchors_per_sequence`.
 
@@ -102,7 +102,7 @@ class MTPConfig(SFTConfig):
         > Parameters that control the output
 
         training_curves (`bool`, *optional*, defaults to `True`):
-            Whether to plot the losses, tokens per step and accuracies into `training_curves.png` in the output folder,
+            Whether to plot the losses, tokens per pass and accuracies into `training_curves.png` in the output folder,
             at each save and at the end. Does nothing if matplotlib is not installed.
 
     Raises:
@@ -213,7 +213,7 @@ class MTPConfig(SFTConfig):
         if metric.removeprefix("eval_") in _BASE_METRICS:
             raise ValueError(
                 f"`metric_for_best_model={metric!r}` is a measure of the base, which training does not change, so "
-                "all checkpoints have the same value. Use 'loss', 'tokens_per_step' or 'accuracy_1'."
+                "all checkpoints have the same value. Use 'loss', 'tokens_per_pass' or 'accuracy_1'."
             )
 
     @classmethod

@@ -34,7 +34,7 @@ class EvaluationMeasures:
                 counts[name] += other[1][name]
             simulated += other[2]
         means = {name: value / counts[name] for name, value in sums.items()}
-        return means | ({"tokens_per_step": simulated.tokens_per_step} if simulated.passes else {})
+        return means | ({"tokens_per_pass": simulated.tokens_per_pass} if simulated.passes else {})
 
 
 def measures_of(objective: Objective) -> dict[str, float]:

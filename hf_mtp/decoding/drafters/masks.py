@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ...adapter.sampler import SHORTLIST
 from ...adapter.tuner import GatedLoraTuner
 from ..outcome import Outcome
 from ..sequence import Sequence
 from .acceptance import MaskAcceptance
 from .base import Drafts, no_drafts
 
-SHORTLIST = 32  # with masks trained, the right token is among the first ten (Samragh et al., arXiv 2507.11851, fig. 2)
 # A mask does not know the tokens just before its own, so it is less certain than the base will be. A power of its
 # distribution above 1 hits the base's choice more often; 1.25 is about as good (docs/benchmarks.md, "Sampled drafts").
 SHARPNESS = 1.5

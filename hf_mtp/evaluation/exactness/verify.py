@@ -91,7 +91,7 @@ class VerifyReport:
 def verify(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Suite | str = "quick",
+    suite: Suite | str = "quick",
     *,
     strategies: Sequence[str] = STRATEGIES,
     k: int | None = None,
@@ -109,7 +109,7 @@ def verify(
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        prompts ([`Suite`] or `str`, *optional*, defaults to `"quick"`): The prompts, or the name of a suite.
+        suite ([`Suite`] or `str`, *optional*, defaults to `"quick"`): The prompts, or the name of a suite.
         strategies (`Sequence[str]`, *optional*): Values of `mtp_strategy`; all three by default.
         k (`int`, *optional*): Value of `mtp_k`; the adapter's k by default.
         batch_size (`int`, *optional*, defaults to 1): Prompts per call of `generate`.
@@ -125,7 +125,7 @@ def verify(
             model allows none of the strategies.
     """
     config = checked_config(model, batch_size, max_new_tokens)
-    suite = (load_suite(prompts) if isinstance(prompts, str) else prompts).limited(limit)
+    suite = (load_suite(suite) if isinstance(suite, str) else suite).limited(limit)
     encoded, left_out = encode_prompts(suite.prompts, tokenizer, model.config, max_new_tokens)
     batches = [encoded[start : start + batch_size] for start in range(0, len(encoded), batch_size)]
     ks = [config.k if k is None else k]

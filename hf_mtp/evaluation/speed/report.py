@@ -59,7 +59,7 @@ def write_card_section(results: Results, adapter: str | Path) -> Path:
     _refuse_open_section(card)
     if is_replaceable(card):
         config = GatedLoraConfig.from_pretrained(str(folder))
-        config.tokens_per_step = _tokens_per_step(results)
+        config.tokens_per_pass = _tokens_per_pass(results)
         config.save_pretrained(folder)
         write_model_card(config, folder)
     text = card.read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def _refuse_open_section(card: Path) -> None:
         )
 
 
-def _tokens_per_step(results: Results) -> dict[str, float]:
+def _tokens_per_pass(results: Results) -> dict[str, float]:
     """Tokens per pass of each domain, by the multi-token method with the most over all domains."""
     ours = {method["name"] for method in results.settings.methods if method["k"] is not None}
     overall = results.overall

@@ -138,7 +138,7 @@ def _simulated(model: PeftModel, prompts: list[EncodedPrompt], results: Results)
     simulated = {domain: simulated_decoding(model, pairs) for domain, pairs in texts.items()}
     if len(simulated) > 1:
         simulated[ALL] = sum(simulated.values(), SimulatedDecoding())
-    return {domain: counts.tokens_per_step for domain, counts in simulated.items() if counts.passes}
+    return {domain: counts.tokens_per_pass for domain, counts in simulated.items() if counts.passes}
 
 
 def _load_average() -> float | None:

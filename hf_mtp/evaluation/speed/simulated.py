@@ -16,7 +16,7 @@ from ...objective.simulation import SimulatedDecoding
 
 @torch.no_grad()
 def simulated_decoding(model: PeftModel, texts: Iterable[tuple[list[int], list[int]]]) -> SimulatedDecoding:
-    """Simulates quadratic decoding of known answers with the adapter's k, as `eval_tokens_per_step` of training does.
+    """Simulates quadratic decoding of known answers with the adapter's k, as `eval_tokens_per_pass` of training does.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from ...adapter.sampler import SHORTLIST
 from .adapter import EMBEDDINGS, IDS, ExportedAdapter
 from .arguments import ADAPTER
-
-SHORTLIST = 32  # as in hf_mtp's own decoding
 
 
 class Drafter:

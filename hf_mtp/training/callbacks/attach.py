@@ -8,7 +8,7 @@ from .progress import MTPProgressCallback
 
 
 def attach_callbacks(trainer: Trainer, curves: bool) -> None:
-    """Makes a trainer report its losses and tokens per step.
+    """Makes a trainer report its losses and tokens per pass.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer, with the user's callbacks.

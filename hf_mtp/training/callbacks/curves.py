@@ -1,4 +1,4 @@
-"""Plots a training into its output folder: losses, tokens per step, accuracy of each mask position."""
+"""Plots a training into its output folder: losses, tokens per pass, accuracy of each mask position."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ LOSSES = {
     "loss_auxiliary": "auxiliary",
 }
 LINESTYLES = {"loss_sampler": (0, (4, 1.5))}  # it would hide the base loss, which is close to it
-DECODED = "eval_decoding/tokens_per_step"  # logged by DecodingCallback
+DECODED = "eval_decoding/tokens_per_pass"  # logged by DecodingCallback
 MAX_LABELS = 8  # of mask positions
 
 Points = dict[int, float]  # values by step
@@ -58,7 +58,7 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
         log_history (`list[dict]`): A trainer's `state.log_history`.
         path (`Path`): Path of the PNG.
     """
-    if not points_of("tokens_per_step", log_history):
+    if not points_of("tokens_per_pass", log_history):
         return
     from matplotlib.figure import Figure
 
@@ -66,7 +66,7 @@ def draw_training_curves(log_history: list[dict], path: Path) -> None:
     figure.get_layout_engine().set(h_pad=0.15)  # inches
     losses, steps, accuracies = figure.subplots(3, 1, sharex=True)
     _draw_losses(losses, log_history)
-    _draw_tokens_per_step(steps, log_history)
+    _draw_tokens_per_pass(steps, log_history)
     _draw_accuracies(accuracies, log_history)
     evaluated = bool(points_of("eval_loss", log_history))
     accuracies.set_xlabel("training step" + " (circles: evaluation)" * evaluated)
@@ -102,12 +102,12 @@ def _ticks(names: list[str], log_history: list[dict]) -> tuple[float, ...]:
     return (1,) if span > 1000 else (1, 2, 5) if span > 8 else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
-def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
+def _draw_tokens_per_pass(axes: "Axes", log_history: list[dict]) -> None:
 
     decoded = points_of(DECODED, log_history)
     style(
         axes,
-        "Tokens per step",
+        "Tokens per pass",
         "estimated on the text, without decoding" + "; diamonds: measured by decoding prompts" * bool(decoded),
     )
     axes.set_ylabel("tokens per forward pass")
@@ -115,8 +115,8 @@ def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
     axes.axhline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axes.annotate("plain decoding", (1, 1), xytext=(-2, 4), ha="right", color=GREY, **place)
-    last = [*points_of("tokens_per_step", log_history).values()][-1]
-    _draw_lines(axes, {f"{last:.2f}": "tokens_per_step"}, [COLOURS[0]], log_history)
+    last = [*points_of("tokens_per_pass", log_history).values()][-1]
+    _draw_lines(axes, {f"{last:.2f}": "tokens_per_pass"}, [COLOURS[0]], log_history)
 
 
 def _draw_accuracies(axes: "Axes", log_history: list[dict]) -> None:

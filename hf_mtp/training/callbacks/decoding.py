@@ -1,15 +1,14 @@
 """[`DecodingCallback`]: decodes a few prompts at each evaluation. Knows nothing of losses."""
 
-import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ...base.distributed import is_sharded
-from ...base.inspection import evaluation_mode, input_device
+from ...base.inspection import evaluation_mode
 from ...data.prompts import TextOrTurns, encode_prompt
 from ...data.randomness import fork_rng
-from ...evaluation.compare import Record, decode_both_ways, summarize
+from ...evaluation.compare import PairedAnswers, decode_both_ways, summarize
 
 PREFIX = "eval_decoding"
 
@@ -18,16 +17,16 @@ class DecodingCallback(TrainerCallback):
     """
     Decodes a few prompts at each evaluation, with `generate(mtp=True)` and with plain decoding, and logs a comparison.
 
-    `eval_tokens_per_step` is computed on the text of the evaluation dataset. These measures come from decoding the
+    `eval_tokens_per_pass` is computed on the text of the evaluation dataset. These measures come from decoding the
     model's own responses, with the code that will serve it:
 
-    - `eval_decoding/tokens_per_step`: new tokens per forward pass, over all prompts;
+    - `eval_decoding/tokens_per_pass`: new tokens per forward pass, over all prompts;
     - `eval_decoding/tokens_per_second`, and `eval_decoding/speedup` over plain decoding, by the wall clock;
     - `eval_decoding/identical`: the share of prompts with the same output as plain decoding, which should be 1;
     - `eval_decoding/sample`: the first prompt's response.
 
     The trainer logs them (to TensorBoard, trackio, wandb ...) and adds them to the metrics of the evaluation, so that
-    `metric_for_best_model="decoding/tokens_per_step"` works. Training results do not change. Decodes greedily, in the
+    `metric_for_best_model="decoding/tokens_per_pass"` works. Training results do not change. Decodes greedily, in the
     first process only, or in all processes if the weights are sharded.
 
     Args:
@@ -91,18 +90,17 @@ class DecodingCallback(TrainerCallback):
         self.trainer.log(found)
 
     def _decode(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
-        device = input_device(model)
-        prompts = [torch.tensor([encode_prompt(prompt, tokenizer)], device=device) for prompt in self.prompts]
-        records = decode_both_ways(model, prompts, self.max_new_tokens, **self.generate_kwargs)
-        return {f"{PREFIX}/{name}": value for name, value in _measures(records, tokenizer).items()}
+        prompts = [encode_prompt(prompt, tokenizer) for prompt in self.prompts]
+        pairs = decode_both_ways(model, prompts, self.max_new_tokens, **self.generate_kwargs)
+        return {f"{PREFIX}/{name}": value for name, value in _measures(pairs, tokenizer).items()}
 
 
-def _measures(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
-    total = summarize(records)
+def _measures(pairs: list[PairedAnswers], tokenizer: PreTrainedTokenizerBase) -> dict[str, float | str]:
+    total = summarize(pairs)
     return {
-        "tokens_per_step": total["tokens_per_step"],
+        "tokens_per_pass": total["tokens_per_pass"],
         "tokens_per_second": total["new_tokens"] / total["seconds_mtp"],
         "speedup": total["speedup"],
         "identical": total["identical"] / total["prompts"],
-        "sample": tokenizer.decode(records[0].ids),
+        "sample": tokenizer.decode(pairs[0].mtp.rows[0]),
     }

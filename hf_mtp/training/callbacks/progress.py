@@ -1,10 +1,10 @@
-"""A progress bar with the losses and tokens per step."""
+"""A progress bar with the losses and tokens per pass."""
 
 from transformers import ProgressCallback
 
 # Measures that the bar shows, with their labels. The most important come first: narrow terminals cut off the rest.
 SHOWN = {
-    "tokens_per_step": "tokens/step",
+    "tokens_per_pass": "tokens/pass",
     "loss": "loss",
     "loss_base": "base",
     "loss_sampler": "sampler",
@@ -14,7 +14,7 @@ SHOWN = {
 
 
 class MTPProgressCallback(ProgressCallback):
-    """A [`~transformers.ProgressCallback`] whose bar shows the latest losses and tokens per step.
+    """A [`~transformers.ProgressCallback`] whose bar shows the latest losses and tokens per pass.
 
     In a terminal, the bar replaces the lines that [`~transformers.Trainer`] prints for every training log. Evaluations
     and the summary are still printed. Output to a file has all lines.

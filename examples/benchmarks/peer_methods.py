@@ -1,4 +1,4 @@
-"""Ways to decode SmolLM2 that are compared: transformers' own, peers that were trained, and ours.
+"""Decoding methods that are compared on SmolLM2: transformers' own, peers that were trained, and ours.
 
 Knows models, drafters and arguments of `generate`. Knows nothing of prompts, files of results or tables.
 """
@@ -9,43 +9,31 @@ from pathlib import Path
 import torch
 from eagle_head import EagleDrafter
 from medusa_heads import MedusaDrafter
+from methods import PEERS, Method, Models, mtp
 from peer_training import K, load_peer
 from peft import PeftModel
 from speculation import speculative_generate
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_pass import TwoPassDrafter
-from ways import PEERS, Models, Way, mtp
-
-from hf_mtp.evaluation.compare import same_weights
 
 OURS = ("ours, auto", "ours, quadratic", "ours as shipped, auto", "ours as shipped, quadratic")
 
 
 class PeerModels(Models):
-    """The base, and what decodes with its weights, each loaded when it is first needed.
+    """[`Models`] of the adapter that ships, and peers that decode with the same base.
 
     Args:
-        base (`str`): Folder of the base.
-        shipped (`Path`): Folder of the adapter that ships.
+        base, adapter, dtype: As in [`Models`].
         trained (`Path`): Folder of the adapter and the heads that `peer_training` made.
-        dtype (`str`): Name of the dtype to compute in, or `"auto"` for the one that the base is stored in.
     """
 
-    def __init__(self, base: str, shipped: Path, trained: Path, dtype: str = "auto"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.shipped, self.trained = shipped, trained
-        self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-        self.base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
-
-    @cached_property
-    def adapter(self) -> PeftModel:
-        """The adapter that ships."""
-        return PeftModel.from_pretrained(same_weights(self.base), self.shipped).eval()
+    def __init__(self, base: str, adapter: Path, trained: Path, dtype: str = "auto"):
+        super().__init__(base, adapter, dtype)
+        self.trained = trained
 
     @cached_property
     def equal(self) -> PeftModel:
-        """An adapter that was trained for the same minutes as the peers."""
-        return PeftModel.from_pretrained(same_weights(self.base), self.trained / "ours" / "adapter").eval()
+        """The base with an adapter that was trained for the same minutes as the peers."""
+        return self.with_adapter(self.trained / "ours" / "adapter")
 
     @cached_property
     def medusa(self):
@@ -57,7 +45,7 @@ class PeerModels(Models):
 
 
 class Late:
-    """A drafter that is made when it first decodes, so that the ways can be listed without loading any model.
+    """A drafter that is made when it first decodes, so that the methods can be listed without loading any model.
 
     Args:
         make (`Callable`): Makes the drafter.
@@ -77,15 +65,15 @@ class Late:
         return self.drafter.propose(*args)
 
 
-def drafted(make, model: str = "base") -> Way:
-    """A way that verifies the drafts of the drafter that `make` makes."""
-    return Way(model, {"custom_generate": speculative_generate, "drafter": Late(make)})
+def drafted(make, model: str = "base") -> Method:
+    """A method that verifies the drafts of the drafter that `make` makes."""
+    return Method(model, {"custom_generate": speculative_generate, "drafter": Late(make)})
 
 
-def families(models: PeerModels) -> dict[str, dict[str, Way]]:
-    """Family to setting to way, of all ways but plain decoding. `ours` and the peers were trained alike."""
+def families(models: PeerModels) -> dict[str, dict[str, Method]]:
+    """Family to setting to method, of all methods but plain decoding. `ours` and the peers were trained alike."""
 
-    def two_passes(model: str) -> dict[str, Way]:
+    def two_passes(model: str) -> dict[str, Method]:
         masks = (2, K)
         return {f"k={n}": drafted(lambda n=n: TwoPassDrafter(getattr(models, model), n), model) for n in masks}
 

@@ -1,4 +1,4 @@
-"""Ways to decode SmolLM2: ours, and those of transformers.
+"""Decoding methods for SmolLM2: ours, and those of transformers.
 
 Knows models and arguments of `generate`. Knows nothing of prompts, files or tables.
 """
@@ -27,8 +27,8 @@ NEARLY_FREE = PassCosts([(1, 1.0), (81, 1.25)], [(2, 1.05), (81, 1.3)])
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to decode.
+class Method:
+    """One decoding method.
 
     Args:
         model (`str`): `"base"`, `"adapter"`, `"free_columns"` or `"untrained"`: which of [`Models`] decodes.
@@ -51,35 +51,38 @@ class Way:
         return not self.options.get("do_sample")
 
 
-def mtp(strategy: str = "auto", k: int | None = None, model: str = "adapter", is_rare: bool = False, **options) -> Way:
-    """A way with `mtp=True`."""
+def mtp(
+    strategy: str = "auto", k: int | None = None, model: str = "adapter", is_rare: bool = False, **options
+) -> Method:
+    """A method with `mtp=True`."""
     options |= {"mtp": True, "mtp_strategy": strategy} | ({} if k is None else {"mtp_k": k})
-    return Way(model, options, is_rare=is_rare)
+    return Method(model, options, is_rare=is_rare)
 
 
-def sampled(strategy: str, temperature: float, model: str = "adapter") -> Way:
-    """A way that samples from the whole vocabulary."""
+def sampled(strategy: str, temperature: float, model: str = "adapter") -> Method:
+    """A method that samples from the whole vocabulary."""
     return mtp(strategy, model=model, do_sample=True, temperature=temperature, top_k=0)
 
 
-PLAIN = Way()
-PLAIN_IN_A_BATCH = Way(copies=4, is_rare=True)  # does its text stay the same in half precision?
+PLAIN = Method()
+PLAIN_IN_A_BATCH = Method(copies=4, is_rare=True)  # does its text stay the same in half precision?
 PEERS = {
     "prompt lookup": {
-        f"{tokens} tokens, n-grams up to {size}": Way(
+        f"{tokens} tokens, n-grams up to {size}": Method(
             options={"prompt_lookup_num_tokens": tokens, "max_matching_ngram_size": size}
         )
         for size in (2, 3)
         for tokens in (3, 5, 8, 10)
     },
     "early exit": {
-        f"layer {layer}, {tokens} tokens": Way(
+        f"layer {layer}, {tokens} tokens": Method(
             options={"assistant_early_exit": layer}, assistant_tokens=tokens, is_rare=True
         )
         for layer, tokens in ((10, 2), (26, 2))
     },
     "small draft": {
-        f"{tokens} tokens": Way(assistant_tokens=tokens, has_small_draft=True, is_rare=True) for tokens in (3, 6, 20)
+        f"{tokens} tokens": Method(assistant_tokens=tokens, has_small_draft=True, is_rare=True)
+        for tokens in (3, 6, 20)
     },
 }
 
@@ -102,7 +105,7 @@ class FixedCosts(ScheduleStore):
 
 
 class Models:
-    """The base, and what decodes with its weights.
+    """The base, and what decodes with its weights, each loaded when it is first needed.
 
     Args:
         base (`str`): Folder of the base.
@@ -115,12 +118,20 @@ class Models:
         self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
         self.base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
         self.adapter_folder = adapter
-        self.adapter = PeftModel.from_pretrained(same_weights(self.base), adapter).eval()
+
+    def with_adapter(self, folder: Path) -> PeftModel:
+        """The base with the adapter of a folder."""
+        return PeftModel.from_pretrained(same_weights(self.base), folder).eval()
+
+    @cached_property
+    def adapter(self) -> PeftModel:
+        """The base with the adapter."""
+        return self.with_adapter(self.adapter_folder)
 
     @cached_property
     def free_columns(self) -> PeftModel:
         """The base with the adapter. `auto` chooses columns as if they were nearly free."""
-        model = PeftModel.from_pretrained(same_weights(self.base), self.adapter_folder).eval()
+        model = self.with_adapter(self.adapter_folder)
         model.base_model.schedules = FixedCosts(NEARLY_FREE)
         return model
 
@@ -142,17 +153,17 @@ class Models:
         own = AutoTokenizer.from_pretrained(SMALL_DRAFT, clean_up_tokenization_spaces=False)
         return {"assistant_model": self.small_draft, "tokenizer": self.tokenizer, "assistant_tokenizer": own}
 
-    def decode(self, way: Way, inputs: dict, max_new_tokens: int) -> tuple[list[list[int]], int, float]:
+    def decode(self, method: Method, inputs: dict, max_new_tokens: int) -> tuple[list[list[int]], int, float]:
         """The new tokens of each row up to its end, the number of forward passes, and the seconds."""
-        model, options = getattr(self, way.model), way.options
-        inputs = {name: value.repeat(way.copies, 1) for name, value in inputs.items()}
-        if way.has_small_draft:
+        model, options = getattr(self, method.model), method.options
+        inputs = {name: value.repeat(method.copies, 1) for name, value in inputs.items()}
+        if method.has_small_draft:
             options = options | self.small_draft_options
-            self.small_draft.generation_config.num_assistant_tokens = way.assistant_tokens
-        elif way.assistant_tokens:
-            model.generation_config.num_assistant_tokens = way.assistant_tokens
+            self.small_draft.generation_config.num_assistant_tokens = method.assistant_tokens
+        elif method.assistant_tokens:
+            model.generation_config.num_assistant_tokens = method.assistant_tokens
         new_BN, passes, seconds = timed_generate(
             model, **inputs, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id, **options
         )
-        rows, ends = new_BN.tolist()[: len(new_BN) // way.copies], {self.tokenizer.eos_token_id}
+        rows, ends = new_BN.tolist()[: len(new_BN) // method.copies], {self.tokenizer.eos_token_id}
         return [up_to_end(ids, ends) for ids in rows], passes, seconds
