@@ -50,7 +50,7 @@ evaluation.speed: results folder simulated runner tables curves report
 evaluation.ranks: placeholders results probe figures report
 evaluation: harness
 training.recovery: nonfinite compatibility checkpoint workers
-training: batches evaluation config optimizer data_checks
+training: batches evaluation precision config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
 demo: turns settings plain_sampling lane race drawing page app

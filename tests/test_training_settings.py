@@ -1,6 +1,7 @@
 """What users of transformers and TRL set on a trainer: followed, or refused where it is set."""
 
 import dataclasses
+import math
 import signal
 
 import pytest
@@ -230,6 +231,25 @@ def test_an_evaluation_is_not_of_what_was_predicted_before(tmp_path):
     assert len(names) > K
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_anchors_per_sequence": 20}])
+def test_an_evaluation_does_not_depend_on_its_batches(options, tmp_path):
+    rows = texts(9).map(lambda row: {"text": " ".join(row["text"].split()[: 5 + len(row["text"]) % 9])})
+    measured = [trainer(tmp_path, per_device_eval_batch_size=size, **options).evaluate(rows) for size in (1, 4, 8, 9)]
+    names = [name for name in measured[0] if "loss" in name or "accuracy" in name or "tokens_per" in name]
+    assert len(names) >= K + 7
+    for other in measured[1:]:
+        assert {name: other[name] for name in names} == pytest.approx({name: measured[0][name] for name in names})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_evaluation_without_a_target_is_never_the_best(streamed, tmp_path, warnings):
+    nothing = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4, "labels": [[-100, -100, -100, 8]] * 4})
+    made = trainer(tmp_path, eval_dataset=texts(4))
+    assert math.isnan(made.evaluate(nothing.to_iterable_dataset() if streamed else nothing)["eval_loss"])
+    assert "nothing for a mask to predict, and the loss of this evaluation is NaN" in warnings.text
+    assert made.evaluate()["eval_loss"] > 0
+
+
 def test_several_evaluation_datasets_have_measures_of_their_own(tmp_path):
     made = trainer(tmp_path)
     rows = {"a": made.train_dataset.select(range(2)), "b": made.train_dataset.select(range(2, 9))}
@@ -289,6 +309,32 @@ def test_a_half_precision_base_trains_under_the_default_autocast(architecture, h
     trained = trainer(tmp_path, model=upgraded(tiny_base(architecture, half), K), max_steps=1, bf16=True)
     trained.train()
     assert logged(trained)[0] > 0
+
+
+@pytest.mark.parametrize("made_by", ["user", "trainer"])
+def test_an_adapter_of_a_quantized_base_keeps_its_precision(made_by, tmp_path):
+    """TRL casts it to bfloat16, in which the gains of the sampler head are too coarse to learn."""
+    base = tiny_base("llama", torch.bfloat16)
+    base.is_loaded_in_8bit = True  # all that TRL asks
+    upgrade = (
+        {"model": upgraded(base, K)} if made_by == "user" else {"model": base, "peft_config": GatedLoraConfig(k=K)}
+    )
+    before = {name: weight.detach().clone() for name, weight in adapter_parameters(upgrade["model"]).items()}
+    made = trainer(tmp_path, bf16=True, **upgrade)
+    for name, weight in adapter_parameters(made.model).items():
+        assert weight.dtype == torch.float32
+        assert made_by == "trainer" or torch.equal(weight, before[name])
+    made.train()
+    gains = [weight for name, weight in adapter_parameters(made.model).items() if name.endswith("blocks.2.weight")]
+    assert len(gains) == 1 and not torch.equal(gains[0], gains[0].bfloat16().float())
+
+
+def test_a_half_precision_adapter_stays_one(tmp_path):
+    base = tiny_base("llama", torch.bfloat16)
+    base.is_loaded_in_8bit = True
+    model = get_peft_model(base, GatedLoraConfig(k=K, r=4), autocast_adapter_dtype=False)
+    made = trainer(tmp_path, model=model, bf16=True)
+    assert {weight.dtype for weight in adapter_parameters(made.model).values()} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------- datasets and collators

@@ -33,7 +33,8 @@ from .data_checks import (
     tuner_of,
 )
 from .evaluation import EvaluationMeasures, measures_of
-from .optimizer import make_muon_adamw, refuse_optimizer_change, uses_muon
+from .optimizer import make_muon_adamw, muon_adamw_settings, refuse_optimizer_change, uses_muon
+from .precision import restore_precision, trainable_weights
 from .recovery.checkpoint import WholeCheckpoints, contents, newest_complete_checkpoint
 from .recovery.compatibility import (
     describe,
@@ -109,10 +110,12 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         refuse_datasets(args, train_dataset, **kwargs)
         refuse_model(args, model, kwargs.get("peft_config"))
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
+        weights = trainable_weights(model)
         with router_config_restored(model):
             super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self.uses_muon = uses_muon(self)
-        tuner = self.tuner
+        self.uses_muon, tuner = uses_muon(self), self.tuner
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these need one dtype, and train a wider copy
+            restore_precision(tuner, weights)
         unpack_for_gradients(self.model)
         refuse_parameters(tuner)  # again, because TRL may have changed them
         refuse_settings(args, tuner)
@@ -127,9 +130,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         self._adapter, self._objective = describe(tuner), describe_objective(self.recipe, args.anchors_per_sequence)
         self.guard = NonfiniteGuard(self, args.nonfinite)
         self.interrupt = SaveOnInterrupt()
-        self.add_callback(self.interrupt)
-        if self.deadline is not None:
-            self.add_callback(self.deadline)
+        for callback in filter(None, (self.interrupt, self.deadline)):
+            self.add_callback(callback)
         attach_callbacks(self, curves=args.training_curves)
 
     @property
@@ -151,9 +153,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
         if not self.uses_muon:
             return super().get_optimizer_cls_and_kwargs(args, model)
-        settings = {"lr": args.learning_rate, "muon_lr": args.muon_learning_rate, "eps": args.adam_epsilon}
-        settings |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
-        return make_muon_adamw, settings
+        return make_muon_adamw, muon_adamw_settings(self, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.deadline is None or self.lr_scheduler is not None:  # the user's own scheduler
