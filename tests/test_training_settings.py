@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
@@ -179,6 +180,34 @@ def test_a_schedule_that_follows_losses_does_not_follow_the_clock(name, tmp_path
         MTPConfig(**options(tmp_path, max_minutes=5, **follows_losses))
 
 
+@pytest.mark.parametrize(
+    ("counts_steps", "message"),
+    [
+        (
+            {"warmup_steps": 100},
+            "`warmup_steps=100` counts steps. Pass a share of the time, such as `warmup_steps=0.05`",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}},
+            "'num_decay_steps' in `lr_scheduler_kwargs` counts steps",
+        ),
+    ],
+)
+def test_a_schedule_that_counts_steps_does_not_follow_the_clock(counts_steps, message, tmp_path):
+    """A step of the schedule is a ten-thousandth of the time, whatever a step of the training takes."""
+    MTPConfig(**options(tmp_path, **counts_steps))
+    with pytest.raises(ValueError, match=message):
+        MTPConfig(**options(tmp_path, max_minutes=5, **counts_steps))
+    MTPConfig(**options(tmp_path, max_minutes=5, warmup_steps=0.1))
+
+
+def test_sequences_that_are_split_over_processes_are_refused(tmp_path):
+    args = MTPConfig(**options(tmp_path))
+    with pytest.raises(ValueError, match="`cp_size=2` splits sequences over processes"):
+        refuse_settings(args, upgraded("llama", K).base_model, ParallelismConfig(cp_size=2))
+    refuse_settings(args, upgraded("llama", K).base_model, ParallelismConfig(dp_replicate_size=2))
+
+
 # ---------------------------------------------------------------- metrics of the user's own
 
 
@@ -286,6 +315,14 @@ def test_another_kind_of_adapter_is_refused_before_it_is_made(tmp_path):
     with pytest.raises(ValueError, match=r"`peft_config=GatedLoraConfig\(...\)`, but got LoraConfig"):
         trainer(tmp_path, model=base, peft_config=LoraConfig(r=4))
     assert not any("lora" in name for name, _ in base.named_parameters())
+
+
+def test_two_upgrades_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has an adapter already, and `peft_config` would make another. Omit"):
+        trainer(tmp_path, model=upgraded("llama", K), peft_config=GatedLoraConfig(k=K))
+    own = get_peft_model(tiny_base("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="another. Upgrade it above that: .*adapter_name='mtp'.*, and omit"):
+        trainer(tmp_path, model=own, peft_config=GatedLoraConfig(k=K))
 
 
 def test_a_chat_template_that_brings_tokens(tmp_path):

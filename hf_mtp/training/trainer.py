@@ -18,7 +18,7 @@ from ..model import GatedLoraModel
 from ..objective.compute import Objective, batch_weight
 from ..objective.request import ObjectiveRequest
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
-from .batches import objective_inputs
+from .batches import objective_inputs, without_repeated_rows
 from .callbacks.attach import attach_callbacks
 from .callbacks.deadline import SCHEDULE_STEPS, Deadline
 from .callbacks.interrupt import SaveOnInterrupt
@@ -118,7 +118,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
             restore_precision(tuner, weights)
         unpack_for_gradients(self.model)
         refuse_parameters(tuner)  # again, because TRL may have changed them
-        refuse_settings(args, tuner)
+        refuse_settings(args, tuner, self.accelerator.parallelism_config)
         self.recipe = args.resolved_recipe()
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):  # other collators make their own labels
             refuse_without_targets(self.train_dataset, self.eval_dataset, args.max_length)
@@ -267,7 +267,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = without_repeated_rows(self._prepare_inputs(inputs), self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
