@@ -366,6 +366,16 @@ def test_an_adapter_of_a_quantized_base_keeps_its_precision(made_by, tmp_path):
     assert len(gains) == 1 and not torch.equal(gains[0], gains[0].bfloat16().float())
 
 
+def test_an_evaluation_in_half_precision_leaves_the_adapter_as_it_was(tmp_path):
+    made = trainer(tmp_path, bf16_full_eval=True, eval_dataset=texts(4))
+    before = {name: weight.detach().clone() for name, weight in adapter_parameters(made.model).items()}
+    made.evaluate()
+    assert next(made.model.get_base_model().parameters()).dtype == torch.bfloat16
+    for name, weight in adapter_parameters(made.model).items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
+    made.train()
+
+
 def test_a_half_precision_adapter_stays_one(tmp_path):
     base = tiny_base("llama", torch.bfloat16)
     base.is_loaded_in_8bit = True

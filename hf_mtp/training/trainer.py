@@ -34,7 +34,7 @@ from .data_checks import (
 )
 from .evaluation import EvaluationMeasures, measures_of
 from .optimizer import make_muon_adamw, muon_adamw_settings, refuse_optimizer_change, uses_muon
-from .precision import restore_precision, trainable_weights
+from .precision import precision_kept, restore_precision, trainable_weights
 from .recovery.checkpoint import WholeCheckpoints, contents, newest_complete_checkpoint
 from .recovery.compatibility import (
     describe,
@@ -114,8 +114,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         with router_config_restored(model):
             super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.uses_muon, tuner = uses_muon(self), self.tuner
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these need one dtype, and train a wider copy
-            restore_precision(tuner, weights)
+        restore_precision(self, tuner, weights)
         unpack_for_gradients(self.model)
         refuse_parameters(tuner)  # again, because TRL may have changed them
         refuse_settings(args, tuner, self.accelerator.parallelism_config)
@@ -261,7 +260,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self.evaluated = EvaluationMeasures()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with precision_kept(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         measured = {**self.evaluated.means(), "num_tokens": self._total_train_tokens}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
