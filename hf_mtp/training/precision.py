@@ -18,8 +18,8 @@ def trainable_weights(model) -> dict[torch.nn.Parameter, torch.Tensor]:
 def restore_precision(trainer: Trainer, tuner: GatedLoraModel, before: dict[torch.nn.Parameter, torch.Tensor]) -> None:
     """Undoes TRL's cast of an adapter to bfloat16, which it does if the base is quantized by bitsandbytes.
 
-    In bfloat16 a weight near 1 changes in steps of 0.4 to 0.8 percent, and smaller updates are lost. So the gains of
-    the sampler head would never change. Without a quantized base, PEFT keeps adapters in float32.
+    In bfloat16 a weight near 1 changes in steps of 0.4 to 0.8 percent, and smaller updates are lost. So at the default
+    learning rate the gains of the sampler head would never change. PEFT keeps adapters of other bases in float32.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer. DeepSpeed and FSDP need one dtype, and train a wider copy.
