@@ -26,7 +26,8 @@ base: lora_layers machine plotting
 cache: column_attention shared_heads rows rollback sequence protocol
 adapter: access peft_type loading config base_identity custom_generate card
 adapter: prepared gate parameters stacked hub sampler names noise_tokens mask_input tuner
-passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_checks training_pass
+passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check
+passes: training_checks training_pass
 data: rows prompts randomness shard survey answers responses
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise noise_processor sequence states outcome
