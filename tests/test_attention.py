@@ -182,7 +182,9 @@ def test_masks_in_one_pass_are_computed_as_sequences_of_their_own(architecture):
         step, cache = DecodingPass(model.base_model), RollbackCache(torch.zeros(1, dtype=torch.long))
         with torch.no_grad():
             expected = step(document, alone, cache, logits_rows=1)
-        torch.testing.assert_close(masks[-1][:, 3 * block : 3 * block + 3], expected.mask_BMD, atol=1e-5, rtol=1e-4)
+        trained = layout.target_columns(input_ids)[0, 3 * block : 3 * block + 3] >= 0  # others may differ
+        found_BMD = masks[-1][:, 3 * block : 3 * block + 3]
+        torch.testing.assert_close(found_BMD[:, trained], expected.mask_BMD[:, trained], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("masks", [6, 24, 96])

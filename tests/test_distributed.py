@@ -214,6 +214,6 @@ def test_one_process_holds_all(monkeypatch):
 def test_models_without_branches_need_whole_weights(monkeypatch):
     model = upgraded("bloom", K).train()
     assert model(input_ids=prompt(), mtp_objective=ObjectiveRequest()).rows > 0
-    monkeypatch.setattr("hf_mtp.passes.training_pass.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_mtp.passes.training_checks.is_sharded", lambda model: True)
     with pytest.raises(NotImplementedError, match="Use DDP or DeepSpeed ZeRO-2"):
         model(input_ids=prompt(), mtp_objective=ObjectiveRequest())

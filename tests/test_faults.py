@@ -144,6 +144,13 @@ def test_nothing_to_resume_from(tmp_path):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_resuming_without_an_optimizer_says_so(weights_only, tmp_path, logs):
+    trainer(tmp_path, **{**SAVING, "max_steps": 2, "save_only_model": weights_only}).train()
+    trainer(tmp_path, **{**SAVING, "max_steps": 3}).train(resume_from_checkpoint=True)
+    assert ("checkpoint-2 has weights, but no state of the optimizer" in logs.text) == weights_only
+
+
 def test_the_best_checkpoint_and_the_newest_stay(tmp_path):
     """The learning rate is so high that the first checkpoint is the best one."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2, "learning_rate": 3.0}
@@ -438,6 +445,22 @@ def test_two_processes_leave_out_the_same_step_and_write_one_checkpoint(tmp_path
     alone.train(resume_from_checkpoint=True)
     assert "The checkpoint was written by 2 process(es) and is resumed by 1" in logs.text
     assert alone.state.global_step == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="trains in copies of this process")
+def test_two_processes_evaluate_every_row_once(tmp_path):
+    """Nine rows in batches of two for each process: the last batches are filled up with three of the first rows."""
+    names = ("loss", "loss_sampler", "accuracy_1", "tokens_per_pass", "tokens_per_block")
+
+    def evaluate(rank: int) -> None:
+        rows = texts(9).map(lambda row: {"text": " ".join(row["text"].split()[: 5 + len(row["text"]) % 9])})
+        found = trainer(tmp_path, per_device_eval_batch_size=2).evaluate(rows)
+        (tmp_path / f"{rank}.json").write_text(json.dumps({name: found[f"eval_{name}"] for name in names}))
+
+    assert in_two_processes(evaluate) == [0, 0]
+    evaluate(2)
+    one, other, alone = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3))
+    assert one == pytest.approx(alone) and other == pytest.approx(alone)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trains in copies of this process")

@@ -4,16 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import masked_states
-from tiny_models import VOCAB, adapter_parameters, prompt, upgraded
+from tiny_models import VOCAB, adapter_parameters, checkpoint_layers, prompt, tiny_base, upgraded
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_mtp.adapter.sampler import SamplerHead
+from hf_mtp.base.inspection import mask_form
+from hf_mtp.layout.attention import attention_kinds, attention_masks
 from hf_mtp.layout.blocks import IGNORE, segments, training_layout, weight_of_all_masks
 from hf_mtp.objective import losses
 from hf_mtp.objective.compute import multi_token_objective
 from hf_mtp.objective.recipe import Recipe, get_recipe
 from hf_mtp.objective.request import ObjectiveRequest
 from hf_mtp.objective.simulation import mean_tokens_per_pass
+from hf_mtp.passes.speculation_mode import SpeculationMode, speculation_mode
 
 ROWS, SIZE = 23, 8
 
@@ -238,6 +242,76 @@ def test_objective_without_a_target_is_zero_and_has_gradients():
     assert (objective.loss.item(), objective.metrics, objective.rows) == (0.0, {}, 0)
     objective.loss.backward()
     assert all((parameter.grad == 0).all() for parameter in adapter_parameters(model).values())
+
+
+LEARNED_POSITIONS = {
+    "gpt2": lambda positions: tiny_base("gpt2", n_positions=positions),
+    "opt": lambda positions: tiny_base("opt", max_position_embeddings=positions),
+    "openai-gpt": lambda positions: AutoModelForCausalLM.from_config(  # reads each block as a sequence
+        AutoConfig.for_model("openai-gpt", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=positions)
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", LEARNED_POSITIONS)
+def test_a_text_that_fills_the_table_of_positions(name, checkpointing):
+    """Masks past its end have no target, and no position either."""
+    longer = upgraded(LEARNED_POSITIONS[name](48), k=3)
+    full = upgraded(LEARNED_POSITIONS[name](20), k=3)
+    weights = {key: weight[: full.state_dict()[key].shape[0]] for key, weight in longer.state_dict().items()}
+    full.load_state_dict(
+        {key: weight if weight.dim() else longer.state_dict()[key] for key, weight in weights.items()}
+    )
+    losses = []
+    for model in (longer, full):
+        if checkpointing and name != "openai-gpt":
+            checkpoint_layers(model)
+            model.train()
+        torch.manual_seed(0)  # the same dropout
+        losses.append(model(input_ids=prompt(20, rows=2), mtp_objective=ObjectiveRequest()).loss)
+    torch.testing.assert_close(*losses)
+
+
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+CHANGING_ROPE = {
+    "longrope": lambda: tiny_base(
+        "phi3",
+        torch.float64,
+        original_max_position_embeddings=64,
+        rope_parameters={**LONGROPE, "original_max_position_embeddings": 64},
+    ),
+    "dynamic": lambda: tiny_base(
+        "llama", torch.float64, max_position_embeddings=64, rope_parameters={**ROPE, "rope_type": "dynamic"}
+    ),
+}
+
+
+@pytest.mark.parametrize("length", [64, 70])
+@pytest.mark.parametrize("name", CHANGING_ROPE)
+def test_rotary_embeddings_that_change_with_the_length(name, length):
+    """They depend on the last position of a pass, which must be that of the text for every chunk of masks."""
+    model = upgraded(CHANGING_ROPE[name](), k=3, dtype=torch.float64)
+    assert speculation_mode(model.base_model.model) is SpeculationMode.TREE
+    ids, plain = prompt(length), model.get_base_model().model
+    positions = torch.arange(length)[None]
+    layout = training_layout(ids, positions, torch.zeros_like(ids), k=3)
+    supervised = layout.target_columns(ids) != IGNORE
+    found = []
+    for masks in (6, 1024):
+        (regular,), (state,) = masked_states(model.base_model, ids, layout, masks=masks)
+        torch.testing.assert_close(regular, plain(input_ids=ids).last_hidden_state)
+        found.append(state[supervised])
+    torch.testing.assert_close(*found)
+    index = layout.index_BM
+    with model.base_model.masks_in_columns(length, index):  # all columns at once, no position beyond the text's
+        mask = attention_masks(layout, attention_kinds(model.config), mask_form(plain, torch.float64))
+        columns = torch.cat([ids, index + VOCAB], dim=1)
+        at_once = plain(
+            input_ids=columns, attention_mask=mask, position_ids=layout.position_BN.clamp(max=length - 1)
+        ).last_hidden_state[:, length:]
+    torch.testing.assert_close(found[0], at_once[supervised])
 
 
 def test_padding_changes_nothing():

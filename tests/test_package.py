@@ -26,7 +26,8 @@ base: lora_layers machine plotting
 cache: column_attention shared_heads rows rollback sequence protocol
 adapter: access peft_type ngram_table loading config base_identity custom_generate card
 adapter: prepared gate parameters stacked hub sampler names noise_tokens mask_input tuner
-passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
+passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check
+passes: training_checks training_pass
 data: rows prompts randomness shard survey answers responses ngrams
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise noise_processor sequence states outcome
@@ -50,7 +51,7 @@ evaluation.speed: results folder simulated runner tables curves report
 evaluation.ranks: placeholders results probe figures report
 evaluation: harness
 training.recovery: nonfinite compatibility checkpoint workers
-training: batches evaluation config optimizer data_checks
+training: batches evaluation precision config optimizer data_checks
 training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
 demo: turns settings plain_sampling lane race drawing page app

@@ -109,6 +109,7 @@ def test_qlora(optim, tmp_path):
         train_dataset=Dataset.from_dict({"input_ids": prompt(14, rows=4).tolist()}),
         processing_class=tiny_tokenizer(),
     )
+    assert {parameter.dtype for parameter in adapter_parameters(model).values()} == {torch.float32}
     try:
         trainer.train()
     except NotImplementedError as error:

@@ -100,6 +100,46 @@ def test_rows_without_text_are_refused(tmp_path):
     trainer(tmp_path, rows.filter(lambda row: row["text"] is not None))
 
 
+def test_prompts_of_which_some_have_no_completion_are_refused(tmp_path):
+    rows = Dataset.from_dict({"prompt": [words(3)] * 3, "completion": [" " + words(5), None, None]})
+    with pytest.raises(
+        ValueError, match=r"column 'completion', but row 1 has none\. Drop such rows: `dataset\.filter"
+    ):
+        trainer(tmp_path, rows)
+
+
+PADDED = {
+    "behind the text": [[1, 1, 1, 1, 0, 0], [5, 6, 7, 8, 2, 2]],
+    "before it": [[0, 0, 1, 1, 1, 1], [-100, -100, 7, 8, 9, 10]],
+}
+
+
+@pytest.mark.parametrize("place", PADDED)
+def test_rows_that_were_padded_are_refused(place, tmp_path):
+    """TRL drops the attention mask: the base would read the padding, and masks learn it."""
+    mask, labels = PADDED[place]
+    ids = [2 if label == -100 else label for label in labels]
+    rows = {"input_ids": [[5, 6, 7, 8], ids], "attention_mask": [[1] * 4, mask], "labels": [[5, 6, 7, 8], labels]}
+    with pytest.raises(ValueError, match=r"Row 1 of `eval_dataset\['a'\]` has padding.* Tokenize without `padding`"):
+        trainer(tmp_path, eval_dataset={"a": Dataset.from_dict(rows)})
+    del rows["labels"]
+    with pytest.raises(ValueError, match="Row 1 of `train_dataset` has padding"):
+        trainer(tmp_path, Dataset.from_dict(rows))
+
+
+def test_padding_outside_the_loss_changes_nothing(tmp_path):
+    ids, padding = tokens(8)["input_ids"], [2] * 5
+    rows = {
+        "input_ids": [row + padding for row in ids],
+        "labels": [row + [-100] * 5 for row in ids],
+        "attention_mask": [[1] * len(row) + [0] * 5 for row in ids],
+    }
+    padded, plain = trainer(tmp_path, Dataset.from_dict(rows)), trainer(tmp_path, tokens(8))
+    padded.train()
+    plain.train()
+    assert logged(padded) == pytest.approx(logged(plain))
+
+
 def test_a_column_that_is_not_needed_may_have_gaps(tmp_path):
     trainer(tmp_path, Dataset.from_dict({"text": [words(9)] * 2, "messages": [None, CHAT]}), max_steps=1).train()
 

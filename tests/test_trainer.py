@@ -456,6 +456,27 @@ def test_the_schedule_reaches_both_optimizers(tmp_path):
     assert rates == [0.0] * len(rates)
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_weight_decay_leaves_biases_and_gains_alone(muon, tmp_path):
+    made = trainer(tmp_path, muon=muon, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in adapter_parameters(made.model).items()}
+    decay = {
+        names[id(p)]: group["weight_decay"] for group in made.create_optimizer().param_groups for p in group["params"]
+    }
+    gains = {name for name, module in made.model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    spared = {name for name in decay if name.endswith(".bias") or name.rpartition(".")[0] in gains}
+    assert len(spared) == 6
+    assert decay == {name: 0.0 if name in spared else 0.1 for name in names.values()}
+
+
+def test_muon_with_weight_decay_resumes_to_the_same_losses(tmp_path):
+    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=2, weight_decay=0.1)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", weight_decay=0.1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert logged(resumed) == pytest.approx(logged(whole), rel=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"muon": False}, {"optim": "adafactor"}])
 def test_another_optimizer(options, tmp_path):
     assert not hasattr(trainer(tmp_path, **options).create_optimizer(), "optimizers")

@@ -1,10 +1,12 @@
 """What users of transformers and TRL set on a trainer: followed, or refused where it is set."""
 
 import dataclasses
+import math
 import signal
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import adapter_parameters, generate, prompt, tiny_base, upgraded
@@ -178,6 +180,34 @@ def test_a_schedule_that_follows_losses_does_not_follow_the_clock(name, tmp_path
         MTPConfig(**options(tmp_path, max_minutes=5, **follows_losses))
 
 
+@pytest.mark.parametrize(
+    ("counts_steps", "message"),
+    [
+        (
+            {"warmup_steps": 100},
+            "`warmup_steps=100` counts steps. Pass a share of the time, such as `warmup_steps=0.05`",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}},
+            "'num_decay_steps' in `lr_scheduler_kwargs` counts steps",
+        ),
+    ],
+)
+def test_a_schedule_that_counts_steps_does_not_follow_the_clock(counts_steps, message, tmp_path):
+    """A step of the schedule is a ten-thousandth of the time, whatever a step of the training takes."""
+    MTPConfig(**options(tmp_path, **counts_steps))
+    with pytest.raises(ValueError, match=message):
+        MTPConfig(**options(tmp_path, max_minutes=5, **counts_steps))
+    MTPConfig(**options(tmp_path, max_minutes=5, warmup_steps=0.1))
+
+
+def test_sequences_that_are_split_over_processes_are_refused(tmp_path):
+    args = MTPConfig(**options(tmp_path))
+    with pytest.raises(ValueError, match="`cp_size=2` splits sequences over processes"):
+        refuse_settings(args, upgraded("llama", K).base_model, ParallelismConfig(cp_size=2))
+    refuse_settings(args, upgraded("llama", K).base_model, ParallelismConfig(dp_replicate_size=2))
+
+
 # ---------------------------------------------------------------- metrics of the user's own
 
 
@@ -230,6 +260,25 @@ def test_an_evaluation_is_not_of_what_was_predicted_before(tmp_path):
     assert len(names) > K
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_anchors_per_sequence": 20}])
+def test_an_evaluation_does_not_depend_on_its_batches(options, tmp_path):
+    rows = texts(9).map(lambda row: {"text": " ".join(row["text"].split()[: 5 + len(row["text"]) % 9])})
+    measured = [trainer(tmp_path, per_device_eval_batch_size=size, **options).evaluate(rows) for size in (1, 4, 8, 9)]
+    names = [name for name in measured[0] if "loss" in name or "accuracy" in name or "tokens_per" in name]
+    assert len(names) >= K + 7
+    for other in measured[1:]:
+        assert {name: other[name] for name in names} == pytest.approx({name: measured[0][name] for name in names})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_evaluation_without_a_target_is_never_the_best(streamed, tmp_path, warnings):
+    nothing = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4, "labels": [[-100, -100, -100, 8]] * 4})
+    made = trainer(tmp_path, eval_dataset=texts(4))
+    assert math.isnan(made.evaluate(nothing.to_iterable_dataset() if streamed else nothing)["eval_loss"])
+    assert "nothing for a mask to predict, and the loss of this evaluation is NaN" in warnings.text
+    assert made.evaluate()["eval_loss"] > 0
+
+
 def test_several_evaluation_datasets_have_measures_of_their_own(tmp_path):
     made = trainer(tmp_path)
     rows = {"a": made.train_dataset.select(range(2)), "b": made.train_dataset.select(range(2, 9))}
@@ -268,6 +317,14 @@ def test_another_kind_of_adapter_is_refused_before_it_is_made(tmp_path):
     assert not any("lora" in name for name, _ in base.named_parameters())
 
 
+def test_two_upgrades_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has an adapter already, and `peft_config` would make another. Omit"):
+        trainer(tmp_path, model=upgraded("llama", K), peft_config=GatedLoraConfig(k=K))
+    own = get_peft_model(tiny_base("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="another. Upgrade it above that: .*adapter_name='mtp'.*, and omit"):
+        trainer(tmp_path, model=own, peft_config=GatedLoraConfig(k=K))
+
+
 def test_a_chat_template_that_brings_tokens(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
@@ -289,6 +346,42 @@ def test_a_half_precision_base_trains_under_the_default_autocast(architecture, h
     trained = trainer(tmp_path, model=upgraded(tiny_base(architecture, half), K), max_steps=1, bf16=True)
     trained.train()
     assert logged(trained)[0] > 0
+
+
+@pytest.mark.parametrize("made_by", ["user", "trainer"])
+def test_an_adapter_of_a_quantized_base_keeps_its_precision(made_by, tmp_path):
+    """TRL casts it to bfloat16, in which the gains of the sampler head are too coarse to learn."""
+    base = tiny_base("llama", torch.bfloat16)
+    base.is_loaded_in_8bit = True  # all that TRL asks
+    upgrade = (
+        {"model": upgraded(base, K)} if made_by == "user" else {"model": base, "peft_config": GatedLoraConfig(k=K)}
+    )
+    before = {name: weight.detach().clone() for name, weight in adapter_parameters(upgrade["model"]).items()}
+    made = trainer(tmp_path, bf16=True, **upgrade)
+    for name, weight in adapter_parameters(made.model).items():
+        assert weight.dtype == torch.float32
+        assert made_by == "trainer" or torch.equal(weight, before[name])
+    made.train()
+    gains = [weight for name, weight in adapter_parameters(made.model).items() if name.endswith("blocks.2.weight")]
+    assert len(gains) == 1 and not torch.equal(gains[0], gains[0].bfloat16().float())
+
+
+def test_an_evaluation_in_half_precision_leaves_the_adapter_as_it_was(tmp_path):
+    made = trainer(tmp_path, bf16_full_eval=True, eval_dataset=texts(4))
+    before = {name: weight.detach().clone() for name, weight in adapter_parameters(made.model).items()}
+    made.evaluate()
+    assert next(made.model.get_base_model().parameters()).dtype == torch.bfloat16
+    for name, weight in adapter_parameters(made.model).items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
+    made.train()
+
+
+def test_a_half_precision_adapter_stays_one(tmp_path):
+    base = tiny_base("llama", torch.bfloat16)
+    base.is_loaded_in_8bit = True
+    model = get_peft_model(base, GatedLoraConfig(k=K, r=4), autocast_adapter_dtype=False)
+    made = trainer(tmp_path, model=model, bf16=True)
+    assert {weight.dtype for weight in adapter_parameters(made.model).values()} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------- datasets and collators

@@ -36,12 +36,15 @@ class Objective(ModelOutput):
         rows (`int`): R, the number of supervised masks.
         simulated ([`SimulatedDecoding`], *optional*): Simulated decoding of the text, if gradients are off and every
             token has a block.
+        weights (`dict[str, torch.Tensor]`, *optional*): How many masks or blocks each metric, and the loss, is a mean
+            over, a scalar each. Weighted by these, the mean over several batches is that of one large batch.
     """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor] | None = None
     rows: int | None = None
     simulated: SimulatedDecoding | None = None
+    weights: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
@@ -176,15 +179,18 @@ def multi_token_objective(
         loss = backward.with_gradients(loss)
 
     metrics = {f"loss_{name}": term / weight for name, term in totals.terms.items()}
+    weights = dict.fromkeys(("loss", *metrics), weight)
     accepted_BM, supervised_BM = torch.cat(totals.accepted, dim=1), torch.cat(totals.supervised, dim=1)
     k = model.active_mtp_config.k
-    metrics |= _draft_quality(accepted_BM.view(-1, k), supervised_BM.view(-1, k))
+    quality, counts = _draft_quality(accepted_BM.view(-1, k), supervised_BM.view(-1, k))
+    metrics, weights = metrics | quality, weights | counts
     if torch.is_grad_enabled() or layout.weight_B is not None:
-        return Objective(loss, metrics, rows)
+        return Objective(loss, metrics, rows, weights=weights)
     simulated = simulate_decoding(layout.anchor_BM, accepted_BM, supervised_BM, k)
-    metrics["tokens_per_block"] = metrics["tokens_per_pass"]
+    for values in (metrics, weights):
+        values["tokens_per_block"] = values["tokens_per_pass"]
     metrics["tokens_per_pass"] = torch.tensor(simulated.tokens_per_pass, device=accepted_BM.device)
-    return Objective(loss, metrics, rows, simulated)
+    return Objective(loss, metrics, rows, simulated, weights)
 
 
 def _compute_chunk(
@@ -263,9 +269,11 @@ def _base_choices(
 
 
 @torch.compiler.disable
-def _draft_quality(accepted_CK: torch.BoolTensor, supervised_CK: torch.BoolTensor) -> dict[str, torch.Tensor]:
-    """Accuracy of each mask position and mean tokens per pass, measured against the base's own choice."""
-    accuracy_K = accepted_CK.sum(dim=0) / supervised_CK.sum(dim=0).clamp(min=1)
-    metrics = {f"accuracy_{step}": accuracy for step, accuracy in enumerate(accuracy_K, start=1)}
-    metrics["tokens_per_pass"] = mean_tokens_per_pass(accepted_CK[supervised_CK.any(dim=1)])
-    return metrics
+def _draft_quality(accepted_CK: torch.BoolTensor, supervised_CK: torch.BoolTensor) -> tuple[dict, dict]:
+    """Accuracy of each mask position and mean tokens per pass, measured against the base's own choice; and how many
+    masks or blocks each of them is a mean over."""
+    count_K, used_C = supervised_CK.sum(dim=0), supervised_CK.any(dim=1)
+    names = [f"accuracy_{step}" for step in range(1, len(count_K) + 1)]
+    metrics = dict(zip(names, accepted_CK.sum(dim=0) / count_K.clamp(min=1), strict=True))
+    metrics["tokens_per_pass"] = mean_tokens_per_pass(accepted_CK[used_C])
+    return metrics, {**dict(zip(names, count_K, strict=True)), "tokens_per_pass": used_C.sum()}

@@ -11,6 +11,7 @@ Shapes: B batch, T regular tokens, M masks per row (of a chunk), N = T + M, Q qu
 import inspect
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache, DynamicCache
 from transformers.utils import ModelOutput
 
@@ -30,9 +31,11 @@ from ..base.inspection import (
     refuse_attention_without_masks,
     without_checkpointing,
 )
+from ..base.rope import rope_switches
 from ..layout.attention import attention_kinds, attention_masks
 from ..layout.blocks import NO_DOCUMENT, BlockLayout
 from .speculation_mode import SpeculationMode, speculation_mode
+from .training_checks import each_row_is_one_text, refuse_batches_of_sequences, refuse_multimodal
 
 
 class TrainingPass:
@@ -114,8 +117,8 @@ class TrainingPass:
         )
 
     def position_ids(self, layout: BlockLayout, queries: int) -> torch.LongTensor:
-        """Position ids of the last columns of a layout."""
-        return layout.position_BN[:, -queries:]
+        """Position ids of the last columns. Past the end, where masks have no target, there may be no positions."""
+        return layout.position_BN[:, -queries:].clamp(max=layout.position_BT.max())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,11 +137,15 @@ class TrainingPass:
         return [state.to(input_device(self.tuner.model)) for state in states]
 
 
-class CheckpointedPass(TrainingPass):
-    """The pass under gradient checkpointing: layers that run again use no cache, so everything is one pass."""
+class SinglePass(TrainingPass):
+    """The pass without a cache: everything at once.
+
+    For gradient checkpointing, whose layers run again and use no cache; and for rotary embeddings that change within
+    the text, by the last position of a pass.
+    """
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
-        self.chunks, length = [layout], input_ids_BT.shape[1]
+        self.chunks, self.input_ids_BT, length = [layout], input_ids_BT, input_ids_BT.shape[1]
         columns = torch.cat([input_ids_BT, layout.index_BM + self.tuner.vocab_size], dim=1)
         with self.tuner.masks_in_columns(length, layout.index_BM):
             states = self.states(columns, layout, None)
@@ -150,6 +157,13 @@ class CheckpointedPass(TrainingPass):
 
     def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:
         return self._masks
+
+    def placeholders(
+        self, chunk: BlockLayout, ids_BM: torch.LongTensor, embedding_E: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        with last_columns_embedded_as(self.tuner.model, chunk.masks, embedding_E):
+            states = self.states(torch.cat([self.input_ids_BT, ids_BM], dim=1), chunk, None)
+        return [state[:, -chunk.masks :] for state in states]
 
 
 class MultimodalPass(TrainingPass):
@@ -183,7 +197,8 @@ class MultimodalPass(TrainingPass):
         """Positions that continue from the token after the anchor. Images use several positions."""
         first = (layout.anchor_BM[:, -queries:] + 1).clamp(max=self.positions.shape[-1] - 1)
         first = first.expand(*self.positions.shape[:-2], -1, -1)
-        return self.positions.expand(*first.shape[:-1], -1).gather(-1, first) + layout.index_BM[:, -queries:]
+        positions = self.positions.expand(*first.shape[:-1], -1).gather(-1, first) + layout.index_BM[:, -queries:]
+        return positions.clamp(max=self.positions.max())
 
     def masks(self, chunk: BlockLayout) -> list[torch.Tensor]:
         with without_checkpointing(self.tuner.model):  # its layers use no cache; chunks bound memory, too
@@ -218,17 +233,7 @@ class SequencePass(TrainingPass):
     """
 
     def read(self, input_ids_BT: torch.LongTensor, layout: BlockLayout) -> None:
-        if not each_row_is_one_text(layout):
-            raise ValueError(
-                f"{type(self.tuner.model).__name__} supports one sequence per row, but rows of this batch hold "
-                "several texts or are padded on the left. Set packing=False, and pad on the right."
-            )
-        if is_sharded(self.tuner):
-            raise NotImplementedError(
-                f"{type(self.tuner.model).__name__} processes each block of masks in a separate pass. Processes that "
-                "shard its weights would deadlock, because they have different numbers of blocks. Use DDP or "
-                "DeepSpeed ZeRO-2, where every process has all weights."
-            )
+        refuse_batches_of_sequences(self.tuner, layout)
         self.input_ids_BT = input_ids_BT
         with torch.no_grad(), evaluation_mode(self.tuner.model):
             self.regular = self.call(input_ids_BT, use_cache=False)
@@ -244,11 +249,13 @@ class SequencePass(TrainingPass):
 
     def _blocks(self, chunk: BlockLayout, ids_BM: torch.LongTensor, masks: int) -> list[torch.Tensor]:
         """Reads each block of k columns after the text up to its anchor. The first `masks` of them are masks."""
-        k, blocks = self.tuner.active_mtp_config.k, []
+        k, blocks, length = self.tuner.active_mtp_config.k, [], self.input_ids_BT.shape[1]
         for anchor, ids_Bk in zip(chunk.anchor_BM[0, ::k].tolist(), ids_BM.split(k, dim=1), strict=True):
-            sequence = torch.cat([self.input_ids_BT[:, : anchor + 1], ids_Bk], dim=1)
-            with self.tuner.masks_in_columns(anchor + 1, chunk.index_BM[:, :masks]):
-                blocks.append([layer[:, anchor + 1 :] for layer in self.call(sequence, use_cache=False)])
+            past = max(0, anchor + 1 + k - length) if masks else 0  # masks past the end, which have no target
+            sequence = torch.cat([self.input_ids_BT[:, : anchor + 1], ids_Bk[:, : k - past]], dim=1)
+            with self.tuner.masks_in_columns(anchor + 1, chunk.index_BM[:, : masks and k - past]):
+                states = self.call(sequence, use_cache=False)
+            blocks.append([F.pad(layer[:, anchor + 1 :], (0, 0, 0, past)) for layer in states])
         return [concatenate(layer, dim=1) for layer in zip(*blocks, strict=True)]
 
 
@@ -270,30 +277,14 @@ def training_pass(
     if is_sharded(tuner):  # all processes must run the same number of passes
         masks = layout.anchor_BM.numel()
     allows_tree = speculation_mode(tuner.model) is SpeculationMode.TREE
-    checkpoints = tuner.model.training and is_checkpointing(tuner.model)
+    # Chunks of masks would have other rotary embeddings than the text, if these changed within it.
+    at_once = tuner.model.training and is_checkpointing(tuner.model)
+    at_once |= any(length <= layout.position_BT.max() for length in rope_switches(tuner.model.config))
     if base_inputs:
-        _refuse_multimodal(tuner, base_inputs, allows_tree)
+        refuse_multimodal(tuner, base_inputs, allows_tree)
         kind = MultimodalPass
     elif not allows_tree:
         kind = SequencePass
     else:
-        kind = CheckpointedPass if checkpoints else TrainingPass
+        kind = SinglePass if at_once else TrainingPass
     return kind(tuner, input_ids_BT, layout, all_layers, masks, base_inputs or {})
-
-
-def _refuse_multimodal(tuner: GatedLoraTuner, base_inputs: dict, allows_tree: bool) -> None:
-    name = type(tuner.model).__name__
-    if not allows_tree:
-        reason = f"{name} processes each block of masks as a separate text. Train it on text only."
-    elif is_sharded(tuner):
-        reason = (
-            "the weights are sharded over processes. Use DDP or DeepSpeed ZeRO-2, where every process has all weights."
-        )
-    else:
-        return
-    raise NotImplementedError(f"The batch has {', '.join(sorted(base_inputs))} besides text, but {reason}")
-
-
-def each_row_is_one_text(layout: BlockLayout) -> bool:
-    """Whether each row is one text that starts in the first column."""
-    return not bool((layout.segment_BT > 0).any() or (layout.segment_BT[:, 0] < 0).any())

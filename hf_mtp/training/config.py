@@ -90,7 +90,7 @@ class MTPConfig(SFTConfig):
 
         max_minutes (`float`, *optional*):
             Time limit, for training on a time budget. Training ends after it unless epochs or `max_steps` end it
-            earlier, and the learning rate schedule follows the clock.
+            earlier, and the learning rate schedule follows the clock: `warmup_steps` is a share of the time.
 
         > Parameters that control what happens when something goes wrong
 
@@ -167,11 +167,8 @@ class MTPConfig(SFTConfig):
             value = getattr(self, name)
             if value not in choices and (value is not None or name == "nonfinite"):
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but got {value!r}.")
-        if self.max_minutes is not None and self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(
-                f"`max_minutes` makes the learning rate follow the clock, but `lr_scheduler_type="
-                f"{str(self.lr_scheduler_type.value)!r}` follows the losses. Choose another, such as 'linear'."
-            )
+        if self.max_minutes is not None:
+            self._refuse_schedules_without_a_clock()
         self._refuse_recipe_without_losses()
 
     def _refuse_bad_numbers(self) -> None:
@@ -191,6 +188,25 @@ class MTPConfig(SFTConfig):
             raise ValueError(f"`masks_per_part` must be an integer of at least 1, but got {self.masks_per_part!r}.")
         if self.max_minutes is not None and not (_is_finite(self.max_minutes) and self.max_minutes > 0):
             raise ValueError(f"`max_minutes` must be positive, or None for no limit, but got {self.max_minutes!r}.")
+
+    def _refuse_schedules_without_a_clock(self) -> None:
+        by_clock = "`max_minutes` makes the learning rate follow the clock, but"
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"{by_clock} `lr_scheduler_type={str(self.lr_scheduler_type.value)!r}` follows the losses. Choose "
+                "another, such as 'linear'."
+            )
+        if self.warmup_steps >= 1:
+            raise ValueError(
+                f"{by_clock} `warmup_steps={self.warmup_steps:g}` counts steps. Pass a share of the time, such as "
+                "`warmup_steps=0.05`."
+            )
+        counted = [name for name in self.lr_scheduler_kwargs or {} if name.endswith("_steps")]
+        if counted:
+            raise ValueError(
+                f"{by_clock} {counted[0]!r} in `lr_scheduler_kwargs` counts steps. Choose a schedule without it, such "
+                "as 'cosine'."
+            )
 
     def _refuse_recipe_without_losses(self) -> None:
         recipe = self.resolved_recipe()

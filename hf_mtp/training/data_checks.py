@@ -1,6 +1,9 @@
 """Checks models, settings and datasets before training. Knows nothing of the training loop."""
 
+from operator import and_
+
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from peft import PeftModel
 
@@ -8,7 +11,7 @@ from ..adapter.config import GatedLoraConfig
 from ..adapter.loading import refuse_beside_a_model, refuse_model_folder
 from ..adapter.stacked import own_weights
 from ..base.inspection import refuse_attention_without_masks
-from ..layout.blocks import useful_anchors
+from ..layout.blocks import IGNORE, useful_anchors
 from ..model import GatedLoraModel
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
 from .config import MTPConfig
@@ -43,6 +46,9 @@ def refuse_unreadable_rows(dataset, name: str, text_field: str) -> None:
     # As TRL does: it decides on tokens and prompts by the column, on chats by the first row.
     chosen = next((name for name in formats if name not in CHAT_COLUMNS or dataset[0][name] is not None), formats[0])
     empty = first_empty_row(dataset, chosen)
+    if empty is None and chosen == "prompt" and "completion" in dataset.column_names:
+        chosen, formats = "completion", [column for column in formats if column != "prompt"]
+        empty = first_empty_row(dataset, chosen)
     if empty is None:
         return
     others = [column for column in formats if column != chosen and dataset[empty][column] is not None]
@@ -75,6 +81,27 @@ def first_empty_row(dataset: Dataset, column: str) -> int | None:
     return next((number for number, row in enumerate(rows) if row[column] is None), None)
 
 
+def refuse_padding(dataset, name: str) -> None:
+    """Raises if rows have padding that would be taken for text: TRL drops `attention_mask` and makes its own.
+
+    Padding at the end of a row, with labels of -100, does no harm.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    if not {"input_ids", "attention_mask"} <= {*dataset.column_names}:
+        return
+    columns = [column for column in ("attention_mask", "labels") if column in dataset.column_names]
+    for number, row in enumerate(dataset.select_columns(columns).with_format(None)):
+        is_padding = [not attended for attended in row["attention_mask"]]
+        in_loss = [label != IGNORE for label in row["labels"]] if "labels" in row else [True] * len(is_padding)
+        is_before_text = True in is_padding and False in is_padding[is_padding.index(True) :]
+        if is_before_text or any(map(and_, is_padding, in_loss)):
+            raise ValueError(
+                f"Row {number} of `{name}` has padding, which TRL reads as text: it drops 'attention_mask', so masks "
+                "would learn to predict padding. Tokenize without `padding`: the trainer pads batches itself."
+            )
+
+
 def _by_name(train_dataset, eval_dataset) -> dict:
     """All datasets by the names that the user knows them by."""
     if not isinstance(eval_dataset, dict):
@@ -96,6 +123,8 @@ def refuse_datasets(
     if formatting_func is None and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         for name, dataset in datasets.items():
             refuse_unreadable_rows(dataset, name, args.dataset_text_field)
+            if kwargs.get("data_collator") is None:
+                refuse_padding(dataset, name)
     if args.assistant_only_loss and getattr(processing_class, "chat_template", "not known yet") is None:
         raise ValueError(
             "`assistant_only_loss=True` needs a chat template that marks responses with `{% generation %}`, but the "
@@ -104,13 +133,20 @@ def refuse_datasets(
         )
 
 
-def refuse_settings(args: MTPConfig, tuner: GatedLoraModel) -> None:
+def refuse_settings(args: MTPConfig, tuner: GatedLoraModel, parallelism: ParallelismConfig | None = None) -> None:
     """Raises if the model cannot be trained with these settings.
 
     Raises:
         ValueError: The output would go to the place of a model; rows are too short for a block; or packed, though the
-            base or TRL would mix their documents; or the base's attention implementation takes no masks.
+            base or TRL would mix their documents; or spread over processes; or the base's attention implementation
+            takes no masks.
     """
+    for kind in ("cp", "sp"):
+        if getattr(parallelism, f"{kind}_enabled", False):
+            raise ValueError(
+                f"`{kind}_size={getattr(parallelism, f'{kind}_size')}` splits sequences over processes, but the masks "
+                "of a sequence need all of it. Leave it at 1: a smaller `masks_per_part` saves memory, too."
+            )
     if tuner.active_adapters[0] == "default":  # others are saved into a folder of their own
         refuse_model_folder(args.output_dir)
         if args.push_to_hub and args.hub_model_id == tuner.model.name_or_path:
@@ -188,11 +224,17 @@ def refuse_model(args: MTPConfig, model, peft_config=None) -> None:
     """Raises if the model that was passed to the trainer cannot be trained.
 
     Raises:
-        ValueError: It is neither upgraded nor to be upgraded by `peft_config`, it is not trainable, or TRL would
-            enlarge its vocabulary before the upgrade.
+        ValueError: It is neither upgraded nor to be upgraded by `peft_config`, or both; it is not trainable; or TRL
+            would enlarge its vocabulary before the upgrade.
     """
     if peft_config is None:
         return refuse_parameters(tuner_of(model))
+    if isinstance(model, PeftModel):
+        advice = "Upgrade it above that: `get_peft_model(model, GatedLoraConfig(...), adapter_name='mtp')`, and o"
+        raise ValueError(
+            "The model has an adapter already, and `peft_config` would make another. "
+            f"{'O' if isinstance(model.base_model, GatedLoraModel) else advice}mit `peft_config`."
+        )
     if not isinstance(peft_config, GatedLoraConfig):
         raise ValueError(f"MTPTrainer needs `peft_config=GatedLoraConfig(...)`, but got {type(peft_config).__name__}.")
     if args.chat_template_path and not args.chat_template_path.endswith((".jinja", ".j2")):

@@ -8,7 +8,7 @@ Shapes: N matrices, each of R rows and C columns.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -85,6 +85,7 @@ class MuonAdamW(torch.optim.Optimizer):
         muon_lr (`float`): Muon's learning rate. Muon's updates are scaled to the size of AdamW's.
         weight_decay (`float`): Weight decay of both.
         betas (`tuple[float, float]`), eps (`float`): AdamW's.
+        undecayed (`Collection[str]`): Names of parameters that AdamW trains without weight decay: biases and gains.
     """
 
     def __init__(
@@ -95,20 +96,22 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        undecayed: Collection[str] = (),
     ):
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         is_matrix = [p.dim() == 2 and (".lora_A." in name or ".lora_B." in name) for name, p in trainable]
         matrices = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if matrix]
-        others = [p for (_, p), matrix in zip(trainable, is_matrix, strict=True) if not matrix]
+        others = [named for named, matrix in zip(trainable, is_matrix, strict=True) if not matrix]
+        # Groups may be empty: an adapter of noise tokens without a sampler head has nothing but matrices, and of an
+        # adapter whose LoRA is frozen only the rest is trained.
+        groups = [{"params": [p for name, p in others if name not in undecayed]}]
+        if undecayed:
+            groups.append({"params": [p for name, p in others if name in undecayed], "weight_decay": 0.0})
         self.optimizers = [  # AdamW first: transformers logs the learning rate of the first group
-            # Groups may be empty: an adapter of noise tokens without a sampler head has nothing but matrices, and of
-            # an adapter whose LoRA is frozen only the rest is trained.
-            torch.optim.AdamW(
-                [{"params": others}], lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True
-            ),
+            torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True),
             Muon([{"params": matrices}], lr=muon_lr, weight_decay=weight_decay),
         ]
-        super().__init__([{"params": others}, {"params": matrices}], {"lr": lr})
+        super().__init__([{"params": [p for _, p in others]}, {"params": matrices}], {"lr": lr})
         # The same group objects, so that a schedule that sets `lr` here also sets it there.
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
@@ -137,6 +140,21 @@ def uses_muon(trainer: Trainer) -> bool:
     has_other = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     is_sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     return args.muon and not has_other and args.optim == default and not is_sharded
+
+
+def muon_adamw_settings(trainer: Trainer, model: nn.Module | None) -> dict:
+    """Arguments of [`MuonAdamW`], after its model, from the arguments of a training.
+
+    As with the optimizers of transformers, `weight_decay` does not apply to biases and to the gains of norms. Without
+    weight decay, all parameters of AdamW are in one group.
+    """
+    args, undecayed = trainer.args, set()
+    if args.weight_decay:
+        model = trainer.model if model is None else model
+        undecayed = {name for name, _ in model.named_parameters()} - {*trainer.get_decay_parameter_names(model)}
+    settings = {"lr": args.learning_rate, "muon_lr": args.muon_learning_rate, "eps": args.adam_epsilon}
+    settings |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
+    return {**settings, "undecayed": undecayed}
 
 
 def make_muon_adamw():

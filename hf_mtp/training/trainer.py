@@ -18,7 +18,7 @@ from ..model import GatedLoraModel
 from ..objective.compute import Objective, batch_weight
 from ..objective.request import ObjectiveRequest
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
-from .batches import objective_inputs
+from .batches import objective_inputs, without_repeated_rows
 from .callbacks.attach import attach_callbacks
 from .callbacks.deadline import SCHEDULE_STEPS, Deadline
 from .callbacks.interrupt import SaveOnInterrupt
@@ -33,7 +33,8 @@ from .data_checks import (
     tuner_of,
 )
 from .evaluation import EvaluationMeasures, measures_of
-from .optimizer import make_muon_adamw, refuse_optimizer_change, uses_muon
+from .optimizer import make_muon_adamw, muon_adamw_settings, refuse_optimizer_change, uses_muon
+from .precision import precision_kept, restore_precision, trainable_weights
 from .recovery.checkpoint import WholeCheckpoints, contents, newest_complete_checkpoint
 from .recovery.compatibility import (
     describe,
@@ -109,13 +110,14 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         refuse_datasets(args, train_dataset, **kwargs)
         refuse_model(args, model, kwargs.get("peft_config"))
         self.deadline = Deadline(args.max_minutes) if args.max_minutes is not None else None
+        weights = trainable_weights(model)
         with router_config_restored(model):
             super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
-        self.uses_muon = uses_muon(self)
-        tuner = self.tuner
+        self.uses_muon, tuner = uses_muon(self), self.tuner
+        restore_precision(self, tuner, weights)
         unpack_for_gradients(self.model)
         refuse_parameters(tuner)  # again, because TRL may have changed them
-        refuse_settings(args, tuner)
+        refuse_settings(args, tuner, self.accelerator.parallelism_config)
         self.recipe = args.resolved_recipe()
         if isinstance(self.data_collator, DataCollatorForLanguageModeling):  # other collators make their own labels
             refuse_without_targets(self.train_dataset, self.eval_dataset, args.max_length)
@@ -127,9 +129,8 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
         self._adapter, self._objective = describe(tuner), describe_objective(self.recipe, args.anchors_per_sequence)
         self.guard = NonfiniteGuard(self, args.nonfinite)
         self.interrupt = SaveOnInterrupt()
-        self.add_callback(self.interrupt)
-        if self.deadline is not None:
-            self.add_callback(self.deadline)
+        for callback in filter(None, (self.interrupt, self.deadline)):
+            self.add_callback(callback)
         attach_callbacks(self, curves=args.training_curves)
 
     @property
@@ -151,9 +152,7 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     def get_optimizer_cls_and_kwargs(self, args: MTPConfig, model=None) -> tuple:
         if not self.uses_muon:
             return super().get_optimizer_cls_and_kwargs(args, model)
-        settings = {"lr": args.learning_rate, "muon_lr": args.muon_learning_rate, "eps": args.adam_epsilon}
-        settings |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.weight_decay}
-        return make_muon_adamw, settings
+        return make_muon_adamw, muon_adamw_settings(self, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.deadline is None or self.lr_scheduler is not None:  # the user's own scheduler
@@ -261,13 +260,14 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         self.evaluated = EvaluationMeasures()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with precision_kept(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         measured = {**self.evaluated.means(), "num_tokens": self._total_train_tokens}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = without_repeated_rows(self._prepare_inputs(inputs), self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
@@ -20,6 +20,10 @@ logger = logging.get_logger(__name__)
 
 UNFINISHED = "_unfinished"  # the leading underscore keeps it off the Hub
 CONTENTS = "contents.json"  # sizes of a checkpoint's files, and facts about its training
+WEIGHTS_ONLY = (
+    "%s has weights, but no state of the optimizer and of the learning rate schedule (`save_only_model=True`). Both "
+    "start anew, so the learning rate rises again, and losses differ from those of an uninterrupted training."
+)
 
 
 class WholeCheckpoints(Trainer):
@@ -50,6 +54,8 @@ class WholeCheckpoints(Trainer):
         elif resume_from_checkpoint and (damage := damage_of(Path(resume_from_checkpoint))):
             logger.warning("%s is incomplete: it %s.", resume_from_checkpoint, damage)
         if resume_from_checkpoint:
+            if not has_optimizer(Path(resume_from_checkpoint)):
+                logger.warning(WEIGHTS_ONLY, resume_from_checkpoint)
             self.before_resuming(Path(resume_from_checkpoint))
             resume_from_checkpoint = str(resume_from_checkpoint)
         if self.is_local_process_zero():  # left over from a killed training
@@ -179,6 +185,11 @@ def damage_of(checkpoint: Path) -> str | None:
         if file.suffix != ".json" and file.stat().st_size < size:  # users may edit JSON files
             return f"has {file.stat().st_size:,} of the {size:,} bytes of {name}"
     return None
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the state of the optimizer and the schedule; DeepSpeed's is in a folder of its own."""
+    return (checkpoint / SCHEDULER_NAME).is_file() or any(checkpoint.glob("global_step*"))
 
 
 def contents(checkpoint: Path) -> dict:
