@@ -557,7 +557,7 @@ BAD = {
         {"stream": True, "extra_body": {"stop": ["x", 5]}},
         "`stop` must be a string or a list",
     ),
-    "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
+    "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "must be the JSON text of an object"),
     "a bias of no token": ({"logit_bias": {"257": 1}}, "`logit_bias` takes token ids from 0 to 256, but got '257'"),
     "a bias that is no number": ({"logit_bias": {"66": "x"}}, "`logit_bias[66]` must be a number from -100 to 100"),
     "biases in a list": ({"extra_body": {"logit_bias": [66]}}, "`logit_bias` must be an object of token ids"),
@@ -604,7 +604,7 @@ def test_responses_refuse_what_they_would_ignore(client, adapter, field):
 
 def test_fields_that_change_nothing_are_accepted(client, adapter):
     neutral = {"text": {"format": {"type": "text"}}, "background": False, "include": [], "store": False}
-    assert client.responses.create(model=adapter, input="x", max_output_tokens=4, **neutral).status == "completed"
+    assert client.responses.create(model=adapter, input="x", max_output_tokens=4, **neutral).output_text
     neutral = {"logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}}
     assert complete(client, adapter, "x", **neutral).choices
 
