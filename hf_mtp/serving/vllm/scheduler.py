@@ -9,9 +9,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
-logger = init_logger(__name__)
+from .arguments import OTHER_LORA
 
-OTHER_LORA = "hf_mtp needs vLLM's LoRA for its masks. Start another engine for it."
+logger = init_logger(__name__)
 
 
 class MaskScheduler(Scheduler):
