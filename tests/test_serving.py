@@ -658,6 +658,8 @@ def test_requests_need_the_key(adapter):
         with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
             openai.OpenAI(base_url=server.url, api_key="other", max_retries=0).models.list()
         assert openai.OpenAI(base_url=server.url, api_key="s3cret").models.list().data[0].id == adapter
+        for header, status in (("bearer  s3cret", 200), ("Basic s3cret", 401), ("Bearer", 401), ("s3cret", 401)):
+            assert httpx.get(root + "/v1/models", headers={"Authorization": header}).status_code == status
 
 
 def test_metrics_count_what_happened(client, server, adapter):

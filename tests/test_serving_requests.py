@@ -185,6 +185,13 @@ def test_responses_refuse_what_they_would_ignore(client, adapter, field, message
         client.responses.create(model=adapter, input="x", max_output_tokens=4, extra_body=field)
 
 
+def test_tools_that_the_template_leaves_out_are_refused(client, server, adapter, monkeypatch):
+    monkeypatch.setattr(server.tokenizer, "chat_template", "{{ messages | tojson }}")
+    with pytest.raises(openai.BadRequestError, match="`tools` are not supported by this model: its chat template"):
+        complete(client, adapter, "x", tools=[TOOL])
+    assert complete(client, adapter, "x", tools=[]).choices
+
+
 def test_fields_of_tools_change_nothing_without_tools(client, server, adapter):
     plain = answer(server, messages("x"))
     for neutral in ({"tool_choice": "none"}, {"parallel_tool_calls": False}, {"tools": []}):

@@ -79,7 +79,7 @@ class CheckedHandler:
         penalty(body)
         refuse_no_text(body, "stop")
         refuse_template_arguments(body)
-        refuse_other_tools(body)
+        refuse_other_tools(body, self.template)
         check_generation_config(body)
         check_messages(body, self.model_manager.takes_images)
         super()._validate_request(body)  # before there is a field of our own in it
@@ -99,7 +99,12 @@ class CheckedHandler:
 
     def get_processor_inputs_from_messages(self, messages: list[dict], modality: Modality) -> list[dict]:
         """The messages as the chat template reads them. Arguments are those of the host's handler."""
-        return template_messages(messages, modality, str(self.model_manager.chat_template))
+        return template_messages(messages, modality, self.template)
+
+    @property
+    def template(self) -> str:
+        """The chat template, or all of several."""
+        return str(self.model_manager.chat_template)
 
     async def _answer_all(self, body: dict, choices: int, request_id: str):
         if choices == 1:

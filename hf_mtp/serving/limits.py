@@ -90,15 +90,18 @@ def refuse_ignored_fields(body: dict, neutral: dict[str, tuple]) -> None:
             raise bad_request(f"`{name}={value!r}` is not supported by this server. Leave it out.")
 
 
-def refuse_other_tools(body: dict) -> None:
-    """Raises for tools that are no functions, which the host would show the model as functions without a name.
+def refuse_other_tools(body: dict, template: str) -> None:
+    """Raises for tools that the model would not see, and for those that it would see as functions without a name.
 
     Args:
         body (`dict`): The body of the request.
+        template (`str`): The chat template.
     """
     tools = body.get("tools", [])
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise bad_request(f"`tools` must be a list of functions, but got {tools!r}.")
+    if tools and "tools" not in template:
+        raise bad_request("`tools` are not supported by this model: its chat template leaves them out. Send none.")
     for index, tool in enumerate(tools):
         kind, function = tool.get("type", "function"), tool.get("function", tool)
         if kind != "function":
