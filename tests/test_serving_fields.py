@@ -75,6 +75,21 @@ ANSWERS = {
     "a call": (f"Hi {CALL}", None, ("Hi", "", [("f", '{"x": 1}')], "tool_calls")),
     "a call that is cut": ('Hi <tool_call>{"name": "f', None, ('Hi <tool_call>{"name": "f', "", [], "length")),
     "a call with a stop string": ('<tool_call>{"name": 1}', "1", ('<tool_call>{"name": ', "", [], "stop")),
+    "a call without arguments": (
+        '<tool_call>{"name": "f", "arguments": null}</tool_call>',
+        None,
+        ("", "", [("f", "{}")], "tool_calls"),
+    ),
+    "a call of a number": (
+        'Hi <tool_call>{"name": 5, "arguments": {}}</tool_call>',
+        None,
+        ('Hi <tool_call>{"name": 5, "arguments": {}}</tool_call>', "", [], "length"),
+    ),
+    "arguments that are no object": (
+        '<tool_call>{"name": "f", "arguments": "x"}</tool_call>',
+        None,
+        ('<tool_call>{"name": "f", "arguments": "x"}</tool_call>', "", [], "length"),
+    ),
     "a call that is no JSON": (
         "Hi <tool_call>{f}</tool_call>!",
         None,
@@ -182,6 +197,7 @@ RESPONSES = {
     "a call between texts": (f"a{CALL}b", [("message", "a"), ("function_call", '{"x": 1}'), ("message", "b")]),
     "a thought": ("<think>hm</think>Hi", [("reasoning", "hm"), ("message", "Hi")]),
     "a thought alone": ("<think>hm hm", [("reasoning", "hm hm")]),
+    "a thought within a text": ("a<think>b</think>c", [("message", "ac"), ("reasoning", "b")]),
 }
 
 
@@ -215,10 +231,12 @@ def test_items_of_responses_have_numbers_of_their_own_and_a_status(client, serve
         assert (response.incomplete_details and response.incomplete_details.reason) == (
             "max_output_tokens" if is_cut else None
         )
-        assert items_of(response.output) == items_of(done) == items
-        is_open = is_cut and items[-1][0] != "function_call"
+        assert items_of(response.output) == items
+        assert sorted(items_of(done)) == sorted(items)
+        is_open = is_cut and done[-1].type != "function_call"
         statuses = ["completed"] * (len(items) - 1) + ["incomplete" if is_open else "completed"]
-        assert [item.status for item in response.output] == [item.status for item in done] == statuses
+        assert [item.status for item in done] == statuses
+        assert {item.type: item.status for item in response.output} == {item.type: item.status for item in done}
         assert len({item.id for item in response.output}) == len(items)
 
 

@@ -43,9 +43,11 @@ class ResponseEvents:
 
     def __init__(self, config: GenerationConfig):
         self.config = config
-        self.items: list[dict] = []  # those that have ended
+        self.items: dict[int, dict] = {}  # those that have ended, by their numbers
         self.ids: list[str] = []  # of all items
-        self.start = 0  # of the current item's text in the text of all items of its kind, which the host passes on
+        # By the host's name of an item, which several may share: the number of the latest one, and where its text
+        # starts in the text of all that are of its kind, which the host passes on.
+        self.places: dict[str, tuple[int, int]] = {}
         self.held: list[dict] = []
 
     def take(self, event: dict) -> list[dict]:
@@ -65,31 +67,34 @@ class ResponseEvents:
     def _place(self, event: dict) -> None:
         """Gives an event the number and the text of its own item."""
         item = event.get("item", {})
+        name = event.get("item_id") or item["id"]
         if event["type"] == ADDED:
-            self.start = sum(len(_text(other)) for other in self.items if other["type"] == item["type"])
-            self.ids.append(item["id"] if item["id"] not in self.ids else f"{item['id']}_{len(self.ids)}")
-        event["output_index"] = len(self.ids) - 1
-        for named, name in ((event, "item_id"), (item, "id")):
-            if name in named:
-                named[name] = self.ids[-1]
+            start = sum(len(_text(other)) for other in self.items.values() if other["type"] == item["type"])
+            self.places[name] = len(self.ids), start
+            self.ids.append(name if name not in self.ids else f"{name}_{len(self.ids)}")
+        event["output_index"], start = self.places[name]
+        for named, key in ((event, "item_id"), (item, "id")):
+            if key in named:
+                named[key] = self.ids[event["output_index"]]
         for part in (event, event.get("part", {}), *item.get("content", [])):
             if "text" in part:
-                part["text"] = part["text"][self.start :]
+                part["text"] = part["text"][start:]
         if event["type"] == DONE:
-            self.items.append(item)
+            self.items[event["output_index"]] = item
 
     def _end(self, event: dict) -> None:
-        response = event["response"]
-        if len(self.items) > 1 and self.items[-1]["type"] == "message" and not _text(self.items[-1]):
-            self.items.pop()
-            self.held = [held for held in self.held if held["output_index"] < len(self.items)]
+        response, last = event["response"], len(self.ids) - 1
+        if last and self.items[last]["type"] == "message" and not _text(self.items[last]):
+            del self.items[last]
+            self.held = [held for held in self.held if held["output_index"] != last]
+        response["output"] = [self.items[number] for number in sorted(self.items)]
         most = self.config.max_new_tokens
         if most is not None and response["usage"]["output_tokens"] >= most:
             event["type"] = INCOMPLETE
             response |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
-            if self.items[-1]["type"] != "function_call":  # of which the host passes on whole ones only
-                self.items[-1]["status"] = "incomplete"
-        response["output"] = self.items
+            *_, latest = self.items.values()  # to end
+            if latest["type"] != "function_call":  # of which the host passes on whole ones only
+                latest["status"] = "incomplete"
 
     def _release(self) -> list[dict]:
         held, self.held = self.held, []
