@@ -126,6 +126,10 @@ BAD = {
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]},
         "Each of `tool_calls` needs a `function` with a `name`",
     ),
+    "a call that is a text": (
+        {"messages": [{"role": "assistant", "tool_calls": ["f"]}]},
+        "Each of `tool_calls` needs a `function` with a `name` and `arguments`, but got 'f'",
+    ),
     "arguments that are no JSON": (
         {"messages": [{"role": "assistant", "tool_calls": [call("{y")]}]},
         "The `arguments` of the tool call 'f' must be the JSON text of an object, but got '{y'",

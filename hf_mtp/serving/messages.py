@@ -105,7 +105,7 @@ def template_messages(messages: list[dict], modality: Modality, template: str) -
 
 def _with_arguments(call: dict) -> dict:
     """A tool call whose arguments are an object, as templates need it. Clients leave the text of none empty."""
-    function = call.get("function")
+    function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise bad_request(f"Each of `tool_calls` needs a `function` with a `name` and `arguments`, but got {call!r}.")
     arguments = given = function.get("arguments", "")
