@@ -17,7 +17,7 @@ OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-quickstart: $(VENV)/quickstart.stamp  ## a real model faster than itself, and a training, in minutes
+quickstart: $(VENV)/quickstart.stamp  ## a real model with and without mtp=True, and a short training
 	$(BIN)/python examples/quickstart/quickstart.py
 
 test: quality  ## style checks and all tests, offline
@@ -33,11 +33,11 @@ quality: $(VENV)/test.stamp  ## style checks
 	$(BIN)/ruff check $(PATHS)
 	$(BIN)/ruff format --check $(PATHS)
 
-style: $(VENV)/test.stamp  ## rewrite the files in the style that `quality` checks
+style: $(VENV)/test.stamp  ## format the files
 	$(BIN)/ruff check --fix $(PATHS)
 	$(BIN)/ruff format $(PATHS)
 
-docs: $(VENV)/docs.stamp  ## build the documentation site into out/site; a dead link ends it
+docs: $(VENV)/docs.stamp  ## build the documentation site into out/site; a dead link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/quickstart.stamp  ## train and measure the reference adapter: make bench BASE=... DATA=...

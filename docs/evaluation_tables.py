@@ -15,7 +15,11 @@ def verification() -> str:
         for one in report["comparisons"]:
             units = [divergence["units"] for divergence in one["divergences"]]
             ties = sum(divergence["tie"] for divergence in one["divergences"])
-            gaps = f"{ties} of {len(units)} at ties, {max(units):g} units at most" if units else "–"
+            gaps = (
+                f"{ties} of {len(units)} at ties, within {max(units):g} unit{'' if max(units) == 1 else 's'}"
+                if units
+                else "–"
+            )
             equal = f"{one['answers'] - len(units)} of {one['answers']}"
             rows.append([report["dtype"], one["mode"], one["method"], equal, gaps])
     tests = " and ".join(f"p = {report['p_value']:.2f} in {report['dtype']}" for report in reports)

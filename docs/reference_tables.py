@@ -91,9 +91,14 @@ def sampling() -> str:
     ways = list(dict.fromkeys(row["way"] for row in report["rates"]))
     places = sorted({(temperature, mask) for temperature, mask, _ in found})
     head = ["", *(f"T = {temperature}, mask {mask}" for temperature, mask in places)]
-    rows = [[way, *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
+    rows = [[_counted(way), *(f"{found[(*place, way)]:.3f}" for place in places)] for way in ways]
     note = f"\n{report['tokens']:,} tokens of {report['texts']} answers; {machine(report)}.\n"
     return table(head, rows) + note
+
+
+def _counted(way: str) -> str:
+    """`1 candidate` and `2 candidates` instead of `1 candidate(s)` and `2 candidate(s)`."""
+    return way.replace(" 1 candidate(s)", " 1 candidate").replace("(s)", "s")
 
 
 def rounding() -> str:
@@ -105,7 +110,7 @@ def rounding() -> str:
     ]
     masks = [f"{masks} masks" if masks != "0" else "no masks" for masks in next(iter(report["equal"].values()))]
     orders = ", ".join(f"{row['all_up_to']} ({row['outputs']} × {row['inputs']})" for row in report["products"])
-    note = f"Products keep the order of a single row up to so many rows, by outputs × inputs: {orders}"
+    note = f"Most rows with which a product sums in the order of a single row, by outputs × inputs: {orders}"
     return table(["pass", *masks], rows) + f"\n{note}. {machine(report)}; {report['dtype']}.\n"
 
 

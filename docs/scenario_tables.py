@@ -34,8 +34,9 @@ def scenarios() -> str:
         notes.append("Short answers, without the bit for bit mode (`--quick`).")
     if report["load_average"] > BUSY:
         notes.append(
-            f"**Busy machine:** the load average was {report['load_average']:.0f}. Trust processor time rather than "
-            "the clock. `auto` measures what passes cost by the clock, so it chose worse than on an idle machine."
+            f"**Busy machine:** the load average was {report['load_average']:.0f}. Trust CPU time rather than "
+            "wall-clock time. `auto` measures the costs of passes in wall-clock time, so it chose worse than on an "
+            "idle machine."
         )
     return table(head, rows) + "\n" + " ".join(notes) + "\n"
 

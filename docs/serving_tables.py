@@ -4,14 +4,14 @@ from tables import aim, load, machine, table
 
 LOAD_ROWS = {
     "tokens per second": lambda load: f"{load['tokens_per_second']:.0f}",
-    "seconds of a request, median": lambda load: f"{load['median_seconds']:.2f}",
-    "rows of a pass": lambda load: f"{load['rows_per_pass']:.1f}",
+    "seconds per request, median": lambda load: f"{load['median_seconds']:.2f}",
+    "rows per pass": lambda load: f"{load['rows_per_pass']:.1f}",
     "tokens per pass and row": lambda load: f"{load['tokens_per_pass']:.2f}",
-    "the server's processor time per token": lambda load: f"{load['cpu_milliseconds_per_token']:.1f} ms",
+    "CPU time of the server per token": lambda load: f"{load['cpu_milliseconds_per_token']:.1f} ms",
     "requests": lambda load: f"{load['requests']:,}",
     "failed": lambda load: f"{load['failures']:,}",
-    "answered with another text than plain decoding's": lambda load: f"{load['other_than_plain']:,}",
-    "answered with the text of another prompt": lambda load: f"{load['of_another_prompt']:,}",
+    "responses that differ from plain decoding": lambda load: f"{load['other_than_plain']:,}",
+    "responses to another prompt": lambda load: f"{load['of_another_prompt']:,}",
 }
 
 
@@ -35,11 +35,11 @@ def _server(name: str) -> str:
     aims = (
         aim("at most 5 % of overhead", overhead["overhead"] <= 0.05),
         aim(f"1.5 times the tokens per second with {many['clients']} clients", gain >= 1.5),
-        aim("no request fails or gets the text of another", lost == 0),
+        aim("no request fails or gets the response to another", lost == 0),
     )
     about = (
         f"One client waits {overhead['one_client_seconds']:.2f} s for a response that `generate` in its own process "
-        f"computes in {overhead['in_process_seconds']:.2f} s: {overhead['overhead']:.1%} of overhead. "
+        f"computes in {overhead['in_process_seconds']:.2f} s, an overhead of {overhead['overhead']:.1%}. "
         f"{many['clients']} clients get {gain:.1f} times the tokens per second of one. Aims: {'; '.join(aims)}.\n\n"
         f"A base of {report['parameters'] / 1e6:.0f} million parameters, {report['dtype']}; {report['prompts']} "
         f"prompts, greedy, at most {report['new_tokens']} new tokens; {one['seconds']:.0f} and {many['seconds']:.0f} "
@@ -54,7 +54,7 @@ def demo() -> str:
     rows = [
         [f"{window} window: {what}", *(f"{times[name][of]:.2f} s" for of in ("least", "median", "most"))]
         for window, times in report["first_token"].items()
-        for name, what in (("seconds", "from the press to the first token"), ("processor_seconds", "processor time"))
+        for name, what in (("seconds", "from the press to the first token"), ("processor_seconds", "CPU time"))
     ]
     presses = report["first_token"]["wide"]["seconds"]["presses"]
     slowest = max(times["seconds"]["most"] for times in report["first_token"].values())

@@ -206,7 +206,7 @@ def smollm2_recipe() -> str:
         for number, (name, run) in enumerate(report["runs"].items())
     ]
     head = ["run", *NAMES.values(), "steps", "masks", "parameters"]
-    what = f"{report['seconds']:.0f} s of the processor each, {report['prompts']} held-out prompts of each kind"
+    what = f"{report['seconds']:.0f} s of CPU time each, {report['prompts']} held-out prompts of each kind"
     return table(head, rows) + f"\n{what}; {machine(report)}.\n"
 
 

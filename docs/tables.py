@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from hf_mtp.base.machine import threads_in_words
 from hf_mtp.evaluation.markdown import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +46,7 @@ def machine(report: dict) -> str:
     """One line: the machine and the versions that the numbers were measured with."""
     about = report["machine"]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "peft", "trl"))
-    return f"{about['processor']}, {about['threads']} threads, Python {about['python']}, {versions}"
+    return f"{about['processor']}, {threads_in_words(about)}, Python {about['python']}, {versions}"
 
 
 def aim(text: str, is_met: bool) -> str:

@@ -23,8 +23,8 @@ def vllm() -> str:
     rows += [
         ["`linear`: passes, and those of linear decoding by hf_mtp", f"{passes['vLLM']} and {passes['hf_mtp']}"],
         [
-            "`auto`: longer start than vLLM without hf_mtp",
-            f"{over['seconds']:.1f} s, of these {over['processor_seconds']:.1f} s of the processor",
+            "`auto`: extra start-up time over vLLM without hf_mtp",
+            f"{over['seconds']:.1f} s ({over['processor_seconds']:.1f} s of CPU time)",
         ],
         ["lines of code", str(lines)],
     ]

@@ -24,8 +24,10 @@ _LAZY = {
     "MTPGenerateOutput": ".decoding.statistics",
     "MTPStatistics": ".decoding.statistics",
     "MTPTrainer": ".training.trainer",
+    "NgramTable": ".adapter.ngram_table",
     "SupportReport": ".evaluation.support",
     "check_support": ".evaluation.support",
+    "count_ngrams": ".data.ngrams",
     "regenerate_responses": ".data.responses",
 }
 
@@ -37,8 +39,10 @@ __all__ = [
     "MTPGenerateOutput",
     "MTPStatistics",
     "MTPTrainer",
+    "NgramTable",
     "SupportReport",
     "check_support",
+    "count_ngrams",
     "regenerate_responses",
 ]
 

@@ -79,7 +79,7 @@ def generate_with_adapter(
         What [`GatedLoraModel.generate`] returns.
 
     Raises:
-        OSError: There is no such adapter, or it may not be read.
+        OSError: There is no such adapter, or you have no access to it.
         ValueError: The adapter does not fit the base, or [`GatedLoraModel.generate`] refuses an argument.
     """
     if any(base is model for base in _decoding.get()):

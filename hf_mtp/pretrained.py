@@ -1,5 +1,7 @@
 """Loads base models, adapters with their base, and tokenizers by Hub id or folder."""
 
+from pathlib import Path
+
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import (
@@ -13,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import find_adapter_config_file
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from .adapter.access import refuse_without_access
 from .adapter.loading import read_config
@@ -34,7 +37,7 @@ def load_model(
     kwargs: Further arguments of `from_pretrained`, such as `revision`.
 
     Raises:
-        OSError: There is no such model, or you may not read it.
+        OSError: There is no such model, or you have no access to it.
         ValueError: There is no such dtype or device, the adapter does not fit its base, or its config is broken.
     """
     refuse_dtype(dtype)
@@ -42,6 +45,7 @@ def load_model(
     hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
     device = device or default_device()
     if not is_adapter(name, **hub):
+        refuse_folder_of_checkpoints(name)
         kind = AutoModelForImageTextToText if takes_images(name, **kwargs) else AutoModelForCausalLM
         return kind.from_pretrained(name, dtype=dtype, **kwargs).to(device)
     adapter = PeftConfig.from_pretrained(name, **hub)
@@ -50,6 +54,21 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(adapter.base_model_name_or_path, dtype=dtype, **base)
         return PeftModel.from_pretrained(model, name, **hub).to(device)
     return AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs).to(device)
+
+
+def refuse_folder_of_checkpoints(name: str) -> None:
+    """Raises an `OSError` for the output folder of a training that has checkpoints, but no model or adapter.
+
+    Args:
+        name (`str`): Hub id or folder.
+    """
+    folder = Path(name)
+    newest = get_last_checkpoint(folder) if folder.is_dir() and not (folder / CONFIG_NAME).is_file() else None
+    if newest is not None:
+        raise OSError(
+            f"{name} has only checkpoints of a training. Pass one of them, such as {newest}, or save the adapter with "
+            "`trainer.save_model()`."
+        )
 
 
 def refuse_dtype(dtype: str | torch.dtype) -> None:
@@ -171,7 +190,7 @@ def load_tokenizer(name: str, model: PreTrainedModel | PeftModel | None = None, 
         kwargs: `revision`, `token` and `cache_dir` of `from_pretrained`.
 
     Raises:
-        OSError: There is no such model or tokenizer, or you may not read it.
+        OSError: There is no such model or tokenizer, or you have no access to it.
     """
     if isinstance(model, PeftModel):
         return AutoTokenizer.from_pretrained(model.name_or_path, **_of_base(model.active_peft_config, kwargs))

@@ -66,11 +66,15 @@ def author() -> dict:
     from tiny_models import randomised
     from transformers import AutoModelForCausalLM
 
+    from hf_mtp.adapter.ngram_table import count_tokens
+
     base = AutoModelForCausalLM.from_pretrained("me/base")
     model = randomised(upgrade(base)).eval()
     model.push_to_hub("me/my-model-mtp", tags=["tiny"])
     model.push_to_hub("me/by-hand")
     model.push_to_hub("me/on-a-branch", revision="trial", commit_message="A trial")
+    model.active_peft_config.ngrams = count_tokens([[7, 8, 9]] * 2)
+    model.push_to_hub("me/with-ngrams", revision="trial")
     return seen(model)
 
 
@@ -109,14 +113,20 @@ def upgrade(base):
 
 def reader() -> dict:
     """Loads what the author shared, and what should be refused."""
+    import pytest
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
-    import hf_mtp  # noqa: F401
+    from hf_mtp import GatedLoraConfig
 
     document = seen(AutoPeftModelForCausalLM.from_pretrained("me/my-model-mtp"))
     branch = AutoPeftModelForCausalLM.from_pretrained("me/on-a-branch", revision="trial")
     document["branch"] = seen(branch)
+    tables = [AutoPeftModelForCausalLM.from_pretrained("me/with-ngrams", revision="trial").active_peft_config.ngrams]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        tables.append(GatedLoraConfig.from_pretrained("me/with-ngrams", revision="trial").ngrams)
+    document["n-grams"] = [[token for token, _ in table.after([7], 3)] for table in tables]
     for name, base in (("me/pickled", "me/base"), ("me/my-model-mtp", "me/other-base")):
         try:
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), name)

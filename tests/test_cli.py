@@ -66,7 +66,9 @@ def test_help_lists_every_verb_and_each_has_an_example():
     listed = run("--help").output
     for name in commands:
         assert name in listed
-        assert f"hf-mtp {name}" in run(name, "--help").output.partition("Example:")[2]
+        examples = run(name, "--help").output.partition("Example:")[2].partition("╭")[0]
+        assert f"hf-mtp {name}" in examples
+        assert all(line.count("hf-mtp ") <= 1 for line in examples.splitlines())  # each on a line of its own
 
 
 def test_version():

@@ -390,7 +390,7 @@ def test_the_report_has_the_papers_table_the_curves_and_how_it_was_measured(resu
     table = (tmp_path / "table.md").read_text()
     row = results.domains["a"]
     assert f"| a | {' | '.join(f'{row[method].tokens_per_pass:.2f}' for method in METHODS[1:])} |" in table
-    for part in ("bonus token", "k=3, r=4", "float32", "batch 1", "threads", results.settings.adapter["fingerprint"]):
+    for part in ("bonus token", "k=3, r=4", "float32", "batch 1", " thread", results.settings.adapter["fingerprint"]):
         assert part in table
     assert "4 of 4 prompts" in table and "Left out" not in table
 

@@ -108,6 +108,12 @@ def test_a_revision_gets_the_adapter_and_main_does_not(shared):
     assert reader["branch"] == author
 
 
+def test_an_n_gram_table_comes_with_its_adapter(shared):
+    hub, _, reader = shared
+    assert "ngrams.safetensors" in latest(hub, "me/with-ngrams", "trial").files
+    assert reader["n-grams"] == [[8, 9]] * 2  # online, and from the cache
+
+
 def test_a_repository_with_a_pickle_only_is_refused(shared):
     assert "adapter_model.safetensors only" in shared[2]["me/pickled on me/base"]
 

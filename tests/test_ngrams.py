@@ -9,7 +9,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 from hf_mtp.decoding import call
 from hf_mtp.decoding.drafters.acceptance import Rates
 from hf_mtp.decoding.drafters.base import Drafts, no_drafts
-from hf_mtp.decoding.drafters.ngrams import LONGEST_MATCH, MOST_DRAFTS, NgramDrafter, NgramIndex
+from hf_mtp.decoding.drafters.lookup import MOST_DRAFTS
+from hf_mtp.decoding.drafters.ngrams import LONGEST_MATCH, NgramDrafter, NgramIndex
 from hf_mtp.decoding.outcome import Outcome, Verified
 from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule, drafts_of
 from hf_mtp.decoding.sequence import Sequence

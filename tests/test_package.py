@@ -24,13 +24,13 @@ layout: tree mask_plan blocks attention
 base: files padding threads autocast token_text caches inspection head rope randomness sizes tiny distributed embedding
 base: lora_layers machine plotting
 cache: column_attention shared_heads rows rollback sequence protocol
-adapter: access peft_type loading config base_identity custom_generate card
+adapter: access peft_type ngram_table loading config base_identity custom_generate card
 adapter: prepared gate parameters stacked hub sampler names noise_tokens mask_input tuner
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check training_pass
-data: rows prompts randomness shard survey answers responses
+data: rows prompts randomness shard survey answers responses ngrams
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise noise_processor sequence states outcome
-decoding.drafters: base acceptance ngrams masks
+decoding.drafters: base acceptance lookup ngrams table masks
 decoding.schedule: base costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks devices streaming call generate
 : model registration pretrained attached
@@ -55,7 +55,7 @@ training.callbacks: deadline interrupt decoding progress curves attach
 training: trainer
 demo: turns settings plain_sampling lane race drawing page app
 cli: verb lists documents strategy session generate chat demo serve
-cli: train regenerate check push export verify evaluate probe app main
+cli: train regenerate ngrams check push export verify evaluate probe app main
 : regenerate
 """
 MODULES = [
@@ -153,8 +153,10 @@ def test_public_names():
         "MTPGenerateOutput",
         "MTPStatistics",
         "MTPTrainer",
+        "NgramTable",
         "SupportReport",
         "check_support",
+        "count_ngrams",
         "regenerate_responses",
     }
     with pytest.raises(AttributeError, match="'hf_mtp' has no attribute 'MTPTrainr'"):

@@ -325,10 +325,10 @@ def test_the_report_has_tables_and_figures(results, tmp_path):
     tops = " | ".join(f"{share:.1%}" for share in (row["all"].top_1, row["all"].top_10, row["all"].top_200))
     assert f"| {MASKS} | {tops} | {row['all'].median:g} |" in page
     assert f"| {MASKS} | {' | '.join(f'{row[str(i)].top_10:.0%}' for i in range(1, K + 1))} |" in page
-    for part in ("2 of 2 prompts", "threads", results.settings.adapter["fingerprint"], "Left out: newline."):
+    for part in ("2 of 2 prompts", " thread", results.settings.adapter["fingerprint"], "Left out: newline."):
         assert part in page
     best = max(PLACEHOLDERS, key=lambda source: results.summaries[source]["all"].top_200)
-    assert f"at the best placeholder ({best}), {row['all'].top_10:.0%} in the top 10 at {MASKS}" in page
+    assert f"at the best placeholder (“{best}”), {row['all'].top_10:.0%} in the top 10 at “{MASKS}”" in page
 
 
 def test_the_heatmap_has_the_medians_and_the_histogram_the_shares(results):

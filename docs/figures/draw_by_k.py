@@ -15,7 +15,7 @@ from hf_mtp.base.plotting import COLOURS, GREY, save_png
 HERE = Path(__file__).parent
 STRATEGIES = ("linear", "quadratic", "auto")
 K = (1, 2, 4, 8)
-NUMBERS = {"tokens_per_pass": "tokens per pass", "speedup": "speed against plain"}
+NUMBERS = {"tokens_per_pass": "tokens per pass", "speedup": "speedup over plain"}
 
 
 def draw_panel(axes: Axes, ways: dict[str, dict], number: str) -> None:

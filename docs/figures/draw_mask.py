@@ -53,8 +53,10 @@ def draw(axes: plt.Axes, layout: BlockLayout, regular_names: list[str], past_nam
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.set_aspect("equal", anchor="N")
-    axes.set_title(title, fontsize=11, loc="left", pad=22)
+    axes.set_title(title, fontsize=11, loc="left", pad=10)
     axes.set_ylabel("query (position id)", fontsize=8)
+    axes.set_xlabel("key", fontsize=8)
+    axes.xaxis.set_label_position("top")
 
 
 def main(folder: Path) -> None:
@@ -64,8 +66,10 @@ def main(folder: Path) -> None:
     decoding = decoding_layout(torch.arange(4, 7)[None], choose_masks(torch.ones(1, 3, 2), budget=6))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.4))
-    draw(left, training, [f"x{i}" for i in range(1, 7)], [], "Training: blocks of k = 2 masks on sampled tokens")
-    draw(right, decoding, ["x5", "d1", "d2"], ["x1", "x2", "x3", "x4"], "Decoding, quadratic: a block on every draft")
+    draw(left, training, [f"x{i}" for i in range(1, 7)], [], "Training: a block of 2 masks after each sampled token")
+    draw(
+        right, decoding, ["x5", "d1", "d2"], ["x1", "x2", "x3", "x4"], "Quadratic decoding: a block after every draft"
+    )
     patches = [Patch(color=colour, label=label) for label, colour in LEGEND.items()]
     figure.legend(handles=patches, loc="lower center", ncol=3, frameon=False, fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 0.95))

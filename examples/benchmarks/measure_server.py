@@ -186,7 +186,11 @@ def main() -> None:
     bench = Bench(args)
     report = {
         "adapter": adapter_fingerprint(bench.model),
-        "parameters": sum(parameter.numel() for parameter in bench.model.get_base_model().parameters()),
+        "parameters": sum(
+            parameter.numel()
+            for name, parameter in bench.model.get_base_model().named_parameters()
+            if "lora_" not in name  # PEFT adds these to the base's layers
+        ),
         "new_tokens": args.new_tokens,
         "prompts": len(bench.prompts),
         "dtype": str(bench.model.dtype).removeprefix("torch."),

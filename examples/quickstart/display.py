@@ -81,7 +81,7 @@ def print_results(console: Console, title: str, summaries: dict[str, dict]) -> N
     table.add_column("\ntext")
     table.add_column("tokens\nper pass", justify="right")
     table.add_column("seconds\nplain -> mtp", justify="right")
-    table.add_column("speed\nplain / mtp", justify="right", style="bold")
+    table.add_column("speedup\nplain / mtp", justify="right", style="bold")
     table.add_column("same\noutput", justify="right")
     for name, row in summaries.items():
         table.add_row(
@@ -104,12 +104,12 @@ def why_slower(passes_of_9: float, tokens_per_pass: float) -> str:
         passes_of_9 (`float`): Time of a pass over 9 tokens, divided by the time of one over 1 token.
         tokens_per_pass (`float`): What decoding took.
     """
-    cost = f"A pass over 9 tokens takes {passes_of_9:.1f} times as long as one over a single token on this computer"
+    cost = f"On this computer, a pass over 9 tokens takes {passes_of_9:.1f} times as long as a pass over one token"
     if passes_of_9 > tokens_per_pass:
-        return f"{cost}, and brought {tokens_per_pass:.2f} tokens. Drafts pay where that factor is smaller."
+        return f"{cost}, but decoding gets only {tokens_per_pass:.2f} tokens per pass. So there is no speedup."
     return (
-        f"{cost}, so the passes themselves would pay. The time is lost between them: either this model is so small "
-        "that drafting and Python weigh more than its layers, or something else was running on this computer."
+        f"{cost}, and decoding gets {tokens_per_pass:.2f} tokens per pass. The time is lost between passes: either "
+        "this model is so small that drafting and Python take longer than its layers, or other programs were running."
     )
 
 
@@ -121,6 +121,6 @@ def print_why(console: Console, text: str) -> None:
 
 def print_for_the_hub(console: Console) -> None:
     """What to type for another model."""
-    console.print(Text("The same for a model of the Hub", "bold"))
+    console.print(Text("The same with a model from the Hub", "bold"))
     console.print()
     console.print(Text(FOR_THE_HUB), soft_wrap=True)

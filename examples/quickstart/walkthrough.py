@@ -54,14 +54,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with phases.timed("answer"):
             results["smollm2"] = show_real_model(args, console)
     else:
-        console.print(f"\nSmolLM2 is not at hand. {reason}\nThe small base that ships here stands in.", soft_wrap=True)
+        console.print(f"\nSmolLM2 is not available. {reason}\nUsing the small base instead.", soft_wrap=True)
 
     with phases.timed("train"):
         results["training"] = train_and_save(args, console)
     with phases.timed("try"):
         results["small base"] = show_trained(args, console, is_stand_in=reason is not None)
     write_results(args, results, phases.seconds)
-    console.print(f"\nThe adapter, its curves and all numbers, results.json, are in {args.output}.\n", soft_wrap=True)
+    console.print(f"\nSaved the adapter, its curves and results.json to {args.output}.\n", soft_wrap=True)
     return closing_words(results, console)
 
 
@@ -122,8 +122,8 @@ def show_real_model(args: argparse.Namespace, console: Console) -> dict:
     if is_fast and any(row["identical"] < row["prompts"] for row in summaries.values()):
         print_why(
             console,
-            "Where the output differs, the reason is bfloat16: how a sum is rounded depends on the number of tokens "
-            "that a pass reads, so two nearly equal logits may swap places. In float32 the output is the same.",
+            "In bfloat16, rounding depends on the number of tokens in a pass, so two nearly equal logits may swap "
+            "places. Then the output differs. With mtp_bitwise=True, or in float32, it is the same.",
         )
     return {"dtype": str(base.dtype).removeprefix("torch."), "domains": summaries, "per_prompt": as_dicts(records)}
 

@@ -73,7 +73,7 @@ class Scenario:
         name (`str`): Its name.
         answer (`Callable`): Takes a model, its tokenizer, the most new tokens of an answer, and further arguments of
             `generate`; returns [`Answers`].
-        new_tokens (`int`): Most new tokens of an answer.
+        new_tokens (`int`): Maximum number of new tokens per answer.
         bitwise (`bool`, *optional*, defaults to `True`): Whether `mtp_bitwise` can decode it.
     """
 
@@ -109,7 +109,7 @@ class Scenario:
         Args:
             model ([`~peft.PeftModel`]): An upgraded model.
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-            new_tokens (`int`): Most new tokens of an answer.
+            new_tokens (`int`): Maximum number of new tokens per answer.
             repeats (`int`): Runs of each way, of which the fastest counts.
             ways (`Iterable[str]`, *optional*, defaults to all): The ways to decode, plain decoding among them.
         """

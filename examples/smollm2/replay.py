@@ -15,8 +15,8 @@ from hf_mtp.cache.rollback import RollbackCache
 from hf_mtp.decoding.batch import Batch
 from hf_mtp.decoding.drafters.acceptance import count_matching
 from hf_mtp.decoding.drafters.base import Drafts
+from hf_mtp.decoding.drafters.lookup import MOST_DRAFTS as MOST
 from hf_mtp.decoding.drafters.masks import MaskDrafter
-from hf_mtp.decoding.drafters.ngrams import MOST_DRAFTS as MOST
 from hf_mtp.decoding.drafters.ngrams import NgramDrafter, NgramIndex
 from hf_mtp.decoding.loop import DecodingLoop
 from hf_mtp.decoding.schedule.adaptive import AdaptiveSchedule

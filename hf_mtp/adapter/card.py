@@ -30,8 +30,8 @@ _TEXT = """---
 {mark}
 
 A multi-token prediction adapter for {base_link}, made with [hf_mtp](https://pypi.org/project/hf-mtp/) after [Your LLM
-Knows the Future]({paper}). With it the base model generates up to {most} tokens per forward pass. The output is that
-of the base model, which verifies every token before it is returned.
+Knows the Future]({paper}). With it, each forward pass of the base model also predicts the {ahead} after the next
+one. The base model verifies them before they are returned, so the output is its own.
 
 ```python
 # pip install hf_mtp
@@ -164,7 +164,7 @@ def render_model_card(
             paper=PAPER,
             loading=loading.format(repo=repo, base=base, subfolder=inside, auto_class=auto_class),
             without_import=_WITHOUT_IMPORT.format(repo=repo) if needs_no_import else "",
-            most=config.k + 1,
+            ahead="token" if config.k == 1 else f"{config.k} tokens",
             k=f"{config.k}, noise tokens of the vocabulary" if config.masks == "noise" else config.k,
             r=config.r,
             sampler="yes" if config.sampler else "no",

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from peft import LoraConfig, PeftConfig, TaskType
 from torch import nn
 
-from .loading import refuse_unsafe_file
+from .loading import load_ngrams, refuse_unsafe_file
+from .ngram_table import NgramTable
 from .peft_type import ExtensionPeftType, ExtensionTaskType
 
 # Fields of LoraConfig that, when set, change what the base computes for regular tokens.
@@ -39,7 +41,7 @@ class GatedLoraConfig(LoraConfig):
 
     Args:
         k (`int`, *optional*, defaults to `8`):
-            Number of mask tokens, that is, of tokens drafted per forward pass.
+            Number of mask tokens: how many tokens beyond the next one the model predicts.
         r (`int`, *optional*, defaults to `128`):
             Rank of the LoRA matrices.
         lora_alpha (`int`, *optional*, defaults to `256`):
@@ -70,6 +72,10 @@ class GatedLoraConfig(LoraConfig):
         tokens_per_step (`dict[str, float]`, *optional*):
             Measured tokens per forward pass, by domain, for the model card. Set it before saving.
 
+    Attributes:
+        ngrams ([`NgramTable`] or `None`): The adapter's n-gram table, from which `mtp_strategy="auto"` drafts as well.
+            It is not a field: it is saved and loaded as a file beside the weights.
+
     Raises:
         ValueError: `k` or `r` is not a positive integer, or a field would change the output of regular tokens.
 
@@ -86,15 +92,21 @@ class GatedLoraConfig(LoraConfig):
     # Whether gated layers run beside the base's layers instead of wrapping them, although the base has no adapters of
     # its own. Not a field, so it is not saved.
     beside = False
+    ngrams: ClassVar[NgramTable | None] = None
 
     r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=256, metadata={"help": "Numerator of the LoRA scale, lora_alpha / r."})
     target_modules: str | list[str] | None = field(
         default="all-linear", metadata={"help": "Layers that get a gated LoRA."}
     )
-    k: int = field(default=8, metadata={"help": "Number of mask tokens, that is, of tokens drafted per forward pass."})
+    k: int = field(
+        default=8, metadata={"help": "Number of mask tokens: how many tokens beyond the next one the model predicts."}
+    )
     masks: str = field(
-        default="learned", metadata={"help": "What masks are embedded as: 'learned' embeddings or 'noise' tokens."}
+        default="learned",
+        metadata={
+            "help": "How masks are embedded: 'learned' embeddings, or random tokens of the vocabulary ('noise')."
+        },
     )
     sampler: bool = field(
         default=True, metadata={"help": "Whether drafts come from a sampler head that sees the previous draft."}
@@ -105,7 +117,7 @@ class GatedLoraConfig(LoraConfig):
     sampler_recurrent: bool = field(
         default=False, metadata={"help": "Whether the sampler head also sees its own output for the previous mask."}
     )
-    save_dtype: str | None = field(default=None, metadata={"help": "Type that weights are saved in."})
+    save_dtype: str | None = field(default=None, metadata={"help": "Dtype of saved weights."})
     base_hidden_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     base_vocab_size: int | None = field(default=None, metadata={"help": "Filled in from the base model."})
     tokenizer_fingerprint: str | None = field(default=None, metadata={"help": "Filled in by MTPTrainer."})
@@ -172,11 +184,14 @@ class GatedLoraConfig(LoraConfig):
 
         Raises:
             ValueError: The folder or repository has `adapter_model.bin` and no `adapter_model.safetensors`,
-                or the folder's `adapter_model.safetensors` is truncated.
+                the folder's `adapter_model.safetensors` is truncated, or the n-gram table is that of another model.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         # PEFT reads the config before it touches the base, and the weights afterwards: this is the last moment.
         refuse_unsafe_file(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        config.ngrams = load_ngrams(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        if config.ngrams is not None:
+            config.ngrams.refuse_other_base(config.base_vocab_size)
         return config
 
 

@@ -57,7 +57,7 @@ class HiddenStateCapture:
 
 
 class Gate(threading.local):
-    """Says, to every LoRA layer of one model, which columns of the running forward pass are masks.
+    """Tells every LoRA layer of one model which columns of the running forward pass are masks.
 
     State is per thread, so that two threads may generate from one model, and so that a layer that autograd runs again
     on a thread of its own (gradient checkpointing) sees the gate of *its* forward pass and not the latest one.

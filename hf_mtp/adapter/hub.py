@@ -19,6 +19,7 @@ from .config import GatedLoraConfig
 from .custom_generate import CUSTOM_GENERATE, custom_generate_files, write_custom_generate
 from .gate import ungated_layers
 from .loading import refuse_beside_a_model, refuse_model_folder, refuse_without_weights
+from .ngram_table import save_ngrams
 
 logger = logging.get_logger(__name__)
 
@@ -91,6 +92,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
             for name, folder in folders.items():
                 # Otherwise the figures in the card are those of another adapter.
                 same = before[name] is not None and before[name] == _weights_in(folder)
+                save_ngrams(configs[name].ngrams, folder, keep=same)
                 if custom_generate:
                     write_custom_generate(folder)
                 write_model_card(

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import file_exists, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
+
+from .ngram_table import NGRAMS_NAME, NgramTable
 
 
 def refuse_unsafe_file(name: str, subfolder: str | None = None, **kwargs) -> None:
@@ -79,6 +81,26 @@ def read_config(file: str | Path) -> dict:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} must hold a JSON object, the fields of an adapter's config. Download it again.")
     return fields
+
+
+def load_ngrams(name: str, subfolder: str | None = None, **kwargs) -> NgramTable | None:
+    """The n-gram table of an adapter, if it has one.
+
+    Args:
+        name (`str`): The adapter's folder or repository.
+        subfolder (`str`, *optional*): Where in it.
+        kwargs: `revision`, `token` and `cache_dir` of the Hub.
+
+    Raises:
+        ValueError: The file is truncated, or holds something else.
+    """
+    if not _files_of(name, subfolder, **kwargs)(NGRAMS_NAME):
+        return None
+    file = Path(name, subfolder or "", NGRAMS_NAME)
+    if not file.is_file():
+        hub = {key: value for key, value in kwargs.items() if key in ("revision", "token", "cache_dir")}
+        file = hf_hub_download(name, NGRAMS_NAME, subfolder=subfolder, **hub)
+    return NgramTable.load(file)
 
 
 def _files_of(

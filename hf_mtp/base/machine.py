@@ -52,6 +52,15 @@ def describe_machine() -> dict[str, str | int | dict]:
     return description
 
 
+def threads_in_words(machine: dict) -> str:
+    """`"1 thread"`, `"2 threads"` and so on.
+
+    Args:
+        machine (`dict`): As from [`describe_machine`].
+    """
+    return f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -11,6 +11,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .generate import generate
+from .ngrams import ngrams
 from .probe import probe
 from .push import push
 from .regenerate import regenerate
@@ -46,6 +47,6 @@ def options(
 # The fields of a trainer's config are parsed by TRL.
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-for _verb in (generate, chat, demo, serve, verify, evaluate, probe, regenerate, check, push, export):
+for _verb in (generate, chat, demo, serve, verify, evaluate, probe, regenerate, ngrams, check, push, export):
     app.command()(_verb)
 app.command(context_settings=ANY_OPTION)(train)

@@ -16,16 +16,16 @@ HELP = "/plain switches multi-token prediction off and on, /clear clears the con
 def chat(
     model: Annotated[str, Argument(help="Hub id or folder of an adapter, or of a base model.")],
     system: Annotated[str | None, Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of tokens per answer.")] = 512,
     temperature: Annotated[float | None, Option(min=0, help="Sample at this temperature. Greedy by default.")] = None,
     top_p: Annotated[
         float | None, Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
     ] = None,
-    seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
+    seed: Annotated[int | None, Option(help="Random seed for sampling.")] = None,
     plain: Annotated[bool, Option("--plain", help="Start with one token per pass.")] = False,
-    strategy: Annotated[Strategy, Option(help="As mtp_strategy of generate.")] = Strategy.AUTO,
+    strategy: Annotated[Strategy, Option(help="Decoding strategy, as mtp_strategy of generate.")] = Strategy.AUTO,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
-    device: Annotated[str | None, Option(help="Device, such as cuda:0.")] = None,
+    device: Annotated[str | None, Option(help="Device, such as cuda:0. By default an accelerator, if any.")] = None,
 ) -> None:
     """Chat in the terminal. Tokens from the same forward pass have the same color.
 

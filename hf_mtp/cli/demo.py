@@ -35,7 +35,7 @@ def demo(
 
     quiet_hosts()
     loaded = Demo(DemoSettings(model, adapter, host, port, dtype))
-    typer.echo(f"{loaded.url} races {adapter or model}. Ctrl-C ends it.")
+    typer.echo(f"Racing {adapter or model} at {loaded.url}. Ctrl-C stops the server.")
     if browser:
         threading.Timer(1, webbrowser.open, [loaded.url]).start()  # once the server runs
     loaded.run()

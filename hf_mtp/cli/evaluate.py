@@ -20,11 +20,11 @@ def evaluate(
     suite: Annotated[
         str, Option(help="quick, paper, the name of a benchmark such as spec-bench, a file, or a dataset of the Hub.")
     ] = "quick",
-    k: Annotated[str | None, Option(help="Masks per block, separated by commas.")] = None,
+    k: Annotated[str | None, Option(help="Values of k (masks per block), separated by commas.")] = None,
     strategies: Annotated[str, Option(help="Strategies, separated by commas.")] = "auto,quadratic,linear",
-    batch_size: Annotated[int, Option(min=1, help="Prompts of one call.")] = 1,
-    limit: Annotated[int | None, Option(min=1, help="Most prompts of each domain.")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 128,
+    batch_size: Annotated[int, Option(min=1, help="Prompts per call of generate.")] = 1,
+    limit: Annotated[int | None, Option(min=1, help="Maximum number of prompts per domain.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of new tokens per answer.")] = 128,
     dtype: Annotated[
         str, Option(help="Dtype of the base, such as bfloat16; auto is that of the checkpoint.")
     ] = "auto",
@@ -76,9 +76,9 @@ def evaluate(
     if results.domains:
         say(f"Tokens per pass:\n\n{tokens_table(results)}\n", as_json)
     missing = "" if can_draw() else ", but no curves: matplotlib is not installed"
-    say(f"All figures are in {output}{missing}.", as_json)
+    say(f"All results are in {output}{missing}.", as_json)
     if not results.complete:
         typer.echo("Interrupted. Finished results are kept; run the same command to resume.", err=True)
         raise typer.Exit(INTERRUPTED)
     if card:
-        say(f"The results are in {write_card_section(results, folder)}, too.", as_json)
+        say(f"The results are also in {write_card_section(results, folder)}.", as_json)

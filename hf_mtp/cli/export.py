@@ -39,6 +39,8 @@ def export(
 ) -> None:
     """Convert an adapter for vLLM or to Uno's format, which SGLang reads, or from Uno's format.
 
+    The command only writes the new folder. Pass either --to or --from.
+
     Example:
 
         hf-mtp export out out-vllm --to vllm
@@ -55,10 +57,13 @@ def export(
 
     if to is Target.VLLM:
         folder = export_vllm(adapter, out, base, k)
-        typer.echo(f"{folder} is {adapter} for vLLM.")
+        typer.echo(f"Exported {adapter} for vLLM to {folder}.")
     elif to is Target.UNO:
         folder = export_uno(adapter, out, base)
-        typer.echo(f"{folder} is {adapter} in Uno's format, for SGLang: --speculative-algorithm UNO --uno-lora-path.")
+        typer.echo(f"Exported {adapter} in Uno's format to {folder}.")
+        typer.echo(f"Options of SGLang: --speculative-algorithm UNO --uno-lora-path {folder}")
     else:
         folder = import_uno(adapter, out, base, **({} if k is None else {"k": k}))
-        typer.echo(f"{folder} is {adapter} as an hf_mtp adapter. Try it: hf-mtp generate {folder} 'Your prompt'")
+        typer.echo(
+            f"Converted {adapter} to an hf_mtp adapter in {folder}. Try it: hf-mtp generate {folder} 'Your prompt'"
+        )

@@ -21,19 +21,21 @@ def generate(
     chat: Annotated[
         bool, Option("--chat", help="Apply the chat template, with the prompt as a user message.")
     ] = False,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens.")] = 256,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of new tokens.")] = 256,
     temperature: Annotated[float | None, Option(min=0, help="Sample at this temperature. Greedy by default.")] = None,
     top_p: Annotated[
         float | None, Option(min=0, max=1, help="Sample from the most likely tokens with this total probability.")
     ] = None,
-    seed: Annotated[int | None, Option(help="Seed of sampling.")] = None,
+    seed: Annotated[int | None, Option(help="Random seed for sampling.")] = None,
     plain: Annotated[bool, Option("--plain", help="One token per pass: the same text, slower.")] = False,
-    strategy: Annotated[Strategy, Option(help="As mtp_strategy of generate.")] = Strategy.AUTO,
+    strategy: Annotated[Strategy, Option(help="Decoding strategy, as mtp_strategy of generate.")] = Strategy.AUTO,
     as_json: Annotated[bool, Option("--json", help="Print a JSON document with the text and statistics.")] = False,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
-    device: Annotated[str | None, Option(help="Device, such as cuda:0.")] = None,
+    device: Annotated[str | None, Option(help="Device, such as cuda:0. By default an accelerator, if any.")] = None,
 ) -> None:
     """Continue a prompt. The text streams to stdout, and a line of statistics follows on stderr.
+
+    The prompt is an argument, a --file or stdin.
 
     Example:
 

@@ -14,8 +14,8 @@ def probe(
     model: Annotated[str, Argument(help="Hub id or folder of a base model, or of an adapter.")],
     adapter: Annotated[str | None, Option(help="Hub id or folder of the adapter, if the model is a base.")] = None,
     suite: Annotated[str, Option(help="A file of prompts, or the name of a suite.")] = "quick",
-    limit: Annotated[int, Option(min=1, help="Most prompts of each domain.")] = 2,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 64,
+    limit: Annotated[int, Option(min=1, help="Maximum number of prompts per domain.")] = 2,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of new tokens per answer.")] = 64,
     dtype: Annotated[
         str, Option(help="Dtype of the base, such as bfloat16; auto is that of the checkpoint.")
     ] = "auto",

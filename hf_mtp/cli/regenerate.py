@@ -21,9 +21,9 @@ def regenerate(
     split: Annotated[str, Option(help="Split of the dataset.")] = "train",
     rows: Annotated[int | None, Option(min=1, help="Number of rows to use, from the first. All by default.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Rows at a time, per process.")] = 16,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens per response.")] = 512,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of tokens per response.")] = 512,
     prompt_tokens: Annotated[
-        int | None, Option(min=1, help="For plain texts: how many tokens are the prompt.")
+        int | None, Option(min=1, help="For plain texts: number of tokens that form the prompt.")
     ] = None,
     do_sample: Annotated[bool, Option("--do-sample", help="Sample instead of decoding greedily.")] = False,
     temperature: Annotated[float | None, Option(help="With --do-sample, as in generate.")] = None,

@@ -40,19 +40,23 @@ def serve(
     adapter: Annotated[str, Argument(help="Hub id or folder of an adapter. Clients name it as the model.")],
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
-    strategy: Annotated[Strategy, Option(help="As mtp_strategy of generate.")] = Strategy.AUTO,
+    strategy: Annotated[Strategy, Option(help="Decoding strategy, as mtp_strategy of generate.")] = Strategy.AUTO,
     max_batch: Annotated[
         int, Option(min=1, help="Maximum number of requests in the batch. Further requests are queued.")
     ] = 16,
-    max_prompt_tokens: Annotated[int | None, Option(min=1, help="Longest prompt. By default the context.")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Longest response.")] = 4096,
-    max_body_bytes: Annotated[int, Option(min=1, help="Largest body of a request.")] = 2**21,
+    max_prompt_tokens: Annotated[
+        int | None, Option(min=1, help="Maximum length of a prompt. By default the context.")
+    ] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum length of a response.")] = 4096,
+    max_body_bytes: Annotated[int, Option(min=1, help="Maximum size of a request.")] = 2**21,
     shutdown_seconds: Annotated[int, Option(min=0, help="How long running requests may continue after Ctrl-C.")] = 30,
     dtype: Annotated[str, Option(help="Dtype of the weights, such as bfloat16.")] = "auto",
     device: Annotated[str, Option(help="Device, such as cuda:0. By default an accelerator, if any.")] = "auto",
-    log_level: Annotated[LogLevel, Option(help="Of uvicorn; info logs each request.")] = LogLevel.WARNING,
-    engine: Annotated[Engine, Option(help="What decodes: this process, or vLLM.")] = Engine.TRANSFORMERS,
-    vllm_python: Annotated[str, Option(help="Python of an environment with vLLM.")] = sys.executable,
+    log_level: Annotated[LogLevel, Option(help="Log level of uvicorn; info logs each request.")] = LogLevel.WARNING,
+    engine: Annotated[Engine, Option(help="Decode in this process, or in vLLM.")] = Engine.TRANSFORMERS,
+    vllm_python: Annotated[
+        str, Option(help="Python of an environment with vLLM.", show_default="this Python")
+    ] = sys.executable,
     vllm_options: Annotated[list[str] | None, Argument(help="Further options of vLLM, after --.")] = None,
 ) -> None:
     """Serve an adapter to OpenAI clients. Requests share one batch, and each gets the base model's own output.
@@ -103,5 +107,6 @@ def serve(
 
         logging.set_verbosity_error()  # the host warns of each request
     server = Server(settings)
-    typer.echo(f"{server.url} serves {adapter}" + ("" if settings.api_key else f", to anybody: {KEY} is not set"))
+    access = "" if settings.api_key else f" Anyone can use it, because {KEY} is not set."
+    typer.echo(f"Serving {adapter} at {server.url}.{access}")
     server.run()

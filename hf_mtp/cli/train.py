@@ -30,7 +30,7 @@ class UpgradeArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     k: int = field(
-        default=8, metadata={"help": "Number of mask tokens, the maximum number of drafts per forward pass."}
+        default=8, metadata={"help": "Masks per block: how many tokens beyond the next one the model predicts."}
     )
     r: int = field(default=128, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int | None = field(
@@ -49,8 +49,8 @@ def train(
     """Train an adapter. Every field of MTPConfig (an SFTConfig) is a flag, and --config reads flags from a YAML file.
 
     --model and --dataset are required. --k, --r, --lora_alpha, --masks and --no_sampler are those of GatedLoraConfig.
-    For several GPUs, use `accelerate launch -m hf_mtp.cli.train`. --resume_from_checkpoint true resumes from the
-    newest checkpoint.
+    --list-fields lists all flags. For several GPUs, use `accelerate launch -m hf_mtp.cli.train`.
+    --resume_from_checkpoint true resumes from the newest checkpoint.
 
     Example:
 

@@ -28,9 +28,9 @@ def verify(
         str, Option(help="Dtypes of the base, separated by commas; auto is that of the checkpoint.")
     ] = "auto",
     k: Annotated[int | None, Option(help="Masks per block. By default the adapter's k.")] = None,
-    batch_size: Annotated[int, Option(min=1, help="Prompts of one call.")] = 1,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most new tokens of an answer.")] = 64,
-    limit: Annotated[int, Option(min=1, help="Most prompts of each domain.")] = 2,
+    batch_size: Annotated[int, Option(min=1, help="Prompts per call of generate.")] = 1,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of new tokens per answer.")] = 64,
+    limit: Annotated[int, Option(min=1, help="Maximum number of prompts per domain.")] = 2,
     greedy_only: Annotated[bool, Option("--greedy-only", help="Do not compare sampling.")] = False,
     as_json: Annotated[
         Path | None,
@@ -120,4 +120,5 @@ def _shown(token: int | None, tokenizer) -> str:
 def _gap(one) -> str:
     if one.units is None:
         return ""
-    return f"; {one.units:g} units of rounding apart, {'a tie' if one.is_tie else 'NO tie'}"
+    unit = "unit" if one.units == 1 else "units"
+    return f"; {one.units:g} {unit} of rounding apart, {'a tie' if one.is_tie else 'NO tie'}"

@@ -73,13 +73,20 @@ def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> 
     return text if len(ids) <= count else _decode(ids[:count], tokenizer).rstrip("\ufffd")
 
 
-def encode_prompt(prompt: TextOrTurns, tokenizer: PreTrainedTokenizerBase, row: dict | None = None) -> list[int]:
+def encode_prompt(
+    prompt: TextOrTurns,
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict | None = None,
+    add_generation_prompt: bool = True,
+) -> list[int]:
     """Token ids of a prompt as TRL tokenizes it; an empty list for an empty prompt.
 
     Args:
         prompt (`str` or `list[dict]`): Text, or the turns of a conversation.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         row (`dict`, *optional*): The row it is from, for its `tools`, a list or its JSON, and `chat_template_kwargs`.
+        add_generation_prompt (`bool`, *optional*, defaults to `True`): Whether a response follows the turns of a
+            conversation. `False` if they contain it.
     """
     if not prompt:
         return []
@@ -89,7 +96,7 @@ def encode_prompt(prompt: TextOrTurns, tokenizer: PreTrainedTokenizerBase, row: 
     tools = row.get("tools")
     encoded = tokenizer.apply_chat_template(
         prompt,
-        add_generation_prompt=True,
+        add_generation_prompt=add_generation_prompt,
         tokenize=True,
         return_dict=True,
         tools=(json.loads(tools or "null") if isinstance(tools, str) else tools) or None,

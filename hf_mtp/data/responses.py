@@ -73,7 +73,7 @@ def regenerate_responses(
         output (`str` or `Path`):
             Folder for the result, JSON Lines that `load_dataset(output)` reads.
         batch_size (`int`, *optional*, defaults to `16`):
-            Rows answered at a time by each process.
+            Number of rows per batch and process.
         max_new_tokens (`int`, *optional*, defaults to `512`):
             Maximum length of a response.
         prompt_tokens (`int`, *optional*):
@@ -82,7 +82,8 @@ def regenerate_responses(
             Seed for sampling. Each batch has its own random numbers, so an interruption changes nothing. A different
             batch size or number of processes changes the responses.
         mtp (`bool`, *optional*, defaults to `False`):
-            Whether to use multi-token prediction, which needs an upgraded model. The responses stay the same.
+            Whether to use multi-token prediction, which needs an upgraded model. Greedy responses stay the same.
+            Sampled responses are other samples from the same distribution.
         do_sample (`bool`, *optional*, defaults to `False`):
             Whether to sample, with the settings of the model's generation config or `temperature`, `top_p` and so on.
         generate_kwargs:

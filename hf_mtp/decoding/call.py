@@ -28,7 +28,6 @@ from .checks import (
 )
 from .drafters.acceptance import SIBLINGS
 from .drafters.masks import MaskDrafter
-from .drafters.ngrams import NgramDrafter
 from .loop import DecodingLoop
 from .noise import PositionNoise, draw_seed
 from .prefill import read_texts
@@ -187,7 +186,7 @@ class GenerateCall:
         siblings = SIBLINGS if isinstance(schedule, AdaptiveSchedule) else 0
         drafters = [MaskDrafter(self.tuner, schedule.mask_acceptance, verifier.processors, siblings)]
         if isinstance(schedule, AdaptiveSchedule) and not is_static:  # fixed shapes have no room for these
-            drafters.append(NgramDrafter(schedule.ngram_rates))
+            drafters += schedule.lookups(self.tuner.active_mtp_config.ngrams)
         loop = DecodingLoop(
             self._forward(config), schedule, drafters, verifier, self.k, fixed_shape=is_static, statistics=statistics
         )

@@ -60,9 +60,9 @@ class GenerationMixin:
                 `"quadratic"` appends a whole block of masks to every draft, so that each pass has drafts to verify.
                 `"linear"` appends a block to the last draft only: passes are shorter, but after a rejected draft the
                 next pass has no drafts to verify. `"auto"` computes the masks that are worth their cost on this
-                machine, also drafts by prompt lookup, verifies second and third candidates where columns are cheap,
-                and falls back to plain decoding while that is faster. For models that do not support trees, such as
-                recurrent ones, `"auto"` is `"linear"`.
+                machine, also drafts by prompt lookup and from the adapter's n-gram table, verifies second and third
+                candidates where columns are cheap, and falls back to plain decoding while that is faster. For models
+                that do not support trees, such as recurrent ones, `"auto"` is `"linear"`.
             mtp_k (`int`, *optional*, defaults to the adapter's `k`):
                 Masks per block, which is the maximum number of drafts from masks per forward pass; at most the
                 adapter's `k`.

@@ -16,7 +16,8 @@ class MTPStatistics:
         tokens (`int`): New tokens returned.
         drafted (`int`): Drafts that were verified, alternatives included.
         accepted (`int`): Drafts that were accepted and returned.
-        looked_up (`int`): Accepted drafts that were n-grams of the text; the others came from masks.
+        looked_up (`int`): Accepted drafts that were looked up, in the text or in the adapter's n-gram table; the
+            others came from masks.
         drafted_per_position, accepted_per_position (`list[int]`): The same for the first, second ... token after a
             step's pending token.
         steps (`list[int]`): New tokens of each forward pass, in order, all rows together.

@@ -7,7 +7,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ..base.inspection import base_name
-from ..base.machine import describe_machine
+from ..base.machine import describe_machine, threads_in_words
 from ..pretrained import load_upgraded
 from ..serving.port import listen, url_of
 from .page import DEFAULT_TOKENS, STYLE, make_page
@@ -90,6 +90,4 @@ class Demo:
 
 def _machine() -> str:
     machine = describe_machine()
-    threads = machine["threads"]
-    cpu = f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''}"
-    return machine.get("accelerator", cpu)
+    return machine.get("accelerator", f"{machine['processor']}, {threads_in_words(machine)}")

@@ -29,7 +29,7 @@ The model `{name}` answers twice. Plain decoding writes one token per forward pa
 several tokens, and the model itself verifies them all in one pass. So the output is still that of the model."""
 FAIRNESS = """**A fair race.** Both sides share this machine ({machine}) and would slow each other down if they ran at
 the same time. So they take turns: after each forward pass, the side whose clock is behind continues. A clock runs only
-while its side computes, from the start of its call, prefill included. The bars advance as on two such machines, at
+while its side computes, from the start of its call, prefill included. So the bars advance as on two such machines, at
 about half the speed. Plain decoding is the base model's own `generate`, without the adapter."""
 WAITING, STOPPED = "Press “Race” to start.", "Stopped. Both columns show their progress so far."
 RACING = "Racing. Drafts appear with a dashed underline, and the next pass accepts or rejects them."
@@ -86,7 +86,7 @@ def _connect(track: RaceTrack, inputs: list[gr.components.Component], outputs: l
 
 
 def _prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
-    prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=3, max_lines=8, info="Shift+Enter starts the race, too.")
+    prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=3, max_lines=8, info="Shift+Enter also starts the race.")
     with gr.Row():
         start = gr.Button("Race", variant="primary", elem_id="race-start", min_width=80)
         stop = gr.Button("Stop", interactive=False, elem_id="race-stop", min_width=80)
@@ -96,11 +96,11 @@ def _prompt() -> tuple[gr.Textbox, gr.Button, gr.Button]:
 
 def _settings(track: RaceTrack) -> list[gr.components.Component]:
     """The controls, in the order of [`NAMES`] after the prompt."""
-    tokens = gr.Slider(16, MOST_TOKENS, DEFAULT_TOKENS, step=16, label="Most new tokens")
-    k = gr.Slider(1, track.k, track.k, step=1, label="Masks per block (k)", info="Most drafts from one block.")
+    tokens = gr.Slider(16, MOST_TOKENS, DEFAULT_TOKENS, step=16, label="Maximum new tokens")
+    k = gr.Slider(1, track.k, track.k, step=1, label="Masks per block (k)", info="How far ahead masks predict.")
     strategy = gr.Dropdown(list(STRATEGIES), value="auto", label="Strategy")
-    temperature = gr.Slider(0, HOTTEST, 0, step=0.1, label="Temperature", info="0 takes the likeliest token.")
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="With one seed, both sides sample one text.")
+    temperature = gr.Slider(0, HOTTEST, 0, step=0.1, label="Temperature", info="0 is greedy decoding.")
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, info="Both sides sample with this seed.")
     bitwise = gr.Checkbox(
         track.defaults("", DEFAULT_TOKENS).bitwise,
         label="Bit for bit",
@@ -109,7 +109,7 @@ def _settings(track: RaceTrack) -> list[gr.components.Component]:
         else "Not possible with this model on this device.",
         interactive=track.can_be_bitwise,
     )
-    slow = gr.Checkbox(False, label="Slow motion", info="Pauses after each pass. The clocks do not count it.")
+    slow = gr.Checkbox(False, label="Slow motion", info="Pauses after each pass. The clocks stop meanwhile.")
     return [tokens, k, strategy, temperature, seed, bitwise, slow]
 
 

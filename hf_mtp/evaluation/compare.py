@@ -95,7 +95,7 @@ def decode_both_ways(
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
         prompts (`list[torch.LongTensor]`): Each of shape `(1, T)`.
-        max_new_tokens (`int`): Most new tokens per answer.
+        max_new_tokens (`int`): Maximum number of new tokens per answer.
         on_prompt (`Callable`, *optional*): Called after each prompt.
         options: Further arguments of `generate`. Those that begin with `mtp_` are left out in plain decoding.
 

@@ -1,5 +1,7 @@
 """Parts of reports in Markdown. Knows nothing of what was measured."""
 
+from ..base.machine import threads_in_words
+
 
 def machine_line(machine: dict) -> str:
     """Processor, threads and versions.
@@ -8,7 +10,7 @@ def machine_line(machine: dict) -> str:
         machine (`dict`): As from [`~hf_mtp.base.machine.describe_machine`].
     """
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {versions}"
+    return f"{machine['processor']}, {threads_in_words(machine)}, Python {machine['python']}, {versions}"
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

@@ -75,7 +75,7 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
 
     Raises:
         TypeError: The argument is none of these.
-        OSError: There is no such Hub id or folder, or you may not read it.
+        OSError: There is no such Hub id or folder, or you have no access to it.
     """
     config = _config_of(model_or_config_or_id)
     report = SupportReport(config.model_type)

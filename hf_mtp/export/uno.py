@@ -86,7 +86,7 @@ def import_uno(adapter: str, folder: str | Path, base: str | None = None, k: int
         folder (`str` or `Path`): The new folder, empty or missing.
         base (`str`, *optional*): Hub id or folder of the base, if it is not the one that the adapter names. Only its
             config is read.
-        k (`int`, *optional*, defaults to 8): The most noise tokens per block, which Uno's files do not say.
+        k (`int`, *optional*, defaults to 8): Maximum number of noise tokens per block. Uno's files do not contain it.
 
     Returns:
         `Path`: The folder.

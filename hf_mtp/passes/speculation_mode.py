@@ -104,7 +104,7 @@ def speculation_mode(model: PreTrainedModel) -> SpeculationMode:
     """The best mode that a base model allows.
 
     Runs a few short passes, once per model and attention implementation: through the model itself, and through a tiny
-    random one of the same kind, whose windows are short enough to be exceeded. If only the model itself fails, perhaps
+    random one of the same type with short attention windows. If only the model itself fails, perhaps
     because memory ran out, the result is not kept for later calls.
 
     Args:

@@ -16,7 +16,6 @@ from ..cache.rollback import RollbackCache
 from ..decoding.batch import Batch
 from ..decoding.drafters.acceptance import SIBLINGS
 from ..decoding.drafters.masks import MaskDrafter
-from ..decoding.drafters.ngrams import NgramDrafter
 from ..decoding.loop import DecodingLoop
 from ..decoding.outcome import Outcome
 from ..decoding.schedule.adaptive import AdaptiveSchedule
@@ -41,7 +40,7 @@ class Engine:
     Args:
         tuner ([`GatedLoraTuner`]): The upgraded model.
         strategy (`str`, *optional*, defaults to `"auto"`): As `mtp_strategy` of `generate`.
-        max_rows (`int`, *optional*, defaults to 16): Most requests in the batch. Others wait.
+        max_rows (`int`, *optional*, defaults to 16): Maximum number of requests in the batch. Others wait.
         metrics ([`Metrics`], *optional*): Counts to add to.
     """
 
@@ -222,8 +221,8 @@ def _loop(tuner: GatedLoraTuner, strategy: str) -> DecodingLoop:
     schedule = AdaptiveSchedule(k) if is_auto else FixedSchedule(k, linear=strategy == "linear")
     masks = MaskDrafter(tuner, schedule.mask_acceptance, verifier.processors, SIBLINGS if is_auto else 0)
     masks.warpers = verifier.warp
-    drafters = [masks, NgramDrafter(schedule.ngram_rates)] if is_auto else [masks]
-    return DecodingLoop(DecodingPass(tuner), schedule, drafters, verifier, k)
+    lookups = schedule.lookups(tuner.active_mtp_config.ngrams) if is_auto else []
+    return DecodingLoop(DecodingPass(tuner), schedule, [masks, *lookups], verifier, k)
 
 
 def costs_of_rows(costs: PassCosts, rows: int) -> PassCosts:

@@ -15,7 +15,7 @@ class StopStrings:
         strings (`list[str]`): The stop strings. They do not belong to the text.
 
     Attributes:
-        found (`bool`): Whether a stop string came.
+        found (`bool`): Whether a stop string was found.
     """
 
     def __init__(self, strings: list[str]):
@@ -56,7 +56,7 @@ class TextStream:
     Args:
         tokenizer ([`~tokenizers.Tokenizer`]): Decodes; a character of several tokens comes with the last of them.
         stop (`list[str]`): Stop strings. A special token may be one, even if it has no text.
-        skip_special_tokens (`bool`): Whether special tokens are no text.
+        skip_special_tokens (`bool`): Whether to leave out special tokens.
 
     Attributes:
         tokens (`int`): Number of tokens up to the end of the text, the one that completes a stop string included.

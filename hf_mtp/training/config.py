@@ -42,7 +42,8 @@ class MTPConfig(SFTConfig):
 
         recipe (`str`, *optional*, defaults to `"default"`):
             Named set of loss weights and targets: `"default"`, or `"paper"` for those of Samragh et al., arXiv
-            2507.11851. The parameters below override single entries; those that are `None` keep the recipe's value.
+            2507.11851; see [`Recipe`]. The parameters below override single entries; those that are `None` keep the
+            recipe's value.
         targets (`str`, *optional*):
             What masks learn to predict: `"model"`, the base's most likely token, which a draft must match to be
             accepted; `"soft"`, the base's full distribution; or `"data"`, the token of the dataset.
@@ -134,7 +135,7 @@ class MTPConfig(SFTConfig):
         default=None, metadata={"help": "The same in evaluation; all tokens by default."}
     )
     masks_per_part: int = field(
-        default=1024, metadata={"help": "Number of mask tokens that go forward and backward at a time."}
+        default=1024, metadata={"help": "Number of mask tokens per forward and backward pass."}
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Whether to recompute layers in the backward pass."}

@@ -59,11 +59,11 @@ class MTPTrainer(WholeCheckpoints, SFTTrainer):
     and reports like [`~transformers.Trainer`]. Checkpoints hold the adapter, not the base. A process that is killed
     while it saves leaves no incomplete checkpoint.
 
-    Logs each loss (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each mask position
-    against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, in evaluation with the prefix
-    `eval_`. `eval_tokens_per_step` simulates quadratic decoding of the same text. In training, `tokens_per_step` is
-    the mean over steps from random tokens, which is larger, because decoding takes more steps in hard stretches than
-    in easy ones. In evaluation this mean is `eval_tokens_per_block`.
+    Logs each loss that has a weight (`loss_base`, `loss_sampler`, `loss_lcm`, `loss_auxiliary`), the accuracy of each
+    mask position against the base's own choice (`accuracy_1` ... `accuracy_k`) and `tokens_per_step`, in evaluation
+    with the prefix `eval_`. `eval_tokens_per_step` simulates quadratic decoding of the same text. In training,
+    `tokens_per_step` is the mean over steps from random tokens, which is larger, because decoding takes more steps in
+    hard stretches than in easy ones. In evaluation this mean is `eval_tokens_per_block`.
 
     Args:
         model ([`~peft.PeftModel`]):

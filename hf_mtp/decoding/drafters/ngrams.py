@@ -6,16 +6,12 @@ This is prompt lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-look
 import weakref
 from dataclasses import dataclass
 
-import torch
-
-from ..outcome import Outcome
 from ..sequence import Sequence
 from .acceptance import Rates, count_matching
-from .base import NO_TOKEN, Drafts
+from .lookup import Found, LookupDrafter
 
 LONGEST_INDEXED = 3  # tokens of the longest n-gram in the index
 LONGEST_MATCH = 8  # tokens to compare at a place; a longer match tells nothing more
-MOST_DRAFTS = 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class NgramIndex:
         return Match(length, tuple(found))
 
 
-class NgramDrafter:
+class NgramDrafter(LookupDrafter):
     """Drafts the tokens that followed the same n-gram before.
 
     Args:
@@ -76,38 +72,23 @@ class NgramDrafter:
     """
 
     def __init__(self, rates: Rates):
+        super().__init__()
         self.rates = rates
         self._indexes: weakref.WeakKeyDictionary[Sequence, NgramIndex] = weakref.WeakKeyDictionary()
         self._matches: weakref.WeakKeyDictionary[Sequence, Match] = weakref.WeakKeyDictionary()
 
-    def observe(self, outcome: Outcome) -> None:
-        """Compares the last matches with the new tokens, and adds these to the index."""
-        for sequence, tokens in zip(outcome.sequences, outcome.verified.tokens, strict=True):
-            if sequence not in self._indexes:
-                self._indexes[sequence] = NgramIndex(sequence.text)
-                continue
-            match = self._matches.get(sequence, Match())
-            compared = min(len(match.tokens), len(tokens))
-            self.rates.count(compared, count_matching(match.tokens, tokens), match.length - 1)
-            self._indexes[sequence].extend(tokens)
+    def learn(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Compares the last match with the new tokens, and adds these to the index."""
+        if sequence not in self._indexes:
+            self._indexes[sequence] = NgramIndex(sequence.text)
+            return
+        match = self._matches.pop(sequence, Match())
+        compared = min(len(match.tokens), len(tokens))
+        self.rates.count(compared, count_matching(match.tokens, tokens), match.length - 1)
+        self._indexes[sequence].extend(tokens)
 
-    def expect(self, outcome: Outcome) -> list[list[float]]:
-        """For each row, the probability that each possible draft is accepted if all before it are."""
-        for sequence in outcome.sequences:
-            wanted = min(MOST_DRAFTS, sequence.remaining_tokens - 1)
-            is_of_use = wanted > 0 and not sequence.is_finished
-            self._matches[sequence] = self._indexes[sequence].match(wanted) if is_of_use else Match()
-        return [self._confidences(self._matches[sequence]) for sequence in outcome.sequences]
-
-    def propose(self, outcome: Outcome, counts: list[int]) -> Drafts:
-        """Makes `counts` drafts for each row from the last matches."""
-        longest, device = max(counts), outcome.verified.pending_B.device
-        tokens, confidences = [], []
-        for sequence, count in zip(outcome.sequences, counts, strict=True):
-            match, short = self._matches[sequence], longest - count
-            tokens.append([*match.tokens[:count], *[NO_TOKEN] * short])
-            confidences.append([*self._confidences(match)[:count], *[0.0] * short])
-        return Drafts(torch.tensor(tokens, device=device), torch.tensor(confidences, device=device))
-
-    def _confidences(self, match: Match) -> list[float]:
-        return [self.rates.rate(match.length - 1 + place) for place in range(len(match.tokens))]
+    def look_up(self, sequence: Sequence, count: int) -> Found:
+        """What followed the longest n-gram at the end of a row's text."""
+        match = self._matches[sequence] = self._indexes[sequence].match(count)
+        rates = [self.rates.rate(match.length - 1 + place) for place in range(len(match.tokens))]
+        return Found(list(match.tokens), rates)

@@ -8,9 +8,13 @@ Shapes: B batch, K drafts, k masks per block.
 
 import torch
 
+from ...adapter.ngram_table import NgramTable
 from ...layout.mask_plan import MaskPlan, choose_masks, landing_probability, mask_values, no_masks
-from ..drafters.acceptance import MaskAcceptance, Rates
+from ..drafters.acceptance import Calibration, MaskAcceptance, Rates
 from ..drafters.base import NO_TOKEN, Drafts
+from ..drafters.lookup import LookupDrafter
+from ..drafters.ngrams import NgramDrafter
+from ..drafters.table import TableDrafter
 from ..outcome import MASK_DRAFTER, Origin, Outcome
 from .candidates import CandidateTree, RankedCandidates
 from .columns import MOST_DRAFTS, Columns, fixed_columns, masked_columns, plain_columns
@@ -32,7 +36,8 @@ class AdaptiveSchedule:
         fixed_budget (`int`, *optional*): The only number of masks to choose, besides none.
 
     Attributes:
-        mask_acceptance ([`MaskAcceptance`]), ngram_rates ([`Rates`]): Acceptance rates, which the drafters update.
+        mask_acceptance ([`MaskAcceptance`]), ngram_rates ([`Rates`]), table_calibration ([`Calibration`]): Acceptance
+            rates, which the drafters update.
         costs ([`PassCosts`] or `None`): Measured when the model first decodes with this schedule.
         masks (`int`): Masks of the next pass.
     """
@@ -47,10 +52,20 @@ class AdaptiveSchedule:
     def __init__(self, k: int, fixed_budget: int | None = None):
         self.k, self.fixed_budget, self.costs = k, fixed_budget, None
         self.mask_acceptance, self.ngram_rates = MaskAcceptance(k), Rates(NGRAM_PRIORS)
+        self.table_calibration = Calibration()
         self.masks = fixed_budget or k
         self.trial, self.resting = self.TRIAL, 0  # remaining passes with masks on trial, and without masks
         self.credit = 0.0  # cost that trials may lose
         self.tokens = self.cost = 5.0  # of the last passes, per row, as running sums
+
+    def lookups(self, table: NgramTable | None) -> list[LookupDrafter]:
+        """Drafters that need no masks, for one call. What they learn stays with the schedule.
+
+        Args:
+            table ([`NgramTable`], *optional*): The adapter's n-gram table.
+        """
+        tables = [TableDrafter(table, self.table_calibration)] if table is not None else []
+        return [NgramDrafter(self.ngram_rates), *tables]
 
     # ---------------------------------------------------------------- choices
 

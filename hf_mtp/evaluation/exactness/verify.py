@@ -57,8 +57,8 @@ class VerifyReport:
 
     Args:
         dtype (`str`): Dtype of the base's weights.
-        batch_size (`int`): Most prompts of a call.
-        max_new_tokens (`int`): Most new tokens of an answer.
+        batch_size (`int`): Maximum number of prompts per call.
+        max_new_tokens (`int`): Maximum number of new tokens per answer.
         comparisons (`list[Comparison]`): One for each method, greedy and sampled.
         p_value (`float`, *optional*): Of the two-sample test of sampled texts. `None` without sampling.
         left_out (`dict[str, str]`): Prompts that the model cannot answer, and why.
@@ -112,9 +112,9 @@ def verify(
         prompts ([`Suite`] or `str`, *optional*, defaults to `"quick"`): The prompts, or the name of a suite.
         strategies (`Sequence[str]`, *optional*): Values of `mtp_strategy`; all three by default.
         k (`int`, *optional*): Value of `mtp_k`; the adapter's k by default.
-        batch_size (`int`, *optional*, defaults to 1): Prompts of one call of `generate`.
-        max_new_tokens (`int`, *optional*, defaults to 64): Most new tokens of an answer.
-        limit (`int`, *optional*, defaults to 2): Most prompts of each domain; all if `None`.
+        batch_size (`int`, *optional*, defaults to 1): Prompts per call of `generate`.
+        max_new_tokens (`int`, *optional*, defaults to 64): Maximum number of new tokens per answer.
+        limit (`int`, *optional*, defaults to 2): Maximum number of prompts per domain; all if `None`.
         sampling (`bool`, *optional*, defaults to `True`): Whether to compare sampling, too.
 
     Returns:

@@ -53,7 +53,7 @@ def heatmap(results: ProbeResults) -> "Figure":
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade, fontsize=8)
     axes.set_xticks(range(len(positions)), positions)
     axes.set_yticks(range(len(medians)), list(results.summaries))
-    axes.set_xlabel("position: the token so many after the next one")
+    axes.set_xlabel("position (1 is the token after the next one)")
     axes.set_title("Median rank of the true future token", loc="left", fontweight="bold")
     return figure
 
@@ -74,7 +74,7 @@ def histogram(results: ProbeResults) -> "Figure":
 def _draw_shares(axes: "Axes", results: ProbeResults) -> None:
     from matplotlib import colormaps
 
-    style(axes, "True future tokens among the likeliest n", "share of tokens, all positions; dashed: the base alone")
+    style(axes, "True future tokens among the n most likely", "share of tokens, all positions; dashed: the base alone")
     for top in TOPS:
         axes.axvline(top, color=GREY, linewidth=0.8, linestyle=":")
     for number, source in enumerate(results.summaries):

@@ -56,8 +56,8 @@ def probe(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         suite ([`Suite`] or `str`, *optional*, defaults to `"quick"`): The prompts, or the name of a suite as for
             [`load_suite`].
-        max_new_tokens (`int`, *optional*, defaults to 64): Most tokens of an answer.
-        limit (`int`, *optional*, defaults to 2): Most prompts of each domain; all if `None`.
+        max_new_tokens (`int`, *optional*, defaults to 64): Maximum number of new tokens per answer.
+        limit (`int`, *optional*, defaults to 2): Maximum number of prompts per domain; all if `None`.
         output (`str` or `Path`, *optional*): Folder for `probe.json`. Nothing is written if `None`.
 
     Returns:

@@ -76,9 +76,9 @@ def papers_claim(results: ProbeResults) -> str:
     """
     pooled = {source: row[ALL] for source, row in results.summaries.items()}
     best = max(results.placeholders, key=lambda source: pooled[source].top_200)
-    found = [f"{pooled[best].top_200:.0%} are in the top 200 at the best placeholder ({best})"]
+    found = [f"{pooled[best].top_200:.0%} are in the top 200 at the best placeholder (“{best}”)"]
     found += [
-        f"{row.top_10:.0%} in the top 10 at {source}"
+        f"{row.top_10:.0%} in the top 10 at “{source}”"
         for source, row in pooled.items()
         if source not in results.placeholders
     ]

@@ -51,10 +51,10 @@ def token_ranks(
 
 @dataclass
 class RankSummary:
-    """Ranks of one source of guesses, at one position or at all of them.
+    """Ranks of one source of predictions, at one position or at all of them.
 
     Args:
-        tokens (`int`): Number of guesses.
+        tokens (`int`): Number of predictions.
         median (`float`): Median rank.
         top_1, top_10, top_200 (`float`): The share of true tokens among the 1, 10 and 200 most likely.
     """
@@ -107,7 +107,7 @@ class ProbeSettings:
         device (`str`): Device of the base's embeddings.
         suite (`dict`): `name`, `fingerprint` and number of `prompts`.
         k (`int`): Positions of each block.
-        max_new_tokens (`int`): Most tokens of an answer.
+        max_new_tokens (`int`): Maximum number of new tokens per answer.
         machine (`dict`): Processor, threads, accelerator, Python and versions of libraries.
     """
 

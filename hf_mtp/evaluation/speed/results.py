@@ -101,7 +101,7 @@ class Summary:
 
 @dataclass
 class Settings:
-    """What was measured. Two runs with the same settings on the same machine can be one.
+    """What was measured. A run can resume an earlier one only if all settings are equal.
 
     Args:
         model (`str`): Hub id of the base, or the name of its folder.
@@ -110,8 +110,8 @@ class Settings:
         device (`str`): Device of the base's embeddings.
         suite (`dict`): `name`, `fingerprint` and number of `prompts`.
         methods (`list[dict]`): `name`, `strategy` and `k` of each decoding method.
-        batch_size (`int`): Most prompts of a call.
-        max_new_tokens (`int`): Most new tokens of an answer.
+        batch_size (`int`): Maximum number of prompts per call.
+        max_new_tokens (`int`): Maximum number of new tokens per answer.
         machine (`dict`): Processor, threads, accelerator, Python and versions of libraries.
     """
 

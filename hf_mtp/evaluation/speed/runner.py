@@ -51,9 +51,9 @@ def evaluate(
         strategies (`Sequence[str]`, *optional*): Values of `mtp_strategy`; all three by default.
         k (`Sequence[int]`, *optional*): Values of `mtp_k`, for every strategy. By default the adapter's k, and for
             `"quadratic"` also 1, 4 and 8, the paper's, as far as they are smaller.
-        batch_size (`int`, *optional*, defaults to 1): Prompts of one call of `generate`, all of one domain.
-        max_new_tokens (`int`, *optional*, defaults to 128): Most new tokens of an answer.
-        limit (`int`, *optional*): Most prompts of each domain.
+        batch_size (`int`, *optional*, defaults to 1): Prompts per call of `generate`, all of one domain.
+        max_new_tokens (`int`, *optional*, defaults to 128): Maximum number of new tokens per answer.
+        limit (`int`, *optional*): Maximum number of prompts per domain.
         output (`str` or `Path`, *optional*): Folder for `results.json`. Nothing is written if `None`.
 
     Returns:

@@ -35,7 +35,7 @@ def encode_prompts(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's. Without a chat template, a conversation is
             the text of its turns.
         config ([`~transformers.PreTrainedConfig`]): The model's, for the length of its context.
-        max_new_tokens (`int`): Most new tokens of an answer.
+        max_new_tokens (`int`): Maximum number of new tokens per answer.
 
     Returns:
         The prompts, and for each one that was left out the reason, by name.

@@ -84,7 +84,7 @@ def load_suite(name: str, limit: int | None = None, data: Path | None = None) ->
             `"gsm8k"`, `"humaneval"`, `"alpacaeval"`, `"ifeval"`, `"mt-bench"`, `"xstest"`, `"spec-bench"`,
             `"speed-bench"`; `"paper"`, the benchmarks of arXiv 2507.11851; a file; or a dataset of the Hub with a
             column `prompt`, as `"owner/name"`, `"owner/name:split"` or `"owner/name:config:split"`.
-        limit (`int`, *optional*): Most prompts of each domain, taken at equal distances.
+        limit (`int`, *optional*): Maximum number of prompts per domain, taken at equal distances.
         data (`Path`, *optional*): A folder with local copies of benchmarks, such as `gsm8k.jsonl`, in their own
             columns. They take the place of the Hub.
 

@@ -106,7 +106,9 @@ def _draw_tokens_per_step(axes: "Axes", log_history: list[dict]) -> None:
 
     decoded = points_of(DECODED, log_history)
     style(
-        axes, "Tokens per step", "computed on the text" + "; diamonds: measured while decoding prompts" * bool(decoded)
+        axes,
+        "Tokens per step",
+        "estimated on the text, without decoding" + "; diamonds: measured by decoding prompts" * bool(decoded),
     )
     axes.set_ylabel("tokens per forward pass")
     axes.plot(decoded.keys(), decoded.values(), "D", color=COLOURS[1], markersize=6)
@@ -124,7 +126,9 @@ def _draw_accuracies(axes: "Axes", log_history: list[dict]) -> None:
     k = max(int(name.removeprefix("accuracy_")) for name in logged if name.startswith("accuracy_"))
     shades = [colormaps["viridis"](0.85 * position / max(k - 1, 1)) for position in range(k)]
     style(
-        axes, "Accuracy of each mask", "share of masks whose likeliest token is the base's own, by place in the block"
+        axes,
+        "Accuracy of each mask",
+        "share of masks whose most likely token is the base's own, by position in the block",
     )
     axes.set_ylabel("accuracy")
     every = -(-k // MAX_LABELS)
