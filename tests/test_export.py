@@ -486,6 +486,23 @@ def test_a_new_folder_has_the_name_at_the_end_only(tmp_path):
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"]
 
 
+@pytest.mark.parametrize("kind", ["the current one", "a link", "a link to nothing"])
+def test_an_empty_folder_stays_the_folder_that_it_is(tmp_path, monkeypatch, kind):
+    (tmp_path / "real").mkdir()
+    given = tmp_path / "link"
+    given.symlink_to(tmp_path / ("nothing" if kind == "a link to nothing" else "real"))
+    if kind == "the current one":
+        monkeypatch.chdir(tmp_path / "real")
+        given = "."
+    with new_folder(given) as draft:
+        for name in ("adapter_config.json", "file"):
+            (draft / name).write_text("x")
+    found = sorted(path.name for path in Path(given).iterdir())  # of the very folder that a shell is in
+    assert found == ["adapter_config.json", "file"]
+    with pytest.raises(FileExistsError), new_folder(given):
+        pass
+
+
 # ---------------------------------------------------------------- the command
 
 

@@ -36,7 +36,7 @@ decoding.schedule: base costs candidates columns fixed adaptive store
 decoding: statistics processors batch verification verifier loop prefill prompt checks devices streaming call generate
 : model registration pretrained attached
 export: files fit plain_lora vllm uno
-serving: text rules request metrics serial engine limits messages choices fields
+serving: text rules request metrics serial engine limits messages choices response_events fields
 serving: manager handlers middleware port server
 serving.vllm: adapter arguments schedule drafter scheduler runner guard worker
 serving: vllm_server

@@ -450,7 +450,7 @@ BAD = {
         {"stream": True, "extra_body": {"stop": ["x", 5]}},
         "`stop` must be a string or a list",
     ),
-    "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "cannot be read"),
+    "a config that is no JSON": ({"extra_body": {"generation_config": "{"}}, "must be the JSON text of an object"),
     "a bias of no token": ({"logit_bias": {"257": 1}}, "`logit_bias` takes token ids from 0 to 256, but got '257'"),
     "a bias that is no number": ({"logit_bias": {"66": "x"}}, "`logit_bias[66]` must be a number from -100 to 100"),
     "biases in a list": ({"extra_body": {"logit_bias": [66]}}, "`logit_bias` must be an object of token ids"),
@@ -497,7 +497,7 @@ def test_responses_refuse_what_they_would_ignore(client, adapter, field):
 
 def test_fields_that_change_nothing_are_accepted(client, adapter):
     neutral = {"text": {"format": {"type": "text"}}, "background": False, "include": [], "store": False}
-    assert client.responses.create(model=adapter, input="x", max_output_tokens=4, **neutral).status == "completed"
+    assert client.responses.create(model=adapter, input="x", max_output_tokens=4, **neutral).output_text
     neutral = {"logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}}
     assert complete(client, adapter, "x", **neutral).choices
 
@@ -551,6 +551,8 @@ def test_requests_need_the_key(adapter):
         with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
             openai.OpenAI(base_url=server.url, api_key="other", max_retries=0).models.list()
         assert openai.OpenAI(base_url=server.url, api_key="s3cret").models.list().data[0].id == adapter
+        for header, status in (("bearer  s3cret", 200), ("Basic s3cret", 401), ("Bearer", 401), ("s3cret", 401)):
+            assert httpx.get(root + "/v1/models", headers={"Authorization": header}).status_code == status
 
 
 def test_metrics_count_what_happened(client, server, adapter):

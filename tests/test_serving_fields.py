@@ -57,6 +57,21 @@ ANSWERS = {
     "a call": (f"Hi {CALL}", None, ("Hi", "", [("f", '{"x": 1}')], "tool_calls")),
     "a call that is cut": ('Hi <tool_call>{"name": "f', None, ('Hi <tool_call>{"name": "f', "", [], "length")),
     "a call with a stop string": ('<tool_call>{"name": 1}', "1", ('<tool_call>{"name": ', "", [], "stop")),
+    "a call without arguments": (
+        '<tool_call>{"name": "f", "arguments": null}</tool_call>',
+        None,
+        ("", "", [("f", "{}")], "tool_calls"),
+    ),
+    "a call of a number": (
+        'Hi <tool_call>{"name": 5, "arguments": {}}</tool_call>',
+        None,
+        ('Hi <tool_call>{"name": 5, "arguments": {}}</tool_call>', "", [], "length"),
+    ),
+    "arguments that are no object": (
+        '<tool_call>{"name": "f", "arguments": "x"}</tool_call>',
+        None,
+        ('<tool_call>{"name": "f", "arguments": "x"}</tool_call>', "", [], "length"),
+    ),
     "a call that is no JSON": (
         "Hi <tool_call>{f}</tool_call>!",
         None,
@@ -155,3 +170,61 @@ def test_a_client_that_goes_away_leaves_the_batch(client, server, adapter):
         wait_until(lambda: counts(server).get("hf_mtp_requests_totalcancelled", 0) == before + 1)
     finally:
         del server.state.manager._engine.loop.step
+
+
+RESPONSES = {
+    "a text": ("Hello", [("message", "Hello")]),
+    "a call": (CALL, [("function_call", '{"x": 1}')]),
+    "a call behind a text": (f"Hi {CALL}", [("message", "Hi"), ("function_call", '{"x": 1}')]),
+    "a call between texts": (f"a{CALL}b", [("message", "a"), ("function_call", '{"x": 1}'), ("message", "b")]),
+    "a thought": ("<think>hm</think>Hi", [("reasoning", "hm"), ("message", "Hi")]),
+    "a thought alone": ("<think>hm hm", [("reasoning", "hm hm")]),
+    "a thought within a text": ("a<think>b</think>c", [("message", "ac"), ("reasoning", "b")]),
+}
+
+
+def items_of(output) -> list[tuple[str, str]]:
+    return [
+        (item.type, item.content[0].text if item.content else "")
+        if item.type != "function_call"
+        else (item.type, item.arguments)
+        for item in output
+    ]
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+@pytest.mark.parametrize("kind", RESPONSES)
+def test_items_of_responses_have_numbers_of_their_own_and_a_status(client, server, adapter, kind, is_cut):
+    text, items = RESPONSES[kind]
+    settings = saying(server, text if is_cut else f"{text}~")
+    request = {"model": adapter, "input": "x", "temperature": 0, "max_output_tokens": settings.pop("max_tokens")}
+    if not is_cut:
+        settings["extra_body"]["generation_config"] = json.dumps(
+            {**json.loads(settings["extra_body"]["generation_config"]), "stop_strings": ["~"]}
+        )
+    with client.responses.stream(**request, **settings) as stream:  # which refuses a number that comes twice
+        events = list(stream)
+    last, whole = events[-1], client.responses.create(**request, **settings)
+    assert [event.sequence_number for event in events if hasattr(event, "sequence_number")] == list(range(len(events)))
+    assert last.type == ("response.incomplete" if is_cut else "response.completed")
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    for response in (last.response, whole):
+        assert response.status == ("incomplete" if is_cut else "completed")
+        assert (response.incomplete_details and response.incomplete_details.reason) == (
+            "max_output_tokens" if is_cut else None
+        )
+        assert items_of(response.output) == items
+        assert sorted(items_of(done)) == sorted(items)
+        is_open = is_cut and done[-1].type != "function_call"
+        statuses = ["completed"] * (len(items) - 1) + ["incomplete" if is_open else "completed"]
+        assert [item.status for item in done] == statuses
+        assert {item.type: item.status for item in response.output} == {item.type: item.status for item in done}
+        assert len({item.id for item in response.output}) == len(items)
+
+
+def test_a_response_can_be_sent_back(client, server, adapter):
+    settings = saying(server, "<think>hm</think>Hi")
+    settings["max_output_tokens"] = settings.pop("max_tokens")
+    first = client.responses.create(model=adapter, input="x", temperature=0, **settings)
+    turns = [{"role": "user", "content": "x"}, *first.output, {"role": "user", "content": "y"}]
+    assert client.responses.create(model=adapter, input=turns, max_output_tokens=4).output

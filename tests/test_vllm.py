@@ -213,3 +213,6 @@ def test_wrong_usage_of_the_server(folder):
     with pytest.raises(ImportError, match="has no vllm.*pip install --no-deps hf_mtp.*--vllm-python"):
         serve_with_vllm(VllmSettings(folder))
     assert "--engine vllm" in run("serve", folder, "--", "--enforce-eager", code=2).output
+    for option, value in (("--max-new-tokens", "9"), ("--device", "cpu"), ("--log-level", "info")):
+        said = run("serve", folder, "--engine", "vllm", option, value, code=2).output
+        assert option in said and "would be ignored with --engine vllm" in " ".join(said.split())

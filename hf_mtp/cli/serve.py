@@ -12,6 +12,8 @@ from .strategy import Strategy
 from .verb import verb
 
 KEY = "HF_MTP_API_KEY"
+# Options that vLLM's server does not have, or has under other names and with other meanings.
+NOT_OF_VLLM = ("max_prompt_tokens", "max_new_tokens", "max_body_bytes", "shutdown_seconds", "device", "log_level")
 
 
 class Engine(str, Enum):
@@ -34,6 +36,7 @@ class LogLevel(str, Enum):
 
 @verb
 def serve(
+    context: typer.Context,
     adapter: Annotated[str, Argument(help="Hub id or folder of an adapter. Clients name it as the model.")],
     host: Annotated[str, Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
@@ -67,6 +70,10 @@ def serve(
         hf-mtp serve me/my-model-mtp --engine vllm --vllm-python vllm/bin/python -- --tensor-parallel-size 2
     """
     if engine is Engine.VLLM:
+        given = [name for name in NOT_OF_VLLM if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise typer.BadParameter(f"{names} would be ignored with --engine vllm. Pass options of vLLM after --.")
         from ..serving.vllm_server import VllmSettings, serve_with_vllm
 
         key, options = os.environ.get(KEY), vllm_options or []

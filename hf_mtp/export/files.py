@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftConfig
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 
 from ..adapter.config import GatedLoraConfig
 from ..adapter.loading import refuse_without_weights
@@ -63,7 +63,9 @@ def read_adapter(name: str) -> AdapterFiles:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A context with a hidden folder to write to, which is renamed to `folder` at the end, unless the body raises.
+    """A context with a hidden folder to write to, which becomes `folder` at the end, unless the body raises.
+
+    An empty folder stays the folder that it is: it may be the current one of a shell, a link or a mounted volume.
 
     Args:
         folder (`str` or `Path`): Must be empty or missing.
@@ -71,17 +73,22 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: It is a file, or a folder that holds something.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = Path(folder).resolve()
+    exists = folder.exists()
+    if exists and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists and is not an empty folder, and existing files are never overwritten. Choose another "
             "folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
+    with TemporaryDirectory(dir=folder if exists else folder.parent, prefix=f".{folder.name}.") as parent:
         temporary = Path(parent, folder.name)
         temporary.mkdir()
         yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        if not exists:
+            temporary.rename(folder)
+            return
+        for path in sorted(
+            temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME
+        ):  # which makes it an adapter
+            path.rename(folder / path.name)

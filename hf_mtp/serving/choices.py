@@ -25,7 +25,7 @@ async def with_openai_errors(stream: AsyncGenerator[str, None]) -> AsyncGenerato
             before, mark, error = text.partition(ERROR)  # within a text, the quotes would be escaped
             if mark:
                 message = json.loads(error.strip().removesuffix("}"))
-                text = f"{before}{EVENT}{json.dumps({'error': {'message': message, 'type': 'server_error'}})}\n\n"
+                text = before + as_event({"error": {"message": message, "type": "server_error"}})
             yield text
 
 
@@ -53,7 +53,7 @@ async def whole_chat(stream: AsyncGenerator[str, None]) -> dict:
         HTTPException: 500, if the stream ends with an error.
     """
     message, texts = {"role": "assistant"}, {"content": "", "reasoning_content": ""}
-    async for chunk in _chunks(stream):
+    async for chunk in events_of(stream):
         if "error" in chunk:
             raise HTTPException(status_code=500, detail=chunk["error"]["message"])
         choice = chunk["choices"][0]
@@ -70,17 +70,31 @@ async def whole_chat(stream: AsyncGenerator[str, None]) -> dict:
 
 async def whole_response(stream: AsyncGenerator[str, None]) -> dict:
     """One response of the events of `/v1/responses`. Arguments and errors are those of [`whole_chat`]."""
-    async for event in _chunks(stream):
+    async for event in events_of(stream):
         if event["type"] == "error":
             raise HTTPException(status_code=500, detail=event["message"])
     return event["response"]
 
 
-async def _chunks(stream: AsyncGenerator[str, None]) -> AsyncGenerator[dict, None]:
+async def events_of(stream: AsyncGenerator[str, None]) -> AsyncGenerator[dict, None]:
+    """The events of a stream, read.
+
+    Args:
+        stream (`AsyncGenerator[str, None]`): Events of a handler of the host.
+    """
     async with aclosing(stream):
         async for text in stream:
             for event in text.strip().split("\n\n"):
                 yield json.loads(event.removeprefix(EVENT))
+
+
+def as_event(event: dict) -> str:
+    """An event as text of a stream.
+
+    Args:
+        event (`dict`): The event.
+    """
+    return f"{EVENT}{json.dumps(event)}\n\n"
 
 
 def joined(responses: list[JSONResponse]) -> JSONResponse:
@@ -117,7 +131,7 @@ async def _merged_events(streams: list[AsyncGenerator[str, None]]) -> AsyncGener
                 usages.append(chunk.pop("usage"))
             if len(usages) == len(streams):
                 chunk["usage"] = _total(usages)
-            yield f"{EVENT}{json.dumps(chunk)}\n\n"
+            yield as_event(chunk)
             if "error" in chunk:
                 return
     finally:  # the client may have gone; a stream that is cancelled takes its row out of the batch
@@ -129,7 +143,7 @@ async def _merged_events(streams: list[AsyncGenerator[str, None]]) -> AsyncGener
 async def _read(stream: AsyncGenerator[str, None], index: int, queue: asyncio.Queue) -> None:
     """Passes on the chunks of one choice, under its number."""
     try:
-        async for chunk in _chunks(stream):
+        async for chunk in events_of(stream):
             for choice in chunk.get("choices", ()):
                 choice["index"] = index
             queue.put_nowait(chunk)

@@ -3,10 +3,11 @@
 A text that ends within a tool call, or in which a call is not valid, stays text. The parser alone raises an error.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable
 
-from transformers.cli.serving.utils import response_events_to_chunks
+from transformers.cli.serving.utils import ToolCall, response_events_to_chunks
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -63,7 +64,7 @@ class FieldStream:
         if not self._is_broken:
             try:
                 events = parse()
-                items = response_events_to_chunks(events)
+                items = [_checked(item) for item in response_events_to_chunks(events)]
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 logger.info("A field of the response cannot be read: %s", error)
                 self._is_broken = True
@@ -87,3 +88,17 @@ class FieldStream:
                 passed_on = passed_on[1:]
             if passed_on and not is_part:
                 self._unread = self._unread.partition(passed_on)[2]
+
+
+def _checked(item):
+    """A part of a response; of a tool call, with arguments that clients can read. They read `null` as no object.
+
+    Raises:
+        ValueError: It is a tool call without a name, or whose arguments are no object.
+    """
+    if not isinstance(item, ToolCall):
+        return item
+    arguments = json.loads(item.arguments)
+    if not isinstance(item.name, str) or not isinstance(arguments, dict | None):
+        raise ValueError(f"{item} is no call of a function.")
+    return item if arguments is not None else ToolCall(item.name, "{}")

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import Modality
 from transformers.utils import logging
 
 from .choices import joined, merged, whole_chat, whole_response, with_last_event, with_openai_errors
@@ -20,14 +21,19 @@ from .limits import (
     NEUTRAL_IN_RESPONSES,
     Limits,
     bad_request,
+    check_generation_config,
     number,
+    penalty,
     refuse_ignored_fields,
     refuse_no_text,
+    refuse_other_tools,
     refuse_template_arguments,
     token_biases,
+    truth,
     whole_number,
 )
-from .messages import check_messages, load_images
+from .messages import check_messages, load_images, template_messages, with_instructions
+from .response_events import as_documented
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +41,7 @@ HOTTEST = 2  # as OpenAI's
 # Not fields that clients can send: which of the choices for one prompt a request asks for, and whether its text is
 # passed on at the end only.
 NUMBER, WHOLE = "number", "whole"
+CONFIG = "config"  # where a request of `/v1/responses` keeps its settings once they are known
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # one name per endpoint and age
 
 
@@ -59,7 +66,9 @@ class CheckedHandler:
         Raises:
             HTTPException: 400 or 422, for a request that cannot be answered as it asks.
         """
-        body = {"stream": False, **body}  # the default of OpenAI, not of every handler
+        empty = {name for name, value in body.items() if value is None or (name, value) == ("tools", [])}
+        body = {name: value for name, value in body.items() if name not in empty}  # as if they were left out
+        body["stream"] = truth(body, "stream")  # the default of OpenAI, not of every handler
         refuse_ignored_fields(body, self.neutral)
         choices = whole_number(body, "n", 1, self.limits.choices) or 1
         whole_number(body, "seed", -(2**63), 2**64 - 1)
@@ -67,8 +76,11 @@ class CheckedHandler:
         number(body, "top_p", 0, 1)
         for name in LENGTHS:
             whole_number(body, name, 1, self.limits.new_tokens)
+        penalty(body)
         refuse_no_text(body, "stop")
         refuse_template_arguments(body)
+        refuse_other_tools(body, self.template)
+        check_generation_config(body)
         check_messages(body, self.model_manager.takes_images)
         super()._validate_request(body)  # before there is a field of our own in it
         await load_images(body)
@@ -76,6 +88,23 @@ class CheckedHandler:
         if isinstance(response, StreamingResponse):
             response.body_iterator = with_last_event(response.body_iterator, self.last_event)
         return response
+
+    @property
+    def joins_stream(self) -> bool:
+        """Whether a response that is not streamed is made of a stream.
+
+        The host would look for fields in the tokens, with those of a stop string, and fail if a tool call was cut.
+        """
+        return self.whole is not None and self.model_manager.finds_fields
+
+    def get_processor_inputs_from_messages(self, messages: list[dict], modality: Modality) -> list[dict]:
+        """The messages as the chat template reads them. Arguments are those of the host's handler."""
+        return template_messages(messages, modality, self.template)
+
+    @property
+    def template(self) -> str:
+        """The chat template, or all of several."""
+        return str(self.model_manager.chat_template)
 
     async def _answer_all(self, body: dict, choices: int, request_id: str):
         if choices == 1:
@@ -85,9 +114,8 @@ class CheckedHandler:
         return merged(responses) if body["stream"] else joined(responses)
 
     async def _answer(self, body: dict, request_id: str):
-        if self.whole is None or body["stream"] or not self.model_manager.finds_fields:
+        if body["stream"] or not self.joins_stream:
             return await self._answer_as_host(body, request_id)
-        # The host would look for fields in the tokens, with those of a stop string, and fail if a tool call was cut.
         stream = await self._answer_as_host({**body, "stream": True, WHOLE: True}, request_id)
         return JSONResponse(await self.whole(stream.body_iterator))
 
@@ -114,14 +142,8 @@ class CheckedHandler:
         # The host would seed torch's global generator. It takes biases in chats only, and refuses integers.
         own = {name: value for name, value in body.items() if name not in ("seed", "logit_bias")}
         config = super()._build_generation_config(own, model_generation_config, use_cb=use_cb)
-        if (config.num_return_sequences or 1) > 1:
-            raise bad_request(
-                f"`num_return_sequences={config.num_return_sequences}` of `generation_config` is not supported by "
-                "this server. Send `n` instead."
-            )
         config.sequence_bias = token_biases(body, self.model_manager.vocabulary) or config.sequence_bias
-        if body.get("generation_config") is None:
-            _sample_if_asked(config, body)
+        _sample_if_asked(config, body)
         asked = next((body[name] for name in LENGTHS if body.get(name) is not None), config.max_new_tokens)
         config.max_new_tokens = min(asked or self.limits.new_tokens, self.limits.new_tokens)
         config.mtp_seed, config.mtp_number = body.get("seed"), body.get(NUMBER, 0)
@@ -142,8 +164,18 @@ class CheckedCompletionHandler(CheckedHandler, CompletionHandler):
 class CheckedResponseHandler(CheckedHandler, ResponseHandler):
     """Answers `/v1/responses`."""
 
-    whole = staticmethod(whole_response)
+    whole, joins_stream = staticmethod(whole_response), True
     neutral, last_event = {**NEUTRAL, **NEUTRAL_IN_RESPONSES}, ""  # its streams end with an event of their own
+
+    async def _answer_as_host(self, body: dict, request_id: str):
+        body = with_instructions(body)
+        response = await super()._answer_as_host(body, request_id)
+        response.body_iterator = as_documented(response.body_iterator, body[CONFIG])
+        return response
+
+    def _build_generation_config(self, body: dict, *args, **kwargs):
+        body[CONFIG] = super()._build_generation_config(body, *args, **kwargs)
+        return body[CONFIG]
 
 
 def _sample_if_asked(config: GenerationConfig, body: dict) -> None:

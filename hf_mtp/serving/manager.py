@@ -88,6 +88,11 @@ class AdapterManager(ModelManager):
         return get_response_template(processor, model) is not None
 
     @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The chat template, or several by their names."""
+        return self.load_model_and_processor(self.process_model_name(self.force_model))[1].chat_template
+
+    @property
     def vocabulary(self) -> int:
         """Number of tokens of the base."""
         return self.load_model_and_processor(self.process_model_name(self.force_model))[0].base_model.vocab_size

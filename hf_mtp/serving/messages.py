@@ -1,11 +1,13 @@
-"""Checks the messages of requests, and loads their images.
+"""Checks the messages of requests, loads their images, and brings them into the form that chat templates read.
 
 Knows the form of OpenAI's messages. Knows nothing of models.
 """
 
 import asyncio
+import json
 from collections.abc import Iterator
 
+from transformers.cli.serving.utils import BaseHandler, Modality
 from transformers.image_utils import load_image
 
 from .limits import bad_request
@@ -14,6 +16,7 @@ TEXT = ("text", "input_text", "output_text")
 IMAGES = ("image_url", "input_image")
 SOURCES = ("data:image/", "http://", "https://")  # not a path, which would be a file of the server
 DOWNLOAD_SECONDS = 10
+INSTRUCTING = ("system", "developer")  # roles
 MOST_SHOWN = 100  # characters of what was passed
 
 
@@ -34,6 +37,10 @@ def check_messages(body: dict, takes_images: bool) -> None:
             raise bad_request(f"Each message needs a `role` and a `content`, but got {message!r}.")
         if not isinstance(message.get("content", ""), str | list | None):
             raise bad_request(f"The `content` of a message must be a string or a list of parts, but got {message!r}.")
+        if message.get("function_call") is not None:
+            raise bad_request(
+                "`function_call` of a message is not supported by this server. Send `tool_calls` instead."
+            )
     for place, part in _parts(body):
         kind = part.get("type") if isinstance(part, dict) else part
         if kind in TEXT or (takes_images and kind in IMAGES):
@@ -54,6 +61,65 @@ async def load_images(body: dict) -> None:
     loaded = await asyncio.gather(*(asyncio.to_thread(_loaded, place, part) for place, part in images))
     for (_, part), image in zip(images, loaded, strict=True):
         part["image_url"] = image
+
+
+def with_instructions(body: dict) -> dict:
+    """A request of `/v1/responses` whose `instructions` stand before a system message of its own, and replace none.
+
+    Args:
+        body (`dict`): The body of a request.
+    """
+    instructions, items = body.get("instructions"), body.get("input")
+    first = items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
+    if not instructions or first.get("role") not in INSTRUCTING:
+        return body
+    content = first.get("content") or ""
+    content = (
+        f"{instructions}\n\n{content}"
+        if isinstance(content, str)
+        else [{"type": "input_text", "text": instructions}, *content]
+    )
+    return {**body, "instructions": None, "input": [{**first, "content": content}, *items[1:]]}
+
+
+def template_messages(messages: list[dict], modality: Modality, template: str) -> list[dict]:
+    """Messages in the form that chat templates read. The host's have no text beside tool calls, and no thoughts.
+
+    Args:
+        messages (`list[dict]`): Messages of a chat.
+        modality (`Modality`): What the base reads.
+        template (`str`): The chat template. A developer's message is one of the system where it knows none, since such
+            a template would leave it out.
+    """
+    knows_developers, made = "developer" in template, []
+    for message in messages:
+        calls = [_with_arguments(call) for call in message.get("tool_calls") or []]
+        (text,) = BaseHandler.get_processor_inputs_from_messages([{**message, "tool_calls": None}], modality)
+        own = text | ({"tool_calls": calls} if calls else {})
+        if message["role"] == "developer" and not knows_developers:
+            own["role"] = "system"
+        others = {name: value for name, value in message.items() if value not in (None, [])}
+        made.append({**others, **own})
+    return made
+
+
+def _with_arguments(call: dict) -> dict:
+    """A tool call whose arguments are an object, as templates need it. Clients leave the text of none empty."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise bad_request(f"Each of `tool_calls` needs a `function` with a `name` and `arguments`, but got {call!r}.")
+    arguments = given = function.get("arguments", "")
+    if isinstance(given, str):
+        try:
+            arguments = json.loads(given) if given.strip() else {}
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise bad_request(
+            f"The `arguments` of the tool call {function['name']!r} must be the JSON text of an object, but got "
+            f"{given!r}."
+        )
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _loaded(place: str, part: dict):
@@ -81,6 +147,6 @@ def _parts(body: dict) -> Iterator[tuple[str, dict]]:
             yield from ((f"{name}[{index}]", part) for index, part in enumerate(items))
             continue
         for index, item in enumerate(items):
-            content = item.get("content")
+            content = item.get("content") if item.get("type") != "reasoning" else None  # whose parts are thoughts
             for number, part in enumerate(content if isinstance(content, list) else []):
                 yield f"{name}[{index}].content[{number}]", part

@@ -118,6 +118,13 @@ class Server:
         _keep_text_endpoints(app)
         _speak_openai(app)
 
+        @app.get("/v1/models/{name:path}")
+        def model(name: str) -> dict:
+            found = [each for each in models.list_models() if each["id"] == name]
+            if not found:
+                raise HTTPException(404, f"This server has only the model {self.settings.adapter}, but got {name}.")
+            return found[0]
+
         @app.get("/metrics")
         def metrics() -> Response:
             return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -140,6 +147,10 @@ def _speak_openai(app: FastAPI) -> None:
     async def refused(_: Request, error: HTTPException):
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         return error_response(str(error.detail), error.status_code, kind)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception):
+        return error_response(f"{type(error).__name__}: {error}", 500, "server_error")
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError):

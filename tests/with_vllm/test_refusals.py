@@ -49,14 +49,25 @@ def test_adapter_of_another_base(case, refusal, tmp_path):
     assert "belongs to a base with 97 tokens and hidden states of 32" in refusal(task)
 
 
-def test_requests_with_a_lora_of_their_own(case, refusal):
-    assert "asks for the LoRA 'own'" in refusal(case().task({"lora": case().adapter}))
+def test_a_request_with_a_lora_of_its_own_ends_alone(case, run):
+    """An exception would end an engine in a process of its own, with the requests of all others."""
+    case = case()
+    refused, others = run(case.task({"lora": case.adapter}, {}))["groups"]
+    assert {answer["reason"] for answer in refused} == {"error"} and max(
+        len(answer["tokens"]) for answer in refused
+    ) < 2
+    assert [answer["tokens"] for answer in others] == [row["tokens"] for row in case.rows]
 
 
 def supported(**changes):
     """Settings of an engine that `not_supported` has nothing to say about, but for the changes."""
     names = {
-        "parallel_config": {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1},
+        "parallel_config": {
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "prefill_context_parallel_size": 1,
+            "data_parallel_size": 1,
+        },
         "scheduler_config": {"async_scheduling": False},
         "lora_config": {"max_loras": 2},
         "model_config": {
@@ -78,6 +89,7 @@ def supported(**changes):
         ({"use_v2_model_runner": True}, "Model Runner V2"),
         ({"parallel_config": {"pipeline_parallel_size": 2}}, "pipeline parallelism"),
         ({"parallel_config": {"decode_context_parallel_size": 2}}, "context parallelism"),
+        ({"parallel_config": {"prefill_context_parallel_size": 2}}, "context parallelism"),
         ({"scheduler_config": {"async_scheduling": True}}, "asynchronous scheduling"),
         ({"parallel_config": {"data_parallel_size": 2}}, "data parallelism"),
         ({"model_config": {"is_hybrid": True}}, "bases with recurrent layers"),

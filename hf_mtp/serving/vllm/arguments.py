@@ -5,6 +5,7 @@ import json
 from .adapter import ExportedAdapter
 
 ADAPTER, STRATEGY = "hf_mtp", "hf_mtp_strategy"  # keys of additional_config
+OTHER_LORA = "hf_mtp needs vLLM's LoRA for its masks. Start another engine for it."
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as max_lora_rank
 
 

@@ -99,7 +99,8 @@ def not_supported(config: VllmConfig) -> dict[str, bool]:
     return {
         "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
         "pipeline parallelism (use tensor parallelism)": parallel.pipeline_parallel_size > 1,
-        "context parallelism (use tensor parallelism)": parallel.decode_context_parallel_size > 1,
+        "context parallelism (use tensor parallelism)": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
         "asynchronous scheduling (set async_scheduling to False)": config.scheduler_config.async_scheduling,
         "embeddings as prompts (leave enable_prompt_embeds out)": model.enable_prompt_embeds,
         "bases with recurrent layers (use hf-mtp serve without vLLM)": model.is_hybrid or model.is_attention_free,

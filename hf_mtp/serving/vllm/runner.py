@@ -17,6 +17,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 
 from ...decoding.schedule.costs import measure_costs
+from .arguments import OTHER_LORA
 from .schedule import MaskSchedule
 
 LORA_ID = 1
@@ -50,10 +51,7 @@ class MaskRunner:
         Raises:
             ValueError: Always.
         """
-        raise ValueError(
-            f"The LoRA {lora_request.lora_name!r} cannot be added: hf_mtp needs vLLM's LoRA for its masks. "
-            "Start another engine for it."
-        )
+        raise ValueError(f"The LoRA {lora_request.lora_name!r} cannot be added: {OTHER_LORA}")
 
     # ---------------------------------------------------------------- masks behind the drafts
 

@@ -1,12 +1,17 @@
 """vLLM's scheduler, which also keeps room for masks: slots of the cache, and columns of the batch."""
 
 import torch
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+from .arguments import OTHER_LORA
+
+logger = init_logger(__name__)
 
 
 class MaskScheduler(Scheduler):
@@ -37,20 +42,16 @@ class MaskScheduler(Scheduler):
         return output
 
     def add_request(self, request: Request) -> None:
-        """Takes a request.
+        """Takes a request. One with a LoRA of its own ends with an error; an exception would end the engine.
 
         Args:
             request (`Request`): The request.
-
-        Raises:
-            ValueError: It has a LoRA of its own.
         """
-        if request.lora_request is not None:
-            raise ValueError(
-                f"Request {request.request_id} asks for the LoRA {request.lora_request.lora_name!r}, but hf_mtp needs "
-                "vLLM's LoRA for its masks. Start another engine for it."
-            )
+        lora, request.lora_request = request.lora_request, None
         super().add_request(request)
+        if lora is not None:
+            logger.error("Request %s asks for the LoRA %r. %s", request.request_id, lora.lora_name, OTHER_LORA)
+            self.grammar_compile_error_reqs.add(request.request_id)  # what ends after the next pass, with an error
 
 
 def verifies_samples() -> bool:
