@@ -190,6 +190,15 @@ def refuse_empty_heads(config: GatedLoraConfig) -> None:
         )
 
 
+def refuse_ungated(adapter_name: str, config: PeftConfig) -> None:
+    """Raises a `ValueError` if an ordinary LoRA is to be added to a gated layer."""
+    if config.peft_type != ExtensionPeftType.GATED_LORA:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not gated, but the model is already upgraded: in a gated layer it would act "
+            "on masks only. Add the adapter to the base first and then upgrade, or call `unload()` first."
+        )
+
+
 class AdapterConfigs(dict[str, GatedLoraConfig]):
     """Configs of the adapters of an upgraded model, by name: gated ones only.
 

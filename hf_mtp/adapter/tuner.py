@@ -28,15 +28,16 @@ from .noise_tokens import NoiseTokens
 from .parameters import gate_parameter
 from .sampler import SamplerHead
 from .stacked import (
-    IN_FILES,
-    IN_TREE,
     branch,
     has_adapters,
     innermost,
     own_weights,
+    refuse_layer_of_others,
     refuse_parameters,
-    renamed,
+    remove_layers,
     run_beside,
+    with_file_names,
+    with_model_names,
 )
 
 HALF = (torch.float16, torch.bfloat16)
@@ -124,6 +125,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
             parent = branch(self.lora_layers, current_key.rpartition(".")[0])
             is_new = parent._modules.get(target_name) is None
             target = innermost(target) if is_new else getattr(parent, target_name)
+        else:
+            refuse_layer_of_others(target, current_key)
         # PEFT puts an adapter where the layer's weights are. Those that are offloaded are on the meta device.
         with align_module_device(innermost(target)):
             super()._create_and_replace(
@@ -139,12 +142,10 @@ class GatedLoraTuner(MaskInput, LoraModel):
 
     def _withdraw(self, adapter_name: str, is_first: bool) -> None:
         """Removes an adapter that could not be added to all of its layers."""
-        layers = [(name, layer) for name, layer in self._tree.named_modules() if isinstance(layer, LoraLayer)]
-        for name, layer in reversed(layers):
+        layers = {name: layer for name, layer in self._tree.named_modules() if isinstance(layer, LoraLayer)}
+        for layer in layers.values():
             layer.delete_adapter(adapter_name)
-            if not layer.scaling:
-                parent, _, child = name.rpartition(".")
-                setattr(self._tree.get_submodule(parent), child, None if self.is_stacked else layer.base_layer)
+        remove_layers(self._tree, {name: layer for name, layer in layers.items() if not layer.scaling})
         for hook in self._hooks if is_first else ():
             hook.remove()
 
@@ -247,7 +248,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
             refuse_merge()
         for hook in self._hooks:
             hook.remove()
-        return self.model if self.is_stacked else super()._unload_and_optionally_merge(merge=False, **kwargs)
+        remove_layers(self._tree, self.gated_layers())  # PEFT would remove the user's own adapters, too
+        return self.model
 
     merge_adapter = add_weighted_adapter = refuse_merge
 
@@ -277,24 +279,22 @@ class GatedLoraTuner(MaskInput, LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
         """What is saved: weights of this adapter, under the names that they have on a base without adapters."""
-        own = own_weights(state_dict, adapter_name, model.get_base_model(), model.base_model.is_stacked)
+        own = own_weights(state_dict, adapter_name, model.base_model)
         if config.save_dtype is not None:
             own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
         refuse_to_save(own, config.save_dtype)
         own = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=own, **kwargs
         )
-        return renamed(own, IN_TREE, IN_FILES)
+        return with_file_names(own, model.base_model)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Refuses weights that are not this adapter's; PEFT would leave what is missing at its random start."""
-        is_stacked = model.base_model.is_stacked
-        if is_stacked:
-            state_dict = renamed(state_dict, IN_FILES, IN_TREE)
+        state_dict = with_model_names(state_dict, model.base_model)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
         remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
-        own = own_weights(model.state_dict(), adapter_name, model.get_base_model(), is_stacked)
+        own = own_weights(model.state_dict(), adapter_name, model.base_model)
         refuse_weights_unlike(remapped, {key: t for key, t in own.items() if "lora_" in key})
         return remapped
