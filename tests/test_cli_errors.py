@@ -80,6 +80,8 @@ def test_a_device_that_is_not_there(device, folders):
 def test_a_prompt_that_is_not_utf_8(tmp_path):
     (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in error_of("generate", "nowhere", "--file", str(tmp_path / "prompt.txt"), code=2)
+    as_python_has_it = b"Gr\xfc\xdfe".decode(errors="surrogateescape")
+    assert "Character 2 of the prompt is not UTF-8 text" in error_of("generate", "nowhere", as_python_has_it, code=2)
 
 
 @pytest.mark.parametrize(
