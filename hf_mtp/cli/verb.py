@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import io
 import os
 import sys
 import warnings
@@ -28,6 +29,7 @@ def verb(function: Callable, error_code: int = 1) -> Callable:
 
     @functools.wraps(function)
     def run(*args, debug: bool = False, **kwargs):
+        _accept_any_text()
         try:
             from ..registration import register
 
@@ -62,6 +64,13 @@ def run_alone(function: Callable) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.command()(function)
     app()
+
+
+def _accept_any_text() -> None:
+    """Writes `?` for what the encoding of stdout lacks, as that of files on Windows does. It would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _stdout_is_closed() -> bool:
