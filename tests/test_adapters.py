@@ -143,6 +143,18 @@ def test_a_second_gated_adapter_does_not_switch_off_the_users_on_its_layers(tmp_
     assert torch.equal(generate(users, prompt()), expected)
 
 
+def test_a_refused_adapter_does_not_take_the_users_of_the_same_name_with_it(tmp_path):
+    upgraded("llama").save_pretrained(tmp_path)
+    model = get_peft_model(tiny_base("llama"), GatedLoraConfig(k=3, r=4, target_modules=["v_proj"]), "mtp")
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    users = get_peft_model(model.get_base_model(), lora)
+    expected = generate(users, prompt())
+    with pytest.raises(ValueError, match="has a LoRA of your own"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(generate(users, prompt()), expected)
+    assert not torch.equal(expected, generate(tiny_base("llama"), prompt()))
+
+
 @pytest.mark.parametrize("config", [IA3Config, OFTConfig])
 def test_an_adapter_around_gated_layers_does_not_change_their_names_in_the_file(config, tmp_path):
     model, names = upgraded("llama", target_modules=["v_proj"]), ("alone", "around")

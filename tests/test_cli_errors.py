@@ -107,6 +107,15 @@ def test_text_that_the_encoding_of_stdout_lacks_does_not_end_a_command(encoding,
     assert (result.returncode, result.stdout.decode(encoding).strip()) == (0, shown), result.stderr
 
 
+def test_a_tilde_is_the_home_folder_and_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    error_of("verify", "nowhere", "--json=~/reports/x.json", "--limit=1", code=2)
+    assert (tmp_path / "home" / "reports").is_dir() and not list((tmp_path / "here").iterdir())
+    assert "home directory" in error_of("verify", "nowhere", "--json=~nobody-of-this-name/x.json", code=2)
+
+
 def test_check_takes_an_adapter_for_its_base(folders):
     result = CliRunner().invoke(app, ["check", str(folders / "adapter"), "--json"])
     assert '"model_type": "llama"' in result.stdout and result.exit_code == 0

@@ -5,7 +5,7 @@ It knows nothing of generation or of losses.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from accelerate.utils import align_module_device
@@ -20,7 +20,7 @@ from ..base.inspection import input_device, is_checkpointing, refuse_unsupported
 from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, refuse_layers_out_of_reach, shortened
 from .base_identity import record_base, refuse_other_base
 from .config import AdapterConfigs, GatedLoraConfig, refuse_empty_heads
-from .gate import Gate, gate_lora_layer, is_gated, refuse_merge
+from .gate import Gate, gate_lora_layer, is_gated, refuse_merge, ungated_layers
 from .loading import refuse_to_save, refuse_weights_unlike
 from .mask_input import MaskInput
 from .names import refuse_adapter_name
@@ -87,12 +87,13 @@ class GatedLoraTuner(MaskInput, LoraModel):
             refuse_parameters(config)
         self._resolve_targets(config, model, is_stacked)
         record_base(config, model, head.hidden_size)
+        others = () if is_stacked else ungated_layers(model)
         if is_first:
             self._begin(model, head, is_stacked)
         try:
             super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         except Exception:
-            self._withdraw(adapter_name, is_first)
+            self._withdraw(adapter_name, is_first, others)
             raise
         if is_first and is_stacked:
             model.requires_grad_(False)  # PEFT lets a second adapter train with the first
@@ -140,9 +141,9 @@ class GatedLoraTuner(MaskInput, LoraModel):
         if self.is_stacked and is_new:
             self._hooks.append(run_beside(layer, self.gate))
 
-    def _withdraw(self, adapter_name: str, is_first: bool) -> None:
+    def _withdraw(self, adapter_name: str, is_first: bool, others: Container[str]) -> None:
         """Removes an adapter that could not be added to all of its layers."""
-        layers = {name: layer for name, layer in self._tree.named_modules() if isinstance(layer, LoraLayer)}
+        layers = {name: m for name, m in self._tree.named_modules() if isinstance(m, LoraLayer) and name not in others}
         for layer in layers.values():
             layer.delete_adapter(adapter_name)
         remove_layers(self._tree, {name: layer for name, layer in layers.items() if not layer.scaling})
@@ -283,9 +284,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
         if config.save_dtype is not None:
             own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
         refuse_to_save(own, config.save_dtype)
-        own = super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, state_dict=own, **kwargs
-        )
+        own = super()._get_adapter_state_dict(model, config, adapter_name, own, **kwargs)
         return with_file_names(own, model.base_model)
 
     @classmethod

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,7 +38,7 @@ def verb(function: Callable, error_code: int = 1) -> Callable:
             with warnings.catch_warnings():
                 if not debug:  # plans of the host libraries, which tell a user of the command nothing
                     warnings.simplefilter("ignore", FutureWarning)
-                return function(*args, **kwargs)
+                return function(*args, **{name: _expanded(value) for name, value in kwargs.items()})
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
@@ -64,6 +65,11 @@ def run_alone(function: Callable) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.command()(function)
     app()
+
+
+def _expanded(value):
+    """A path in the home folder where it is one, as shells leave `--output=~/out`. Other values stay."""
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _accept_any_text() -> None:
