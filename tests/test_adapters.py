@@ -155,6 +155,21 @@ def test_a_refused_adapter_does_not_take_the_users_of_the_same_name_with_it(tmp_
     assert not torch.equal(expected, generate(tiny_base("llama"), prompt()))
 
 
+def test_the_users_adapter_of_the_same_name_on_other_layers_stays_as_it_is():
+    model = upgraded("llama", target_modules=["v_proj"], dtype=torch.bfloat16)
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    users = get_peft_model(model.get_base_model(), lora, "users", autocast_adapter_dtype=False)
+    weights = {name: p.requires_grad_(False) for name, p in users.named_parameters() if ".users." in name}
+    expected = generate(users, prompt())
+    model.add_adapter("users", GatedLoraConfig(k=2, r=2, target_modules=["v_proj"]))
+    model.set_requires_grad("users")
+    model.delete_adapter("users")
+    assert torch.equal(generate(users, prompt()), expected)
+    left = {name: p for name, p in users.named_parameters() if ".users." in name}
+    assert left.keys() == weights.keys() and len(left) == 4
+    assert {p.dtype for p in left.values()} == {torch.bfloat16} and not any(p.requires_grad for p in left.values())
+
+
 @pytest.mark.parametrize("config", [IA3Config, OFTConfig])
 def test_an_adapter_around_gated_layers_does_not_change_their_names_in_the_file(config, tmp_path):
     model, names = upgraded("llama", target_modules=["v_proj"]), ("alone", "around")

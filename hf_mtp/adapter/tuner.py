@@ -130,9 +130,7 @@ class GatedLoraTuner(MaskInput, LoraModel):
             refuse_layer_of_others(target, current_key)
         # PEFT puts an adapter where the layer's weights are. Those that are offloaded are on the meta device.
         with align_module_device(innermost(target)):
-            super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-            )
+            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = getattr(parent, target_name)
         if isinstance(layer, ParamWrapper):
             gate_parameter(layer, self.gate)
@@ -199,7 +197,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        functional.cast_adapter_dtype(self._tree, adapter_name, autocast_adapter_dtype)
+        for layer in self.gated_layers().values():  # and not the user's adapter of the same name on other layers
+            functional.cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
         for head in self._heads(adapter_name):
             if not autocast_adapter_dtype or next(head.parameters()).dtype in HALF:
                 head.to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
@@ -214,7 +213,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
             self.lora_sampler_heads.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        functional.set_requires_grad(self._tree, adapter_names, requires_grad)
+        for layer in self.gated_layers().values():
+            layer.set_requires_grad(adapter_names, requires_grad)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for head in self._heads(name):
                 head.requires_grad_(requires_grad)
@@ -225,7 +225,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
         del self.peft_config[adapter_name]
         was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
-        functional.delete_adapter(self._tree, adapter_name, self.prefix, self.tuner_layer_cls)
+        for layer in self.gated_layers().values():
+            layer.delete_adapter(adapter_name)
         if was_active and active:  # PEFT asks the first layer, which may have none of the others
             is_frozen = all(self.peft_config[name].inference_mode for name in active)
             self.set_adapter(active, is_frozen)
