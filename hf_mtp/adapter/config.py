@@ -122,6 +122,12 @@ class GatedLoraConfig(LoraConfig):
             raise ValueError(
                 f"`task_type` must be 'CAUSAL_LM', because masks predict next tokens, but got {self.task_type!r}."
             )
+        if self.target_modules == "all-linear" and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError(
+                "`layers_to_transform` and `layers_pattern` choose among the layers that `target_modules` lists, but "
+                "it is 'all-linear', the default. Pass a list, such as target_modules=['q_proj', 'v_proj'], or leave "
+                "layers out with `exclude_modules`, a regular expression."
+            )
         self.task_type = TaskType.CAUSAL_LM  # the only one of the two that PEFT's own check knows
         super().__post_init__()
         self.peft_type, self.task_type = ExtensionPeftType.GATED_LORA, ExtensionTaskType.GATED_CAUSAL_LM
