@@ -108,6 +108,83 @@ def test_switching_ours_leaves_the_users_adapter_on_other_layers():
     assert torch.equal(generate(model, prompt(), mtp=True), expected)
 
 
+def test_unloading_ours_leaves_the_users_adapter_on_other_layers():
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model, users = on_other_layers(lora)
+    expected = generate(users, prompt())
+    base = model.unload()
+    assert torch.equal(generate(users, prompt()), expected) and "default" in base.peft_config
+    assert not any("v_proj.lora" in name for name, _ in base.named_parameters())
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_unloading_the_users_adapter_on_other_layers_leaves_ours(unload, tmp_path):
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model, users = on_other_layers(lora)
+    expected = generate(users if unload == "merge_and_unload" else tiny_base("llama"), prompt())
+    getattr(users, unload)()
+    assert torch.equal(generate(model, prompt(), mtp=True), expected)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_base("llama"), tmp_path)
+
+
+def test_a_second_gated_adapter_does_not_switch_off_the_users_on_its_layers(tmp_path):
+    upgraded("llama").save_pretrained(tmp_path)
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model, users = on_other_layers(lora)
+    expected = generate(users, prompt())
+    assert not torch.equal(expected, generate(tiny_base("llama"), prompt()))
+    with pytest.raises(ValueError, match=r"q_proj` has a LoRA of your own.*Upgrade the base once more"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
+    again = PeftModel.from_pretrained(model.get_base_model(), tmp_path)
+    for each in (model, again):
+        assert torch.equal(generate(each, prompt(), mtp=True), expected)
+    assert torch.equal(generate(users, prompt()), expected)
+
+
+def test_a_refused_adapter_does_not_take_the_users_of_the_same_name_with_it(tmp_path):
+    upgraded("llama").save_pretrained(tmp_path)
+    model = get_peft_model(tiny_base("llama"), GatedLoraConfig(k=3, r=4, target_modules=["v_proj"]), "mtp")
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    users = get_peft_model(model.get_base_model(), lora)
+    expected = generate(users, prompt())
+    with pytest.raises(ValueError, match="has a LoRA of your own"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(generate(users, prompt()), expected)
+    assert not torch.equal(expected, generate(tiny_base("llama"), prompt()))
+
+
+def test_the_users_adapter_of_the_same_name_on_other_layers_stays_as_it_is():
+    model = upgraded("llama", target_modules=["v_proj"], dtype=torch.bfloat16)
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    users = get_peft_model(model.get_base_model(), lora, "users", autocast_adapter_dtype=False)
+    weights = {name: p.requires_grad_(False) for name, p in users.named_parameters() if ".users." in name}
+    expected = generate(users, prompt())
+    model.add_adapter("users", GatedLoraConfig(k=2, r=2, target_modules=["v_proj"]))
+    model.set_requires_grad("users")
+    model.delete_adapter("users")
+    assert torch.equal(generate(users, prompt()), expected)
+    left = {name: p for name, p in users.named_parameters() if ".users." in name}
+    assert left.keys() == weights.keys() and len(left) == 4
+    assert {p.dtype for p in left.values()} == {torch.bfloat16} and not any(p.requires_grad for p in left.values())
+
+
+@pytest.mark.parametrize("config", [IA3Config, OFTConfig])
+def test_an_adapter_around_gated_layers_does_not_change_their_names_in_the_file(config, tmp_path):
+    model, names = upgraded("llama", target_modules=["v_proj"]), ("alone", "around")
+    model.save_pretrained(tmp_path / "alone")
+    options = {"feedforward_modules": []} if config is IA3Config else {"oft_block_size": 8}
+    users = get_peft_model(model.get_base_model(), config(target_modules=["v_proj"], **options))
+    model.save_pretrained(tmp_path / "around")
+    files = [load_file(tmp_path / name / WEIGHTS) for name in names]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    model.load_adapter(tmp_path / "alone", "again")
+    PeftModel.from_pretrained(tiny_base("llama"), tmp_path / "around")
+    assert torch.equal(generate(model, prompt(), mtp=True), generate(users, prompt()))
+
+
 @pytest.mark.parametrize("place", ["on other layers", "beneath"])
 def test_the_users_adapter_of_the_same_name_is_not_trained_along(place, tmp_path):
     lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -5,18 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_models import tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from transformers import AutoModelForCausalLM, XLNetConfig
 from typer.testing import CliRunner
 
 import hf_mtp
-from hf_mtp import pretrained
+from hf_mtp import MTPTrainer, pretrained
 from hf_mtp.cli.app import app
 from hf_mtp.cli.session import Session
 from hf_mtp.pretrained import load_model, load_tokenizer
@@ -398,7 +400,14 @@ def test_chat_answers_until_exit(adapter, session_of):
     assert "Plain decoding runs at" in shown and "One token per pass." in shown
 
 
-def test_train_writes_an_adapter(adapter, tmp_path):
+def test_train_writes_an_adapter(adapter, tmp_path, monkeypatch):
+    trainers, left = [], []
+    make = MTPTrainer.__init__
+    monkeypatch.setattr(
+        MTPTrainer, "__init__", lambda self, **options: trainers.append(weakref.ref(self)) or make(self, **options)
+    )
+    # The process group is destroyed then, unless a trainer still holds it.
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: left.append(trainers[-1]()))
     base = adapter.replace("adapter", "base")
     rows = [{"text": words(20, start)} for start in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -415,6 +424,7 @@ def test_train_writes_an_adapter(adapter, tmp_path):
     run("train", *options, "--output_dir", f"{out}-noise", "--masks", "noise", "--no_sampler")
     config = load_model(f"{out}-noise").base_model.active_mtp_config
     assert (config.k, config.masks, config.sampler) == (2, "noise", False)
+    assert left == [None] * 3
 
 
 def test_train_refuses_unknown_fields_and_lists_known_ones(adapter):

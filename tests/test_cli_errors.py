@@ -80,6 +80,45 @@ def test_a_device_that_is_not_there(device, folders):
 def test_a_prompt_that_is_not_utf_8(tmp_path):
     (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in error_of("generate", "nowhere", "--file", str(tmp_path / "prompt.txt"), code=2)
+    as_python_has_it = b"Gr\xfc\xdfe".decode(errors="surrogateescape")
+    assert "Character 2 of the prompt is not UTF-8 text" in error_of("generate", "nowhere", as_python_has_it, code=2)
+
+
+def test_a_file_of_rows_that_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*rows\.jsonl"):
+        load_rows(str(tmp_path / "rows.jsonl"))
+
+
+ARROW = """
+import typer
+from hf_mtp.cli.verb import run_alone, verb
+@verb
+def show() -> None:
+    typer.echo("one \u2192 two")
+run_alone(show)
+"""
+
+
+@pytest.mark.parametrize("encoding, shown", [("cp1252", "one ? two"), ("utf-8", "one \u2192 two")])
+def test_text_that_the_encoding_of_stdout_lacks_does_not_end_a_command(encoding, shown):
+    """As of files on Windows. The rest of the text was lost."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, "-c", ARROW], env=environment, capture_output=True)
+    assert (result.returncode, result.stdout.decode(encoding).strip()) == (0, shown), result.stderr
+
+
+def test_a_tilde_is_the_home_folder_and_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    error_of("verify", "nowhere", "--json=~/reports/x.json", "--limit=1", code=2)
+    assert (tmp_path / "home" / "reports").is_dir() and not list((tmp_path / "here").iterdir())
+    assert "home directory" in error_of("verify", "nowhere", "--json=~nobody-of-this-name/x.json", code=2)
+
+
+def test_check_takes_an_adapter_for_its_base(folders):
+    result = CliRunner().invoke(app, ["check", str(folders / "adapter"), "--json"])
+    assert '"model_type": "llama"' in result.stdout and result.exit_code == 0
 
 
 @pytest.mark.parametrize(

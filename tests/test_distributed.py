@@ -186,9 +186,23 @@ def test_processes_make_what_one_process_makes(config, start, tmp_path, monkeypa
             torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
 
 
+# Which threads of torch.distributed a process still has when the script has ended, by their names.
+THREADS_LEFT = """
+import os, runpy, sys
+from pathlib import Path
+runpy.run_path({script!r}, run_name="__main__")
+names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+Path(f"threads_{{os.environ['RANK']}}").write_text("".join(name for name in names if "gloo" in name))
+"""
+
+
 def test_command(tmp_path):
-    """The command that the examples name, on CPUs."""
-    script, config = ranks.CONFIGS / "train.py", ranks.CONFIGS / "ddp.yaml"
+    """The command that the examples name, on CPUs.
+
+    No thread that holds tensors is left: one that frees them while Python ends aborts the process.
+    """
+    script, config = tmp_path / "train.py", ranks.CONFIGS / "ddp.yaml"
+    script.write_text(THREADS_LEFT.format(script=str(ranks.CONFIGS / "train.py")))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
     command += ["--main_process_port", "0", script, "--k", "3", "--rank", "4", "--output", tmp_path, "--set"]
     command += ["use_cpu=True", "bf16=False", "max_steps=1", "max_length=64", "anchors_per_sequence=4"]
@@ -200,6 +214,7 @@ def test_command(tmp_path):
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert len(list((tmp_path / "checkpoint-1").glob("rng_state_*"))) == ranks.WORLD
+    assert [path.read_text() for path in tmp_path.glob("threads_*")] == [""] * ranks.WORLD
 
 
 def test_one_process_holds_all(monkeypatch):

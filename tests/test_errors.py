@@ -72,6 +72,14 @@ def test_other_initialisations_are_taken(start):
     assert torch.equal(model(prompt()).logits, tiny_base("llama")(prompt()).logits)
 
 
+def test_layers_are_chosen_among_those_of_a_list():
+    """PEFT's error is about a `target_modules` that nobody passed."""
+    with pytest.raises(ValueError, match=r"it is 'all-linear', the default. Pass a list"):
+        GatedLoraConfig(layers_to_transform=[1])
+    model = get_peft_model(tiny_base("llama"), GatedLoraConfig(k=2, r=2, exclude_modules=r".*layers\.0\..*"))
+    assert {name.split(".")[2] for name in model.base_model.gated_layers()} == {"1"}
+
+
 def test_other_tasks_are_refused():
     with pytest.raises(ValueError, match="`task_type` must be 'CAUSAL_LM'.*got 'SEQ_CLS'"):
         GatedLoraConfig(task_type="SEQ_CLS")

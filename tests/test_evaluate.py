@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import VOCAB, decoding_plainly, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
 from tiny_training import taught
+from tokenizers.normalizers import Replace
 
+from hf_mtp import GatedLoraConfig
+from hf_mtp.adapter.base_identity import base_fingerprint
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
 from hf_mtp.evaluation.decoded import decode_rows
@@ -354,7 +358,39 @@ def test_the_fingerprint_is_of_the_adapters_weights_and_not_of_their_dtype():
     assert prints[0] == adapter_fingerprint(upgraded(tiny_base("llama", seed=3)))
 
 
+def test_the_fingerprint_is_that_of_one_adapter():
+    model = upgraded(k=3)
+    before = adapter_fingerprint(model)
+    model.add_adapter("default2", GatedLoraConfig(k=2, r=2))
+    assert adapter_fingerprint(model) == before
+
+
+def test_the_fingerprint_of_the_base_is_of_its_weights_alone():
+    bases = [tiny_base("llama"), tiny_base("llama"), tiny_base("llama", seed=3)]
+    prints = [base_fingerprint(upgraded(base, seed=seed)) for seed, base in enumerate(bases)]
+    assert prints[0] == prints[1] != prints[2]
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    stacked = upgraded(get_peft_model(tiny_base("llama"), lora))
+    assert base_fingerprint(stacked) not in prints
+
+
 # ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("change", ["base", "tokens"])
+def test_results_of_another_base_or_of_other_tokens_are_not_returned(change, tmp_path):
+    """A base of the same name may have been trained further, and a chat template may have changed."""
+    run(upgraded("llama", 3), suite(1), output=tmp_path, strategies=["linear"])
+    base = tiny_base("llama")
+    prompts, tokenizer = suite(1), tiny_tokenizer()
+    if change == "base":
+        torch.nn.init.normal_(base.model.layers[1].mlp.up_proj.weight)
+    else:
+        tokenizer.backend_tokenizer.normalizer = Replace("w6", "w7")
+    with pytest.raises(ValueError, match=f"results of a different run: .*'{change}'"):
+        evaluate(
+            upgraded(base, 3), tokenizer, prompts, max_new_tokens=NEW_TOKENS, output=tmp_path, strategies=["linear"]
+        )
 
 
 def test_the_schema_is_checked(results, tmp_path):

@@ -181,3 +181,35 @@ def test_an_adapter_for_each_row_is_refused_as_peft_refuses_it(method):
     model = upgraded(tiny_base("mixtral"), K, target_parameters=EXPERTS)
     with pytest.raises(ValueError, match="ParamWrapper does not support mixed adapter batches"):
         getattr(model, method)(input_ids=prompt(rows=2), adapter_names=["__base__", "default"])
+
+
+def users_lora(base, parameter: str) -> PeftModel:
+    """The user's own LoRA on a parameter of the experts, with the same weights for every base."""
+    config = LoraConfig(r=4, target_modules=[], target_parameters=[parameter], task_type="CAUSAL_LM")
+    model, generator = get_peft_model(base, config, adapter_name="users"), torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if ".users." in name:
+            torch.nn.init.normal_(weight, 0, 0.3, generator=generator)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_the_users_lora_on_another_parameter_of_gated_experts_acts_and_goes_again(unload):
+    expected = generate(users_lora(base_of(), EXPERTS[0]), prompt())
+    plain = generate(base_of(), prompt())
+    assert not torch.equal(expected, plain)
+    model = upgraded(base_of(), K, target_parameters=EXPERTS[1:], target_modules=[]).double()
+    users = users_lora(model.get_base_model(), EXPERTS[0])
+    assert torch.equal(generate(users, prompt()), expected)
+    assert torch.equal(generate(model, prompt(), mtp=True), expected)
+    getattr(users, unload)()
+    assert not any("users" in name for name, _ in model.named_parameters())
+    left = plain if unload == "unload" else expected
+    assert torch.equal(generate(model, prompt(), mtp=True), left)
+    assert torch.equal(generate(model.unload(), prompt()), left)
+
+
+def test_the_users_lora_on_a_gated_parameter_is_refused():
+    model = upgraded(base_of(), K, target_parameters=EXPERTS)
+    with pytest.raises(ValueError, match="Add the adapter to the base first and then upgrade"):
+        users_lora(model.get_base_model(), EXPERTS[0])

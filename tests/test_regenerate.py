@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState, debug_launcher
 from datasets import Dataset, DatasetDict, load_dataset
+from peft import LoraConfig, get_peft_model
 from tiny_models import generate, tiny_base, upgraded
 from tiny_text import CHAT_TEMPLATE, tiny_tokenizer, words
 from transformers import AutoModelForCausalLM
@@ -302,6 +303,19 @@ def test_arguments_that_are_left_out_are_refused(tmp_path):
     own_words(chats(), tmp_path, repetition_penalty=1.5)
     with pytest.raises(ValueError, match="made with other arguments: repetition_penalty 1.5, not None"):
         own_words(chats(), tmp_path)
+
+
+def test_responses_of_another_model_from_the_same_place_are_not_returned(tmp_path):
+    """A base that was trained further, or another adapter of the user's own on it. A gated one changes no response."""
+    options = {"batch_size": 3, "max_new_tokens": NEW_TOKENS}
+    own_words(chats(), tmp_path)
+    regenerate_responses(upgraded(tiny_base()), tiny_tokenizer(), chats(), tmp_path, **options)
+    base = tiny_base()
+    torch.nn.init.normal_(base.model.layers[1].mlp.up_proj.weight)
+    tuned = get_peft_model(tiny_base(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for model in (base, tuned, upgraded(tuned)):
+        with pytest.raises(ValueError, match="made with other arguments: weights"):
+            regenerate_responses(model, tiny_tokenizer(), chats(), tmp_path, **options)
 
 
 def test_another_chat_template_is_refused(tmp_path, monkeypatch):

@@ -64,6 +64,7 @@ def test_csv_and_parquet_are_read(tmp_path):
         ("s.jsonl", b'{"prompt": 7}\n', "needs a prompt: a text, or the turns"),
         ("s.jsonl", b'{"prompt": [{"role": "robot", "content": "x"}]}\n', "each turn of a conversation needs 'role'"),
         ("s.jsonl", b'{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}\n', "Two rows .* the name 'x'"),
+        ("s.jsonl", b'{"prompt": "Hi \\ud83d"}\n', "character 3 of its prompt is '.ud83d', half of a character"),
         ("s.txt", b"hello\n", "Supported extensions are .jsonl"),
     ],
 )

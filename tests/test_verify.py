@@ -6,11 +6,14 @@ import pytest
 import torch
 from tiny_models import decoding_plainly, tiny_base, upgraded
 from tiny_text import tiny_tokenizer, words
+from transformers import RepetitionPenaltyLogitsProcessor
 
+from hf_mtp.cli.verify import _as_text
 from hf_mtp.decoding import verification
 from hf_mtp.evaluation import verify
 from hf_mtp.evaluation.exactness.divergence import Divergence, divergence_at, unit_of_rounding
 from hf_mtp.evaluation.exactness.two_sample import p_value
+from hf_mtp.evaluation.exactness.verify import Comparison, VerifyReport
 from hf_mtp.evaluation.suites.suite import suite_of_rows
 
 PROMPTS = suite_of_rows("words", [{"prompt": words(9, start=index)} for index in range(3)])
@@ -126,6 +129,29 @@ def test_a_tie_is_a_gap_within_a_few_units_of_rounding():
     noise_V = torch.zeros(97)
     noise_V[worst] = found.gap
     assert divergence_at(base, "p", [5, 6, 7], [8, best], [8, worst], 1, noise_V).is_tie
+
+
+def test_a_gap_is_that_of_the_scores_that_choose():
+    """Many models penalise repetitions: without that, a tie of scores would look like a wrong token."""
+    base, ids = tiny_base("llama"), [5, 6, 7]
+    logit_V = base(torch.tensor([ids])).logits[0, -1]
+    base.generation_config.repetition_penalty = 2.0
+    score_V = RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([ids]), logit_V[None].clone())[0]
+    found = divergence_at(base, "p", ids, [6], [20], 0)
+    assert found.gap == pytest.approx(abs(score_V[6] - score_V[20]).item())
+    assert found.gap != pytest.approx(abs(logit_V[6] - logit_V[20]).item())
+    base.generation_config.suppress_tokens = [20]
+    assert divergence_at(base, "p", ids, [6], [20], 0) == Divergence("p", 0, 6, 20)
+
+
+def test_ties_are_no_excuse_for_another_distribution():
+    tie = Divergence("p", 0, 5, 6, gap=0.0, units=0.0)
+    greedy = [Comparison("auto, k=3", "greedy", 1, [tie])]
+    verdicts = [
+        _as_text(VerifyReport("bfloat16", 1, 1, greedy, p, {}, {}), tiny_tokenizer()).splitlines()[-1].strip()
+        for p in (None, 0.5, 0.0001)
+    ]
+    assert verdicts == ["DIFFERENT, at ties only: rounding alone decides between these tokens"] * 2 + ["DIFFERENT"]
 
 
 def test_the_unit_of_rounding_is_that_of_the_largest_logit():

@@ -49,7 +49,12 @@ def main() -> None:
     trainer = MTPTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output) if Path(args.output).is_dir() else None)
     trainer.save_model()
-    trainer.accelerator.end_training()  # else a process may be aborted when it exits before its communication threads
+    # A process that exits before its communication threads may be aborted. They end with the process group, once the
+    # wrapped model, which the trainer holds, is gone.
+    accelerator = trainer.accelerator
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

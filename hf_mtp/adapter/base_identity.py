@@ -4,10 +4,12 @@ import hashlib
 import json
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..base.inspection import weight_shape
+from ..base.inspection import weight_shape, weights_fingerprint
+from ..base.lora_layers import lora_weights
 from .config import GatedLoraConfig
 
 logger = logging.get_logger(__name__)
@@ -22,6 +24,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, size: int | None =
     """
     known = (item for item in tokenizer.get_vocab().items() if size is None or item[1] < size)
     return hashlib.sha256(json.dumps(sorted(known), ensure_ascii=True).encode()).hexdigest()[:16]
+
+
+def base_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """16 hexadecimal digits that change if the base is trained further, or is another one of the same name.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The base, or an upgraded model. Adapters of
+            the user's own are part of the base, gated ones are not.
+    """
+    tuner, base = getattr(model, "base_model", None), model.get_base_model() if isinstance(model, PeftModel) else model
+    gated = tuner.gated_layers().values() if hasattr(tuner, "gated_layers") else ()
+    return weights_fingerprint(base.parameters(), without=lora_weights(gated))
 
 
 def record_base(config: GatedLoraConfig, model: PreTrainedModel, hidden_size: int) -> None:

@@ -141,6 +141,12 @@ class GatedLoraConfig(LoraConfig):
             raise ValueError(
                 f"`task_type` must be 'CAUSAL_LM', because masks predict next tokens, but got {self.task_type!r}."
             )
+        if self.target_modules == "all-linear" and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError(
+                "`layers_to_transform` and `layers_pattern` choose among the layers that `target_modules` lists, but "
+                "it is 'all-linear', the default. Pass a list, such as target_modules=['q_proj', 'v_proj'], or leave "
+                "layers out with `exclude_modules`, a regular expression."
+            )
         self.task_type = TaskType.CAUSAL_LM  # the only one of the two that PEFT's own check knows
         super().__post_init__()
         self.peft_type, self.task_type = ExtensionPeftType.GATED_LORA, ExtensionTaskType.GATED_CAUSAL_LM
@@ -209,6 +215,15 @@ def refuse_empty_heads(config: GatedLoraConfig) -> None:
         raise ValueError(
             "`low_cpu_mem_usage=True` makes an adapter without weights, and `init_lora_weights='eva'` gives it those "
             "of its LoRA only, not its mask embeddings and sampler head. Leave out `low_cpu_mem_usage`."
+        )
+
+
+def refuse_ungated(adapter_name: str, config: PeftConfig) -> None:
+    """Raises a `ValueError` if an ordinary LoRA is to be added to a gated layer."""
+    if config.peft_type != ExtensionPeftType.GATED_LORA:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not gated, but the model is already upgraded: in a gated layer it would act "
+            "on masks only. Add the adapter to the base first and then upgrade, or call `unload()` first."
         )
 
 

@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .peft_type import ExtensionPeftType
+from .config import refuse_ungated
 from .prepared import PreparedLora
 
 
@@ -254,16 +254,15 @@ class GatedLinear(Linear):
         Raises:
             ValueError: The adapter is an ordinary LoRA, added to an upgraded model.
         """
-        if config.peft_type != ExtensionPeftType.GATED_LORA:
-            raise ValueError(
-                f"Adapter {adapter_name!r} is not gated, but the model is already upgraded: in a gated layer it "
-                "would act on masks only. Add the adapter to the base first and then upgrade, or call `unload()` "
-                "first."
-            )
+        refuse_ungated(adapter_name, config)
         gate = self.lora_variant.pop(adapter_name, None)  # so that PEFT chooses and initializes what it wraps
         super().update_layer(adapter_name, r, *args, config=config, **kwargs)
         if gate is not None:
             self.lora_variant[adapter_name] = GatedVariant(self.gate, inner=self.lora_variant.get(adapter_name))
+
+    def unload_and_optionally_merge_module(self, *args, **kwargs) -> "GatedLinear":
+        """What is left if a tuner of the user's own, with adapters on other layers, is unloaded: this layer."""
+        return self
 
 
 def gate_lora_layer(layer: LoraLayer, adapter_name: str, gate: Gate, name: str) -> None:

@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.utils import CONFIG_NAME, logging
 
 from ..base.inspection import auto_class
+from ..base.lora_layers import lora_weights
 from .base_identity import record_base
 from .card import README, is_on_hub, is_replaceable, license_of, write_model_card
 from .config import GatedLoraConfig
@@ -133,10 +134,7 @@ class PeftModelForCausalLM(peft.PeftModelForCausalLM):
                 "`PeftModel.from_pretrained(PeftModel.from_pretrained(base, yours), this)`. Otherwise the text is "
                 "that of the base without it."
             )
-        layers = self.base_model.gated_layers().values()
-        gated = {
-            id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")
-        }
+        gated = {id(p) for p in lora_weights(self.base_model.gated_layers().values())}
         lost = sum(p.requires_grad and id(p) not in gated for p in self.get_base_model().parameters())
         if lost:
             logger.warning(

@@ -14,6 +14,7 @@ from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
 from ..base.autocast import concatenate
+from .config import refuse_ungated
 from .gate import Gate, GateError, MaskColumns, refuse_merge
 
 
@@ -27,11 +28,13 @@ class ParamWrapper(peft_layers.ParamWrapper):
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
         self._check_forward_args(x, *args, **kwargs)  # refuses `adapter_names`, which the module does not know
-        columns, module = self.gate.columns, self.get_base_layer()
+        columns, module = self.gate.columns, self._beneath()
         wrappers = [] if columns is None or self.disable_adapters else self._wrappers_of(columns.adapter)
         if not wrappers:
             return module(x, *args, **kwargs)
-        adapted = _with_weights(module, {w.parameter_name: w.adapted_weight(columns.adapter) for w in wrappers})
+        adapted = _with_weights(
+            self.get_base_layer(), {w.parameter_name: w.adapted_weight(columns.adapter) for w in wrappers}
+        )
         if columns.first == 0:
             return adapted(x, *args, **kwargs)
         regular, masks = (
@@ -49,6 +52,28 @@ class ParamWrapper(peft_layers.ParamWrapper):
                 "earlier. Keep it on a device (device_map), or leave out `target_parameters`."
             )
         return weight + self.get_delta_weight(adapter)
+
+    def _beneath(self) -> nn.Module:
+        """What is wrapped: the base's module, perhaps with a LoRA of the user's own on another parameter."""
+        layer = self.base_layer
+        while isinstance(layer, ParamWrapper):
+            layer = layer.base_layer
+        return layer
+
+    def update_layer(self, adapter_name: str, *args, config, **kwargs) -> None:
+        """Adds an adapter, which must be a gated one. Args are those of [`~peft.tuners.lora.layer.ParamWrapper`].
+
+        Raises:
+            ValueError: The adapter is an ordinary LoRA, added to an upgraded model.
+        """
+        refuse_ungated(adapter_name, config)
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+    def unload_and_optionally_merge_module(self, *args, **kwargs) -> "ParamWrapper":
+        """What is left if a tuner of the user's own is unloaded: all but its LoRA on another parameter."""
+        if isinstance(self.base_layer, peft_layers.ParamWrapper):
+            self.base_layer = self.base_layer.unload_and_optionally_merge_module(*args, **kwargs)
+        return self
 
     def _wrappers_of(self, adapter: str) -> "list[ParamWrapper]":
         """This wrapper and those within in which an adapter has weights."""

@@ -10,13 +10,13 @@ Shapes: as in `gate.py`.
 from functools import partial
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import GatedLoraConfig
-from .gate import Gate, add_to_masks, ungated_layers
+from .gate import Gate, add_to_masks, is_gated, ungated_layers
 
 TREE = "lora_layers"  # the tuner's attribute that holds the layers
 IN_FILES, IN_TREE = "base_model.model.", f"base_model.{TREE}."  # files name all layers by their place in the base
@@ -37,6 +37,24 @@ def refuse_parameters(config: GatedLoraConfig) -> None:
         raise ValueError(
             f"`target_parameters={config.target_parameters!r}` needs a base without adapters, but this base already "
             "has adapters. Leave out `target_parameters`, or merge or `unload()` those adapters first."
+        )
+
+
+def refuse_layer_of_others(layer: nn.Module, name: str) -> None:
+    """Raises if a layer that is to be gated has a LoRA of the user's own, which the gate would switch off.
+
+    Args:
+        layer (`torch.nn.Module`): A layer of a base that had no adapters when it was upgraded.
+        name (`str`): The name of the layer in the base.
+
+    Raises:
+        ValueError: It has one.
+    """
+    if isinstance(layer, LoraLayer) and not is_gated(layer):
+        raise ValueError(
+            f"`{name}` has a LoRA of your own, which was added after the upgrade, so that a further gated adapter "
+            "cannot be added there. Upgrade the base once more: `PeftModel.from_pretrained(tuner.model, "
+            "adapter)`, or `get_peft_model(tuner.model, config)`. It has all your adapters."
         )
 
 
@@ -74,21 +92,64 @@ def _add(layer: LoraLayer, gate: Gate, base: nn.Module, args: tuple, output: tor
     return None if columns is None or layer.disable_adapters else add_to_masks(layer, columns, args[0], output)
 
 
+def remove_layers(tree: nn.Module, layers: dict[str, LoraLayer]) -> None:
+    """Puts back what gated layers wrap. Those beside the base wrap nothing.
+
+    Args:
+        tree (`torch.nn.Module`): Where the layers are.
+        layers (`dict[str, LoraLayer]`): The layers by their names there.
+    """
+    for name, layer in reversed(layers.items()):  # the innermost first
+        parent, _, child = name.rpartition(".")
+        setattr(tree.get_submodule(parent), child, layer._modules.get("base_layer"))
+
+
 def renamed(weights: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
     """The same weights, with another beginning where their names have this one."""
     return {new + key.removeprefix(old) if key.startswith(old) else key: t for key, t in weights.items()}
 
 
-def own_weights(
-    state: dict[str, torch.Tensor], adapter_name: str, base: nn.Module, is_stacked: bool
-) -> dict[str, torch.Tensor]:
+def own_weights(state: dict[str, torch.Tensor], adapter_name: str, tuner: LoraModel) -> dict[str, torch.Tensor]:
     """Tensors of a gated adapter, without those of one of the base's own adapters that has the same name.
 
     Args:
         state (`dict[str, torch.Tensor]`): Tensors of the whole model by their names.
         adapter_name (`str`): The name of the gated adapter.
-        base ([`~transformers.PreTrainedModel`]): The base.
-        is_stacked (`bool`): Whether the gated layers are beside the base, and not in it.
+        tuner ([`~peft.tuners.lora.LoraModel`]): The tuner of the upgraded model.
     """
-    others = (IN_FILES,) if is_stacked else tuple(f"{IN_FILES}{name}." for name in ungated_layers(base))
-    return {key: t for key, t in state.items() if f".{adapter_name}." in key and not key.startswith(others)}
+    own = {key: t for key, t in state.items() if f".{adapter_name}." in key}
+    if tuner.is_stacked:
+        return {key: t for key, t in own.items() if not key.startswith(IN_FILES)}
+    modules = tuner.model.named_modules()
+    gated = {f"{IN_FILES}{name}": is_gated(module) for name, module in modules if isinstance(module, BaseTunerLayer)}
+    return {key: t for key, t in own.items() if _is_in_gated(key, gated)}
+
+
+def _is_in_gated(key: str, gated: dict[str, bool]) -> bool:
+    """Whether the innermost adapter layer that has a tensor is gated; also if none has it, as with heads of ours."""
+    while key and key not in gated:
+        key = key.rpartition(".")[0]
+    return gated.get(key, True)
+
+
+def with_file_names(weights: dict[str, torch.Tensor], tuner: LoraModel) -> dict[str, torch.Tensor]:
+    """The weights under names that they have on a base without other adapters.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`): Those of a gated adapter, under their names in the model.
+        tuner ([`~peft.tuners.lora.LoraModel`]): The tuner of the upgraded model.
+    """
+    if tuner.is_stacked:
+        return renamed(weights, IN_TREE, IN_FILES)
+    for name in reversed(ungated_layers(tuner.model)):  # such as those of OFT, which are around ours
+        weights = renamed(weights, f"{IN_FILES}{name}.base_layer.", f"{IN_FILES}{name}.")
+    return weights
+
+
+def with_model_names(weights: dict[str, torch.Tensor], tuner: LoraModel) -> dict[str, torch.Tensor]:
+    """The inverse of [`with_file_names`]."""
+    if tuner.is_stacked:
+        return renamed(weights, IN_FILES, IN_TREE)
+    for name in ungated_layers(tuner.model):
+        weights = renamed(weights, f"{IN_FILES}{name}.", f"{IN_FILES}{name}.base_layer.")
+    return weights

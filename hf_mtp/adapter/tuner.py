@@ -5,7 +5,7 @@ It knows nothing of generation or of losses.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from accelerate.utils import align_module_device
@@ -20,7 +20,7 @@ from ..base.inspection import input_device, is_checkpointing, refuse_unsupported
 from ..base.lora_layers import exclude_layers_out_of_reach, linear_layers, refuse_layers_out_of_reach, shortened
 from .base_identity import record_base, refuse_other_base
 from .config import AdapterConfigs, GatedLoraConfig, refuse_empty_heads
-from .gate import Gate, gate_lora_layer, is_gated, refuse_merge
+from .gate import Gate, gate_lora_layer, is_gated, refuse_merge, ungated_layers
 from .loading import refuse_to_save, refuse_weights_unlike
 from .mask_input import MaskInput
 from .names import refuse_adapter_name
@@ -28,15 +28,16 @@ from .noise_tokens import NoiseTokens
 from .parameters import gate_parameter
 from .sampler import SamplerHead
 from .stacked import (
-    IN_FILES,
-    IN_TREE,
     branch,
     has_adapters,
     innermost,
     own_weights,
+    refuse_layer_of_others,
     refuse_parameters,
-    renamed,
+    remove_layers,
     run_beside,
+    with_file_names,
+    with_model_names,
 )
 
 HALF = (torch.float16, torch.bfloat16)
@@ -86,12 +87,13 @@ class GatedLoraTuner(MaskInput, LoraModel):
             refuse_parameters(config)
         self._resolve_targets(config, model, is_stacked)
         record_base(config, model, head.hidden_size)
+        others = () if is_stacked else ungated_layers(model)
         if is_first:
             self._begin(model, head, is_stacked)
         try:
             super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         except Exception:
-            self._withdraw(adapter_name, is_first)
+            self._withdraw(adapter_name, is_first, others)
             raise
         if is_first and is_stacked:
             model.requires_grad_(False)  # PEFT lets a second adapter train with the first
@@ -124,11 +126,11 @@ class GatedLoraTuner(MaskInput, LoraModel):
             parent = branch(self.lora_layers, current_key.rpartition(".")[0])
             is_new = parent._modules.get(target_name) is None
             target = innermost(target) if is_new else getattr(parent, target_name)
+        else:
+            refuse_layer_of_others(target, current_key)
         # PEFT puts an adapter where the layer's weights are. Those that are offloaded are on the meta device.
         with align_module_device(innermost(target)):
-            super()._create_and_replace(
-                lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-            )
+            super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = getattr(parent, target_name)
         if isinstance(layer, ParamWrapper):
             gate_parameter(layer, self.gate)
@@ -137,14 +139,12 @@ class GatedLoraTuner(MaskInput, LoraModel):
         if self.is_stacked and is_new:
             self._hooks.append(run_beside(layer, self.gate))
 
-    def _withdraw(self, adapter_name: str, is_first: bool) -> None:
+    def _withdraw(self, adapter_name: str, is_first: bool, others: Container[str]) -> None:
         """Removes an adapter that could not be added to all of its layers."""
-        layers = [(name, layer) for name, layer in self._tree.named_modules() if isinstance(layer, LoraLayer)]
-        for name, layer in reversed(layers):
+        layers = {name: m for name, m in self._tree.named_modules() if isinstance(m, LoraLayer) and name not in others}
+        for layer in layers.values():
             layer.delete_adapter(adapter_name)
-            if not layer.scaling:
-                parent, _, child = name.rpartition(".")
-                setattr(self._tree.get_submodule(parent), child, None if self.is_stacked else layer.base_layer)
+        remove_layers(self._tree, {name: layer for name, layer in layers.items() if not layer.scaling})
         for hook in self._hooks if is_first else ():
             hook.remove()
 
@@ -197,7 +197,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        functional.cast_adapter_dtype(self._tree, adapter_name, autocast_adapter_dtype)
+        for layer in self.gated_layers().values():  # and not the user's adapter of the same name on other layers
+            functional.cast_adapter_dtype(layer, adapter_name, autocast_adapter_dtype)
         for head in self._heads(adapter_name):
             if not autocast_adapter_dtype or next(head.parameters()).dtype in HALF:
                 head.to(torch.float32 if autocast_adapter_dtype else self.model.dtype)
@@ -212,7 +213,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
             self.lora_sampler_heads.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        functional.set_requires_grad(self._tree, adapter_names, requires_grad)
+        for layer in self.gated_layers().values():
+            layer.set_requires_grad(adapter_names, requires_grad)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for head in self._heads(name):
                 head.requires_grad_(requires_grad)
@@ -223,7 +225,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
         del self.peft_config[adapter_name]
         was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name] or list(self.peft_config)[:1]
-        functional.delete_adapter(self._tree, adapter_name, self.prefix, self.tuner_layer_cls)
+        for layer in self.gated_layers().values():
+            layer.delete_adapter(adapter_name)
         if was_active and active:  # PEFT asks the first layer, which may have none of the others
             is_frozen = all(self.peft_config[name].inference_mode for name in active)
             self.set_adapter(active, is_frozen)
@@ -247,7 +250,8 @@ class GatedLoraTuner(MaskInput, LoraModel):
             refuse_merge()
         for hook in self._hooks:
             hook.remove()
-        return self.model if self.is_stacked else super()._unload_and_optionally_merge(merge=False, **kwargs)
+        remove_layers(self._tree, self.gated_layers())  # PEFT would remove the user's own adapters, too
+        return self.model
 
     merge_adapter = add_weighted_adapter = refuse_merge
 
@@ -277,24 +281,20 @@ class GatedLoraTuner(MaskInput, LoraModel):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, **kwargs):
         """What is saved: weights of this adapter, under the names that they have on a base without adapters."""
-        own = own_weights(state_dict, adapter_name, model.get_base_model(), model.base_model.is_stacked)
+        own = own_weights(state_dict, adapter_name, model.base_model)
         if config.save_dtype is not None:
             own = {key: tensor.to(getattr(torch, config.save_dtype)) for key, tensor in own.items()}
         refuse_to_save(own, config.save_dtype)
-        own = super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, state_dict=own, **kwargs
-        )
-        return renamed(own, IN_TREE, IN_FILES)
+        own = super()._get_adapter_state_dict(model, config, adapter_name, own, **kwargs)
+        return with_file_names(own, model.base_model)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Refuses weights that are not this adapter's; PEFT would leave what is missing at its random start."""
-        is_stacked = model.base_model.is_stacked
-        if is_stacked:
-            state_dict = renamed(state_dict, IN_FILES, IN_TREE)
+        state_dict = with_model_names(state_dict, model.base_model)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # PEFT saves the sampler head, a module of several layers, under the name that the adapter had then.
         remapped = {re.sub(r"(?<=lora_sampler_heads\.)[^.]+", adapter_name, key): t for key, t in remapped.items()}
-        own = own_weights(model.state_dict(), adapter_name, model.get_base_model(), is_stacked)
+        own = own_weights(model.state_dict(), adapter_name, model.base_model)
         refuse_weights_unlike(remapped, {key: t for key, t in own.items() if "lora_" in key})
         return remapped

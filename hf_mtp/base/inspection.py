@@ -3,7 +3,8 @@
 Knows the interfaces of transformers, and nothing of adapters or of single architectures.
 """
 
-from collections.abc import Callable, Container, Iterator
+import hashlib
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 
 from ..layout.attention import AttentionKind, additive, attention_kinds, in_blocks
 
+SAMPLED_VALUES = 64  # of each weight, for a fingerprint
 _ATTENTION_KINDS = {AttentionKind().name, "sliding_attention", "chunked_attention"}
 
 
@@ -210,6 +212,23 @@ def base_name(model: PreTrainedModel) -> str:
     if not name:
         return type(model).__name__
     return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def weights_fingerprint(weights: Iterable[torch.Tensor], without: Iterable[torch.Tensor] = ()) -> str:
+    """16 hexadecimal digits that change if a model is trained further, or is another one of the same name.
+
+    They are those of some values of each weight, so large models take no time.
+
+    Args:
+        weights (`Iterable[torch.Tensor]`): The weights. Those on the meta device do not count.
+        without (`Iterable[torch.Tensor]`, *optional*): Some of them that do not count.
+    """
+    digest, left_out = hashlib.sha256(), {id(weight) for weight in without}
+    for weight in weights:
+        if weight.device.type != "meta" and id(weight) not in left_out:
+            values = weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED_VALUES)]
+            digest.update(values.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def accepted_inputs(inputs: dict, names: Container[str]) -> dict:

@@ -8,6 +8,7 @@ could not tell masks from regular tokens, or would have no effect.
 import inspect
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig
@@ -135,3 +136,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
         if (hasattr(module, "in_features") or isinstance(module, Conv1D)) and module is not unembedding:
             layers[name] = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return layers
+
+
+def lora_weights(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The weights that LoRA layers add to those that they wrap."""
+    return [p for layer in layers for name, p in layer.named_parameters() if not name.startswith("base_layer.")]

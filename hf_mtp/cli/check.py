@@ -12,7 +12,7 @@ from .verb import verb
 
 @verb
 def check(
-    model: Annotated[str, Argument(help="Hub id or folder of a base model. Only its config is read.")],
+    model: Annotated[str, Argument(help="Hub id or folder of a base, or of its adapter. Only the config is read.")],
     as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check how a model type decodes several tokens per pass, without downloading weights.

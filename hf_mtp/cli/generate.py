@@ -67,8 +67,12 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise typer.BadParameter(f"{file} is not UTF-8 text: {error}. Convert it to UTF-8.") from error
-    if prompt is not None and prompt != "-":
-        return prompt
-    if sys.stdin.isatty():
-        raise typer.BadParameter("Pass a prompt, --file, or text on stdin.")
-    return sys.stdin.read()
+    if prompt in (None, "-"):
+        if sys.stdin.isatty():
+            raise typer.BadParameter("Pass a prompt, --file, or text on stdin.")
+        prompt = sys.stdin.read()
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python keeps bytes that are no text as lone surrogates
+        raise typer.BadParameter(f"Character {error.start} of the prompt is not UTF-8 text. Convert it.") from error
+    return prompt

@@ -1,12 +1,15 @@
 """`hf-mtp train`: trains an adapter, by flags or a YAML file, as TRL's commands do."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
 from .verb import verb
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 USAGE = "hf-mtp train --model MODEL --dataset DATASET [--config FILE] [--FIELD VALUE ...]"
 
@@ -56,14 +59,12 @@ def train(
 
         hf-mtp train --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --output_dir out --max_steps 1000
     """
-    from peft import get_peft_model
     from trl import TrlParser
 
     from ..adapter.config import GatedLoraConfig
     from ..data.rows import load_rows
     from ..pretrained import default_device, is_upgraded, load_model, load_tokenizer
     from ..training.config import MTPConfig
-    from ..training.trainer import MTPTrainer
 
     parser = TrlParser([UpgradeArguments, MTPConfig], prog="hf-mtp train", usage=USAGE)
     if default_device().type == "cpu":  # else the default dtype of a trainer is an error
@@ -85,18 +86,29 @@ def train(
             f"--model ({base.get_base_model().name_or_path}). To resume an interrupted training, add "
             "--resume_from_checkpoint."
         )
+    accelerator = _trained(base, upgrade, config, rows, load_tokenizer(asked.model, base))
+    # A process that exits before its communication threads may be aborted. They end with the process group, once the
+    # wrapped model, which the trainer held, is gone.
+    accelerator.free_memory()
+    accelerator.end_training()
+    typer.echo(f"The adapter is in {config.output_dir}. Try it: hf-mtp generate {config.output_dir} 'Your prompt'")
+
+
+def _trained(base, upgrade, config, rows, tokenizer) -> "Accelerator":
+    """Trains, saves and, if the config says so, pushes an adapter. Returns what held the processes together."""
+    from peft import get_peft_model
+
+    from ..training.trainer import MTPTrainer
+
     trainer = MTPTrainer(
-        model=get_peft_model(base, upgrade),
-        args=config,
-        train_dataset=rows,
-        processing_class=load_tokenizer(asked.model, base),
+        model=get_peft_model(base, upgrade), args=config, train_dataset=rows, processing_class=tokenizer
     )
-    asked_to_resume = config.resume_from_checkpoint  # a path, or, from the command line, the text "true"
-    trainer.train(resume_from_checkpoint=str(asked_to_resume).lower() == "true" or asked_to_resume)
+    resume = config.resume_from_checkpoint  # a path, or, from the command line, the text "true"
+    trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
     trainer.save_model()
     if config.push_to_hub:
         trainer.push_to_hub()
-    typer.echo(f"The adapter is in {config.output_dir}. Try it: hf-mtp generate {config.output_dir} 'Your prompt'")
+    return trainer.accelerator
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,6 +30,7 @@ def verb(function: Callable, error_code: int = 1) -> Callable:
 
     @functools.wraps(function)
     def run(*args, debug: bool = False, **kwargs):
+        _accept_any_text()
         try:
             from ..registration import register
 
@@ -35,7 +38,7 @@ def verb(function: Callable, error_code: int = 1) -> Callable:
             with warnings.catch_warnings():
                 if not debug:  # plans of the host libraries, which tell a user of the command nothing
                     warnings.simplefilter("ignore", FutureWarning)
-                return function(*args, **kwargs)
+                return function(*args, **{name: _expanded(value) for name, value in kwargs.items()})
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
@@ -62,6 +65,18 @@ def run_alone(function: Callable) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.command()(function)
     app()
+
+
+def _expanded(value):
+    """A path in the home folder where it is one, as shells leave `--output=~/out`. Other values stay."""
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+def _accept_any_text() -> None:
+    """Writes `?` for what the encoding of stdout lacks, as that of files on Windows does. It would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _stdout_is_closed() -> bool:

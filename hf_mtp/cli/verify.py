@@ -96,7 +96,7 @@ def _as_text(report: "VerifyReport", tokenizer) -> str:
     lines += [f"  left out: prompt {name}. {reason}" for name, reason in report.left_out.items()]
     divergences = [one for comparison in report.comparisons for one in comparison.divergences]
     verdict = "equal" if report.is_equal else "DIFFERENT"
-    if divergences and all(one.is_tie for one in divergences):
+    if divergences and report.is_distributed_equally and all(one.is_tie for one in divergences):
         verdict += ", at ties only: rounding alone decides between these tokens"
     return "\n".join([*lines, f"  {verdict}"])
 

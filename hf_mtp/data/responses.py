@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..adapter.base_identity import tokenizer_fingerprint
+from ..adapter.base_identity import base_fingerprint, tokenizer_fingerprint
 from ..adapter.tuner import GatedLoraTuner
 from ..base.inspection import evaluation_mode
 from .answers import answer_batch, chosen_end_tokens, pad_token
@@ -121,6 +121,7 @@ def regenerate_responses(
     shard.claim(
         {
             "model": getattr(model, "name_or_path", ""),
+            "weights": base_fingerprint(model),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
             "rows": asked.digest,

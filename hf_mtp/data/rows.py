@@ -21,6 +21,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train") -> Dat
     path = Path(name)
     if path.is_file():
         return _rows_of_file(path)
+    if path.suffix in (".json", ".jsonl") and not path.exists():  # the Hub would be asked for a dataset of this name
+        raise FileNotFoundError(f"There is no file {name}. Pass a JSON Lines file, a folder, or the id of a dataset.")
     if (path / "state.json").is_file():
         return load_from_disk(name)
     if (path / "dataset_dict.json").is_file():

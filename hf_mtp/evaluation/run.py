@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from ..adapter.base_identity import base_fingerprint
 from ..base.inspection import base_name, input_device
 from ..base.machine import describe_machine
 from .suites.suite import Suite
@@ -21,7 +22,12 @@ def describe_run(model: PeftModel, suite: Suite) -> dict[str, str | dict]:
     config = model.base_model.active_mtp_config
     return {
         "model": _name_of(model),
-        "adapter": {"fingerprint": adapter_fingerprint(model), "k": config.k, "r": config.r},
+        "adapter": {
+            "fingerprint": adapter_fingerprint(model),
+            "k": config.k,
+            "r": config.r,
+            "base": base_fingerprint(model),
+        },
         "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
         "device": str(input_device(model).type),
         "suite": {"name": suite.name, "fingerprint": suite.fingerprint, "prompts": len(suite.prompts)},
@@ -37,7 +43,7 @@ def adapter_fingerprint(model: PeftModel) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if f".{model.active_adapter}" in name:
+        if f".{model.active_adapter}." in name:
             digest.update(name.encode())
             digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

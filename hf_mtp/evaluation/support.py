@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..adapter.config import GatedLoraConfig
@@ -14,6 +15,7 @@ from ..base.sizes import WINDOW
 from ..base.tiny import tiny_model
 from ..decoding.drafters.base import Drafts
 from ..passes.speculation_mode import SpeculationMode, speculation_mode
+from ..pretrained import is_adapter
 
 EXACT = "exact"
 PROMPTS = (WINDOW + 5, WINDOW - 3, WINDOW + 2)  # lengths in tokens; the first exceeds any sliding window
@@ -68,7 +70,7 @@ def check_support(model_or_config_or_id: PreTrainedModel | PreTrainedConfig | st
 
     Args:
         model_or_config_or_id ([`~transformers.PreTrainedModel`], [`~transformers.PreTrainedConfig`] or `str`):
-            The model to upgrade, its config, or its Hub id or folder.
+            The model to upgrade, its config, or its Hub id or folder. An adapter stands for its base.
 
     Returns:
         [`SupportReport`], which can be printed.
@@ -139,6 +141,9 @@ def _config_of(given: PreTrainedModel | PreTrainedConfig | str) -> PreTrainedCon
     if isinstance(given, PreTrainedConfig):
         return given
     if isinstance(given, str):
+        if not Path(given).is_file() and is_adapter(given):
+            adapter = PeftConfig.from_pretrained(given)
+            return AutoConfig.from_pretrained(adapter.base_model_name_or_path, revision=adapter.revision or "main")
         return AutoConfig.from_pretrained(given)
     config = getattr(given.get_base_model() if isinstance(given, PeftModel) else given, "config", None)
     if not isinstance(config, PreTrainedConfig):

@@ -254,7 +254,7 @@ def refuse_parameters(tuner: GatedLoraModel) -> None:
             "call `model.base_model.enable_adapter_layers()` if it was switched off for good."
         )
     trainable = {f"base_model.{name}": p for name, p in tuner.named_parameters() if p.requires_grad}
-    own = own_weights(trainable, tuner.active_adapters[0], tuner.model, tuner.is_stacked)
+    own = own_weights(trainable, tuner.active_adapters[0], tuner)
     others = [name.removeprefix("base_model.") for name in trainable if name not in own or "lora_" not in name]
     if not trainable:
         raise ValueError(

@@ -3,12 +3,14 @@
 Shapes: T tokens, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from ...base.inspection import evaluation_mode, input_device
+from ..decoded import GREEDY
 
 # Rounding moves a logit by a few units, since it adds up over the layers. A bug moves it by hundreds.
 TIE_UNITS = 4.0
@@ -22,7 +24,8 @@ class Divergence:
         prompt (`str`): Name of the prompt.
         position (`int`): Position among the new tokens.
         plain_token, other_token (`int`, *optional*): Both tokens; `None` where an answer has ended.
-        gap (`float`, *optional*): Distance of the base's scores of both tokens. `None` if there are not two tokens.
+        gap (`float`, *optional*): Distance of the base's scores of both tokens, after the processors of its generation
+            config. `None` if there are not two tokens, or one of them is forbidden.
         units (`float`, *optional*): The same in units of rounding: the distance from the largest logit to the next
             larger number of its dtype.
     """
@@ -66,9 +69,21 @@ def divergence_at(
     text_1T = torch.tensor([[*prompt_ids, *plain[:position]]], device=input_device(base))
     with evaluation_mode(base):
         logit_V = base(text_1T, logits_to_keep=1).logits[0, -1]
-    score_V = logit_V.float() if noise_V is None else logit_V.float() + noise_V.to(logit_V.device)
+        score_V = _scores(base, text_1T)
+    if noise_V is not None:
+        score_V = score_V + noise_V.to(score_V.device)
     gap = abs(score_V[both[0]].item() - score_V[both[1]].item())
+    if not math.isfinite(gap):
+        return Divergence(prompt, position, *both)
     return Divergence(prompt, position, *both, gap, round(gap / unit_of_rounding(logit_V), 2))
+
+
+def _scores(base: PreTrainedModel, text_1T: torch.LongTensor) -> torch.Tensor:
+    """`(V,)`: the scores of the next token, after processors such as a repetition penalty."""
+    options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
+    return base.generate(
+        text_1T, attention_mask=torch.ones_like(text_1T), max_new_tokens=1, min_new_tokens=0, **options
+    ).scores[0][0]
 
 
 def unit_of_rounding(logit_V: torch.Tensor) -> float:

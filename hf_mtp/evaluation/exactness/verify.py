@@ -76,8 +76,12 @@ class VerifyReport:
     @property
     def is_equal(self) -> bool:
         """Whether every answer has the token ids of plain decoding, and sampled texts have the base's distribution."""
-        same_ids = not any(comparison.divergences for comparison in self.comparisons)
-        return same_ids and (self.p_value is None or self.p_value > SIGNIFICANT)
+        return self.is_distributed_equally and not any(comparison.divergences for comparison in self.comparisons)
+
+    @property
+    def is_distributed_equally(self) -> bool:
+        """Whether sampled texts have the base's distribution, by the two-sample test; also if there was none."""
+        return self.p_value is None or self.p_value > SIGNIFICANT
 
     def to_dict(self) -> dict:
         """The report as JSON would hold it, with `equal` and, for each divergence, `tie`."""

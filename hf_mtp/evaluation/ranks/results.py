@@ -102,7 +102,8 @@ class ProbeSettings:
 
     Args:
         model (`str`): Hub id of the base, or the name of its folder.
-        adapter (`dict`, *optional*): `fingerprint`, `k` and `r` of the adapter; `None` for a base alone.
+        adapter (`dict`, *optional*): `fingerprint`, `k` and `r` of the adapter, and the fingerprint of its
+            `base`; `None` for a base alone.
         dtype (`str`): Dtype of the base's weights.
         device (`str`): Device of the base's embeddings.
         suite (`dict`): `name`, `fingerprint` and number of `prompts`.

@@ -105,10 +105,10 @@ class Settings:
 
     Args:
         model (`str`): Hub id of the base, or the name of its folder.
-        adapter (`dict`): `fingerprint` of the adapter's weights, `k` and `r`.
+        adapter (`dict`): `fingerprint` of the adapter's weights, `k`, `r`, and `base`, the fingerprint of the base's.
         dtype (`str`): Dtype of the base's weights.
         device (`str`): Device of the base's embeddings.
-        suite (`dict`): `name`, `fingerprint` and number of `prompts`.
+        suite (`dict`): `name`, `fingerprint`, number of `prompts`, and `tokens`, the fingerprint of their tokens.
         methods (`list[dict]`): `name`, `strategy` and `k` of each decoding method.
         batch_size (`int`): Maximum number of prompts per call.
         max_new_tokens (`int`): Maximum number of new tokens per answer.

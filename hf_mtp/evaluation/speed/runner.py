@@ -16,7 +16,7 @@ from ..decoded import DecodedRows, checked_config, decode_rows
 from ..measures import ALL, first_difference, repeated_share
 from ..methods import PLAIN, PROMPT_LOOKUP, STRATEGIES, DecodingMethod, methods_of
 from ..run import describe_run
-from ..suites.prompts import EncodedPrompt, encode_prompts
+from ..suites.prompts import EncodedPrompt, encode_prompts, tokens_fingerprint
 from ..suites.suite import Suite, load_suite
 from .folder import RunFolder
 from .results import Answer, Call, Results, Settings, summarize_calls
@@ -73,6 +73,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    settings.suite["tokens"] = tokens_fingerprint(prompts)
     folder = RunFolder(None if output is None else Path(output), settings)
     if folder.finished is not None:
         return folder.finished

@@ -1,5 +1,7 @@
 """Prompts of a suite as token ids, and those that a model cannot answer. Knows tokenizers, and nothing of decoding."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -20,6 +22,15 @@ class EncodedPrompt:
     name: str
     domain: str
     ids: list[int]
+
+
+def tokens_fingerprint(prompts: list[EncodedPrompt]) -> str:
+    """16 hexadecimal digits that change with the tokens of any prompt, as with another chat template.
+
+    Args:
+        prompts (`list[EncodedPrompt]`): The prompts.
+    """
+    return hashlib.sha256(json.dumps([prompt.ids for prompt in prompts]).encode()).hexdigest()[:16]
 
 
 def encode_prompts(

@@ -142,6 +142,7 @@ def _prompt_of(row: dict, number: int, suite: str) -> SuitePrompt:
         raise ValueError(f"{where} needs a prompt: a text, or the turns of a conversation. It has {prompt!r}.")
     if isinstance(prompt, list):
         _check_turns(prompt, where)
+    _check_characters(prompt, where)
     named = str(row["name"]) if row.get("name") not in (None, "") else f"{number}"
     return SuitePrompt(named, str(row.get("domain") or "all"), prompt, row.get("reference"))
 
@@ -154,6 +155,18 @@ def _check_turns(turns: list, where: str) -> None:
                 f"{where}: each turn of a conversation needs 'role' ({', '.join(ROLES)}) and 'content', a text. Got "
                 f"{turn!r}."
             )
+
+
+def _check_characters(prompt: str | list[dict], where: str) -> None:
+    """Raises for half of a character, which JSON can hold and a tokenizer cannot read."""
+    for text in [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: character {error.start} of its prompt is {text[error.start]!r}, half of a character, as of "
+                "a text that was cut off. Remove it."
+            ) from error
 
 
 def _collection(name: str, limit: int | None, data: Path | None) -> Suite:
