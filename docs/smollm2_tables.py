@@ -5,7 +5,7 @@ import statistics
 from tables import aim, load, machine, table
 
 NAMES = {"maths": "maths (GSM8K)", "code": "code (MBPP)", "chat": "chat"}
-OURS = ("plain", "auto", "auto, bitwise", "quadratic", "linear", "auto, untrained adapter", "plain, in a batch")
+OTHERS = ("prompt lookup", "early exit", "small draft")
 STRATEGIES = ("linear", "quadratic", "auto")
 K = (1, 2, 4, 8)
 
@@ -32,9 +32,8 @@ def smollm2() -> str:
 
 def best_peer(methods: dict[str, dict]) -> tuple[str, dict]:
     """The fastest method that is not ours, and its numbers."""
-    peers = {name: row for name, row in methods.items() if name not in OURS}
-    name = max(peers, key=lambda name: peers[name]["speedup"])
-    return name, peers[name]
+    name = max(OTHERS, key=lambda name: methods[name]["speedup"])
+    return name, methods[name]
 
 
 def over(row: dict, other: dict) -> float:

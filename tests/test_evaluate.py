@@ -15,6 +15,7 @@ from tokenizers.normalizers import Replace
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.base_identity import base_fingerprint
+from hf_mtp.adapter.ngram_table import count_tokens
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
 from hf_mtp.evaluation.decoded import decode_rows
@@ -356,6 +357,15 @@ def test_the_fingerprint_is_of_the_adapters_weights_and_not_of_their_dtype():
     prints = [adapter_fingerprint(made) for made in (upgraded(), upgraded().double(), upgraded(seed=9))]
     assert prints[0] == prints[1] != prints[2]
     assert prints[0] == adapter_fingerprint(upgraded(tiny_base("llama", seed=3)))
+
+
+def test_the_fingerprint_covers_the_n_gram_table():
+    model = upgraded()
+    prints = [adapter_fingerprint(model)]
+    for text in ([5, 6, 7], [5, 6, 8]):
+        model.active_peft_config.ngrams = count_tokens([text] * 2)
+        prints.append(adapter_fingerprint(model))
+    assert len(set(prints)) == 3
 
 
 def test_the_fingerprint_is_that_of_one_adapter():

@@ -228,6 +228,7 @@ def test_it_is_saved_and_loaded_with_its_adapter(saved):
     assert entries(model) == expected == entries(copy.deepcopy(model))
     model.load_adapter(saved, "again")
     assert as_dict(model.peft_config["again"].ngrams) == expected
+    assert f"| n-gram table | {len(expected)} contexts |" in (saved / "README.md").read_text()
     assert "ngrams" not in json.loads((saved / "adapter_config.json").read_text())
 
 

@@ -1,6 +1,7 @@
 """`examples/smollm2/measure.py`: every method on the same prompts in turn, and tables from what it writes."""
 
 import json
+import shutil
 import sys
 from importlib import import_module as script
 from pathlib import Path
@@ -13,6 +14,7 @@ from scripts import importable
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
+from hf_mtp.adapter.ngram_table import count_tokens
 from hf_mtp.evaluation.run import adapter_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +84,7 @@ def test_every_method_decodes_the_same_prompts_and_gives_the_same_text(run, data
     for methods in report["domains"].values():
         assert {name: row["prompts"] for name, row in methods.items()} == {
             **dict.fromkeys(("plain", "auto", "auto, bitwise", "prompt lookup"), 2),
+            **dict.fromkeys(("auto, masks and no table", "auto, table and no masks"), 2),
             **dict.fromkeys(("quadratic", "linear", "early exit", "small draft"), 1),
             **dict.fromkeys(("auto, untrained adapter", "plain, in a batch"), 1),
         }
@@ -113,6 +116,14 @@ def test_sampling_is_compared_with_greedy_decoding(run):
             row["tokens_per_pass"] >= 1 and "identical" not in row for row in methods.values()
         )
     assert report["methods"]["auto, T = 0.7"]["temperature"] == 0.7 and report["methods"]["auto, T = 0.7"]["do_sample"]
+
+
+def test_masks_and_the_table_are_measured_one_without_the_other(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    count_tokens([[5, 6, 7]] * 2).save(tmp_path / "adapter")
+    models = script("methods").Models(str(BASE), tmp_path / "adapter", "float32")
+    have_table = {"adapter": True, "without_table": False, "table_alone": True, "untrained": False}
+    assert {name: bool(getattr(models, name).active_peft_config.ngrams) for name in have_table} == have_table
 
 
 def test_assumed_costs_are_never_measured(adapter):

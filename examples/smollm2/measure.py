@@ -65,6 +65,8 @@ def speed_methods(args: argparse.Namespace) -> dict[str, Method]:
     peers = {family: PEERS[family][setting] for family, setting in best_peers(args.peers).items()}
     ours = {strategy: mtp(strategy, is_rare=strategy != "auto") for strategy in ("auto", "quadratic", "linear")}
     ours["auto, bitwise"] = mtp(mtp_bitwise=True)
+    ours["auto, masks and no table"] = mtp(model="without_table")
+    ours["auto, table and no masks"] = mtp(model="table_alone")
     untrained = {"auto, untrained adapter": mtp(model="untrained", is_rare=True)}
     return {"plain": PLAIN, **ours, **peers, **untrained, "plain, in a batch": PLAIN_IN_A_BATCH}
 

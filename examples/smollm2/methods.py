@@ -31,7 +31,7 @@ class Method:
     """One decoding method.
 
     Args:
-        model (`str`): `"base"`, `"adapter"`, `"free_columns"` or `"untrained"`: which of [`Models`] decodes.
+        model (`str`): Which of [`Models`] decodes: the name of one of its attributes.
         options (`dict`): Arguments of `generate`.
         assistant_tokens (`int`, *optional*): Drafts per pass of assisted generation.
         has_small_draft (`bool`): Whether the small model of the quickstart drafts.
@@ -129,6 +129,13 @@ class Models:
         return self.with_adapter(self.adapter_folder)
 
     @cached_property
+    def without_table(self) -> PeftModel:
+        """The base with the adapter, but without its n-gram table."""
+        model = self.with_adapter(self.adapter_folder)
+        model.active_peft_config.ngrams = None
+        return model
+
+    @cached_property
     def free_columns(self) -> PeftModel:
         """The base with the adapter. `auto` chooses columns as if they were nearly free."""
         model = self.with_adapter(self.adapter_folder)
@@ -138,9 +145,19 @@ class Models:
     @cached_property
     def untrained(self) -> PeftModel:
         """The base with a new adapter of the same sizes."""
+        return self._with_new_adapter()
+
+    def _with_new_adapter(self) -> PeftModel:
         config = self.adapter.active_peft_config
         fresh = GatedLoraConfig(k=config.k, r=config.r, lora_alpha=config.lora_alpha)
         return get_peft_model(same_weights(self.base), fresh).eval()
+
+    @cached_property
+    def table_alone(self) -> PeftModel:
+        """The base with a new adapter, whose masks bring nothing, and the trained adapter's n-gram table."""
+        model = self._with_new_adapter()
+        model.active_peft_config.ngrams = self.adapter.active_peft_config.ngrams
+        return model
 
     @cached_property
     def small_draft(self) -> PreTrainedModel:

@@ -49,6 +49,7 @@ print(tokenizer.decode(output[0]), model.mtp_statistics.tokens_per_pass)
 | mask tokens (k) | {k} |
 | LoRA rank | {r} |
 | sampler head | {sampler} |
+| n-gram table | {ngrams} |
 | training recipe | {recipe} |
 | training data | {data} |
 
@@ -168,6 +169,7 @@ def render_model_card(
             k=f"{config.k}, noise tokens of the vocabulary" if config.masks == "noise" else config.k,
             r=config.r,
             sampler="yes" if config.sampler else "no",
+            ngrams="none" if config.ngrams is None else f"{len(config.ngrams):,} contexts",
             recipe=config.recipe or "not recorded",
             data=", ".join(config.train_datasets) or "not recorded",
             measured=_measured(config.tokens_per_pass),

@@ -36,7 +36,9 @@ def describe_run(model: PeftModel, suite: Suite) -> dict[str, str | dict]:
 
 
 def adapter_fingerprint(model: PeftModel) -> str:
-    """16 hexadecimal digits that change with any weight of the active adapter, and not with the dtype it is held in.
+    """16 hexadecimal digits that change with any weight of the active adapter and with its n-gram table.
+
+    They do not change with the dtype in which the weights are held.
 
     Args:
         model ([`~peft.PeftModel`]): An upgraded model.
@@ -46,6 +48,9 @@ def adapter_fingerprint(model: PeftModel) -> str:
         if f".{model.active_adapter}." in name:
             digest.update(name.encode())
             digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    table = model.active_peft_config.ngrams
+    for array in () if table is None else (table.contexts, table.tokens, table.probabilities):
+        digest.update(array.tobytes())
     return digest.hexdigest()[:16]
 
 
