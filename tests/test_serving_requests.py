@@ -6,8 +6,8 @@ import openai
 import pytest
 import torch
 from peft import get_peft_model
-from test_serving import K, byte_tokenizer, complete, expected, httpx, messages, served
 from tiny_models import randomised, tiny_base
+from tiny_server import K, byte_tokenizer, complete, expected, httpx, messages, served
 from transformers import AutoModelForCausalLM
 from transformers.cli.serving.utils import Modality
 
