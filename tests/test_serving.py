@@ -587,7 +587,6 @@ def test_a_second_ctrl_c_stops_at_once(adapter):
     command = [sys.executable, "-m", "hf_mtp.cli.main", "serve", adapter, "--port", str(port)]
     pipes = {"stderr": subprocess.STDOUT, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, preexec_fn=heed_ctrl_c) as process:
-        assert any("serves" in line for line in process.stdout)
         wait_until(lambda: is_healthy(port))
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")

@@ -9,6 +9,7 @@ with bfloat16 instructions, 128 new tokens take 3 to 6 seconds per method, and 6
 
   peers         which settings of prompt lookup, early exit and a small draft are best, on prompts of their own
   speed         plain decoding, `auto` and prompt lookup; further methods on the first --rare prompts
+  table         `auto` with masks, with the n-gram table, with both and with neither
   by_k          the paper's table: k = 1, 2, 4, 8 on five kinds of text, linear, quadratic and `auto`
   batches       batches of 4 and 8 rows, plain and `auto`
   tokens        tokens per pass of quadratic decoding; needs no quiet machine
@@ -65,8 +66,6 @@ def speed_methods(args: argparse.Namespace) -> dict[str, Method]:
     peers = {family: PEERS[family][setting] for family, setting in best_peers(args.peers).items()}
     ours = {strategy: mtp(strategy, is_rare=strategy != "auto") for strategy in ("auto", "quadratic", "linear")}
     ours["auto, bitwise"] = mtp(mtp_bitwise=True)
-    ours["auto, masks and no table"] = mtp(model="without_table")
-    ours["auto, table and no masks"] = mtp(model="table_alone")
     untrained = {"auto, untrained adapter": mtp(model="untrained", is_rare=True)}
     return {"plain": PLAIN, **ours, **peers, **untrained, "plain, in a batch": PLAIN_IN_A_BATCH}
 
@@ -132,9 +131,16 @@ def just(**methods: Method) -> Callable[[argparse.Namespace], dict[str, Method]]
     return lambda args: {"plain": PLAIN, **methods}
 
 
+WITH_AND_WITHOUT = {
+    "masks and table": mtp(),
+    "masks alone": mtp(model="without_table"),
+    "table alone": mtp(model="table_alone"),
+    "neither": mtp(model="untrained"),
+}
 EXPERIMENTS = {
     "peers": Experiment(peer_methods, for_settings, prompts=2, new_tokens=64),
     "speed": Experiment(speed_methods, held_out, prompts=40),
+    "table": Experiment(just(**WITH_AND_WITHOUT), held_out, prompts=8),
     "by_k": Experiment(strategies_by_k, five_kinds, prompts=4, new_tokens=64),
     "batches": Experiment(just(auto=mtp()), batches, prompts=4),
     "tokens": Experiment(just(quadratic=mtp("quadratic")), held_out, prompts=20),
