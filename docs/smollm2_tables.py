@@ -71,6 +71,17 @@ def smollm2_methods() -> str:
     return table(["text", "method", "speed", "tokens per pass", "same text as plain"], rows) + note(report)
 
 
+def ngram_table() -> str:
+    """What masks and the n-gram table bring to `auto`, each alone and together."""
+    report = load("ngram_table")
+    names = [name for name in report["methods"] if name != "plain"]
+    cells = [
+        [NAMES[domain], *(f"{rows[name]['speedup']:.2f}x, {rows[name]['tokens_per_pass']:.2f}" for name in names)]
+        for domain, rows in report["domains"].items()
+    ]
+    return table(["text", *names], cells) + note(report)
+
+
 def divergences() -> str:
     """How near a tie the first tokens were that differ from plain decoding's in half precision."""
     report = load("smollm2")

@@ -318,10 +318,10 @@ def test_another_kind_of_adapter_is_refused_before_it_is_made(tmp_path):
 
 
 def test_two_upgrades_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has an adapter already, and `peft_config` would make another. Omit"):
+    with pytest.raises(ValueError, match="has an adapter already, and `peft_config` would make another. Leave out"):
         trainer(tmp_path, model=upgraded("llama", K), peft_config=GatedLoraConfig(k=K))
     own = get_peft_model(tiny_base("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="another. Upgrade it above that: .*adapter_name='mtp'.*, and omit"):
+    with pytest.raises(ValueError, match="another. Upgrade it with .*adapter_name='mtp'.*. Leave out `peft_config`"):
         trainer(tmp_path, model=own, peft_config=GatedLoraConfig(k=K))
 
 

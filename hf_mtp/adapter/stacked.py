@@ -52,9 +52,9 @@ def refuse_layer_of_others(layer: nn.Module, name: str) -> None:
     """
     if isinstance(layer, LoraLayer) and not is_gated(layer):
         raise ValueError(
-            f"`{name}` has a LoRA of your own, which was added after the upgrade, so that a further gated adapter "
-            "cannot be added there. Upgrade the base once more: `PeftModel.from_pretrained(tuner.model, "
-            "adapter)`, or `get_peft_model(tuner.model, config)`. It has all your adapters."
+            f"`{name}` has a LoRA of your own, which was added after the upgrade, so a further gated adapter cannot "
+            "be added there. Upgrade the base, `model.base_model.model`, once more: it has all your adapters. Pass it "
+            "to `PeftModel.from_pretrained` or `get_peft_model`."
         )
 
 

@@ -230,10 +230,10 @@ def refuse_model(args: MTPConfig, model, peft_config=None) -> None:
     if peft_config is None:
         return refuse_parameters(tuner_of(model))
     if isinstance(model, PeftModel):
-        advice = "Upgrade it above that: `get_peft_model(model, GatedLoraConfig(...), adapter_name='mtp')`, and o"
+        upgrade = "Upgrade it with `get_peft_model(model, GatedLoraConfig(...), adapter_name='mtp')`. "
         raise ValueError(
             "The model has an adapter already, and `peft_config` would make another. "
-            f"{'O' if isinstance(model.base_model, GatedLoraModel) else advice}mit `peft_config`."
+            f"{'' if isinstance(model.base_model, GatedLoraModel) else upgrade}Leave out `peft_config`."
         )
     if not isinstance(peft_config, GatedLoraConfig):
         raise ValueError(f"MTPTrainer needs `peft_config=GatedLoraConfig(...)`, but got {type(peft_config).__name__}.")
