@@ -66,7 +66,7 @@ def author() -> dict:
     from tiny_models import randomised
     from transformers import AutoModelForCausalLM
 
-    from hf_mtp.adapter.ngram_table import count_tokens
+    from hf_mtp.data.ngram_counts import count_tokens
 
     base = AutoModelForCausalLM.from_pretrained("me/base")
     model = randomised(upgrade(base)).eval()

@@ -15,7 +15,7 @@ from tokenizers.normalizers import Replace
 
 from hf_mtp import GatedLoraConfig
 from hf_mtp.adapter.base_identity import base_fingerprint
-from hf_mtp.adapter.ngram_table import count_tokens
+from hf_mtp.data.ngram_counts import count_tokens
 from hf_mtp.decoding.drafters import masks
 from hf_mtp.evaluation import evaluate, load_results, write_card_section, write_report
 from hf_mtp.evaluation.decoded import decode_rows

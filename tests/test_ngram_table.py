@@ -15,7 +15,8 @@ from tiny_text import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import count_ngrams
-from hf_mtp.adapter.ngram_table import BITS, CANDIDATES, NGRAMS_NAME, NO_CANDIDATE, SAME, NgramTable, count_tokens
+from hf_mtp.adapter.ngram_table import BITS, CANDIDATES, NGRAMS_NAME, NO_CANDIDATE, NgramTable
+from hf_mtp.data.ngram_counts import SAME, count_tokens
 
 K = 3
 TEXTS = [[1, 2, 3, 4], [1, 2, 3, 5], [7, 2, 3, 4], [9, 9]]
@@ -135,6 +136,11 @@ def test_forms_of_datasets(row):
     assert not list(table.after([30], 1))  # the prompt does not count
 
 
+def test_an_empty_response_is_a_response():
+    rows = [{"prompt": "w30", "completion": ""}, *[{"prompt": "w30", "completion": "w20 w21"}] * 2]
+    assert first_after(count_ngrams(rows, tiny_tokenizer()), [20], 1) == [21]
+
+
 def test_prompts_alone_are_refused():
     with pytest.raises(ValueError, match="Let the model answer first: `hf-mtp regenerate`"):
         count_ngrams([{"prompt": CHAT}], tiny_tokenizer())
@@ -194,6 +200,11 @@ def test_a_batch_looks_up_by_rows():
     model = upgraded_with(table_of(*plain.tolist()))
     assert torch.equal(generate(model, rows, 16, mtp=True, mtp_strategy="auto"), plain)
     assert model.mtp_statistics.looked_up > 0
+
+
+def test_a_table_of_another_tokenizer_is_refused_before_decoding():
+    with pytest.raises(ValueError, match="token ids up to 501, .* another tokenizer"):
+        generate(upgraded_with(table_of([500, 501])), prompt(), 12, mtp=True)
 
 
 def test_strategies_of_the_paper_do_not_use_it():

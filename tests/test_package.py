@@ -28,7 +28,7 @@ adapter: access peft_type ngram_table loading config base_identity custom_genera
 adapter: prepared gate parameters stacked hub sampler names noise_tokens mask_input tuner
 passes: summation_order bitwise decoding_pass recurrent_pass speculation_mode bitwise_check
 passes: training_checks training_pass
-data: rows prompts randomness shard survey answers responses ngrams
+data: rows prompts randomness shard survey answers responses ngram_counts ngrams
 objective: losses recipe request simulation chunked_backward compute
 decoding: noise noise_processor sequence states outcome
 decoding.drafters: base acceptance lookup ngrams table masks

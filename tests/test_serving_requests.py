@@ -5,13 +5,10 @@ import json
 import openai
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import randomised, tiny_base
-from tiny_server import K, byte_tokenizer, complete, expected, httpx, messages, served
-from transformers import AutoModelForCausalLM
+from tiny_models import tiny_base
+from tiny_server import byte_tokenizer, complete, expected, httpx, messages, random_adapter
 from transformers.cli.serving.utils import Modality
 
-from hf_mtp import GatedLoraConfig
 from hf_mtp.serving.messages import template_messages, with_instructions
 
 ALL = "{{ messages | tojson }}{{ tools | tojson }}"  # a chat template that leaves nothing out
@@ -20,24 +17,10 @@ ALL = "{{ messages | tojson }}{{ tools | tojson }}"  # a chat template that leav
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("requests")
-    tiny_base("llama", torch.float64, vocab_size=257, max_position_embeddings=1024).save_pretrained(folder / "base")
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = ALL
-    tokenizer.save_pretrained(folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    randomised(get_peft_model(base, GatedLoraConfig(k=K, r=4, lora_alpha=8))).save_pretrained(folder / "adapter")
-    return str(folder / "adapter")
-
-
-@pytest.fixture(scope="module")
-def server(adapter):
-    with served(adapter) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="any", max_retries=0)
+    base = tiny_base("llama", torch.float64, vocab_size=257, max_position_embeddings=1024)
+    return random_adapter(folder, base, tokenizer)
 
 
 def answer(server, conversation: list[dict], tools: list[dict] | None = None, **settings) -> str:

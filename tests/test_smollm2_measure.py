@@ -14,7 +14,7 @@ from scripts import importable
 from transformers import AutoModelForCausalLM
 
 from hf_mtp import GatedLoraConfig
-from hf_mtp.adapter.ngram_table import count_tokens
+from hf_mtp.data.ngram_counts import count_tokens
 from hf_mtp.evaluation.run import adapter_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]

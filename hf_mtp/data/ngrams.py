@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
 
-from ..adapter.ngram_table import NgramTable, count_tokens
+from ..adapter.ngram_table import NgramTable
+from .ngram_counts import count_tokens
 from .prompts import encode_prompt, form_of, question_of
 
 
@@ -44,8 +45,10 @@ def _response_ids(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return _to_end(tokenizer(row["text"])["input_ids"], tokenizer)
     prompt = question_of(row, tokenizer).prompt
     row = maybe_convert_to_chatml(row)
-    turns = row["completion"] if row.get("completion") else (row.get("messages") or [])[len(prompt) :]
-    if not turns:
+    turns = row.get("completion")
+    if turns is None:
+        turns = (row.get("messages") or [])[len(prompt) :]
+    if turns == []:
         raise ValueError(
             "The dataset has a prompt without a response, but an n-gram table is counted from responses. Let the "
             "model answer first: `hf-mtp regenerate`."

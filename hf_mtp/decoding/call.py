@@ -189,7 +189,7 @@ class GenerateCall:
         siblings = SIBLINGS if isinstance(schedule, AdaptiveSchedule) else 0
         drafters = [MaskDrafter(self.tuner, schedule.mask_acceptance, verifier.processors, siblings)]
         if isinstance(schedule, AdaptiveSchedule) and not is_static:  # fixed shapes have no room for these
-            drafters += schedule.lookups(self.tuner.active_mtp_config.ngrams)
+            drafters += schedule.lookups(self.tuner.active_mtp_config.ngrams, self.tuner.vocab_size)
         loop = DecodingLoop(
             self._forward(config), schedule, drafters, verifier, self.k, fixed_shape=is_static, statistics=statistics
         )

@@ -221,7 +221,7 @@ def _loop(tuner: GatedLoraTuner, strategy: str) -> DecodingLoop:
     schedule = AdaptiveSchedule(k) if is_auto else FixedSchedule(k, linear=strategy == "linear")
     masks = MaskDrafter(tuner, schedule.mask_acceptance, verifier.processors, SIBLINGS if is_auto else 0)
     masks.warpers = verifier.warp
-    lookups = schedule.lookups(tuner.active_mtp_config.ngrams) if is_auto else []
+    lookups = schedule.lookups(tuner.active_mtp_config.ngrams, tuner.vocab_size) if is_auto else []
     return DecodingLoop(DecodingPass(tuner), schedule, [masks, *lookups], verifier, k)
 
 

@@ -58,12 +58,18 @@ class AdaptiveSchedule:
         self.credit = 0.0  # cost that trials may lose
         self.tokens = self.cost = 5.0  # of the last passes, per row, as running sums
 
-    def lookups(self, table: NgramTable | None) -> list[LookupDrafter]:
+    def lookups(self, table: NgramTable | None, vocab_size: int) -> list[LookupDrafter]:
         """Drafters that need no masks, for one call. What they learn stays with the schedule.
 
         Args:
             table ([`NgramTable`], *optional*): The adapter's n-gram table.
+            vocab_size (`int`): Tokens of the base's vocabulary.
+
+        Raises:
+            ValueError: The table has tokens that the base does not have.
         """
+        if table is not None:
+            table.refuse_other_base(vocab_size)
         tables = [TableDrafter(table, self.table_calibration)] if table is not None else []
         return [NgramDrafter(self.ngram_rates), *tables]
 
